@@ -1,0 +1,20 @@
+// No AVX-512 in this file: it runs on every processor.
+#include "loops.h"
+
+namespace csfast::avx512 {
+
+const Loops* loops() {
+  static constexpr Loops kLoops{.name = "avx512",
+                                .quantize = quantize,
+                                .measure = measure,
+                                .keep = keep,
+                                .gather = gather,
+                                .finish = finish};
+  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                    __builtin_cpu_supports("bmi2");
+  return runs ? &kLoops : nullptr;
+}
+
+}  // namespace csfast::avx512

@@ -1,0 +1,12 @@
+#include "loops.h"
+
+namespace csfast::base {
+
+constinit const Loops kLoops{.name = "base",
+                             .quantize = quantize,
+                             .measure = measure,
+                             .keep = keep,
+                             .gather = gather,
+                             .finish = finish};
+
+}  // namespace csfast::base

@@ -1,0 +1,80 @@
+#include "csfast/sense.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/number.h"
+#include "loops.h"
+
+namespace csfast::base {
+namespace {
+
+// The two-bit codes of 32 bytes against 128 activations.
+int32_t dot_pairs(const uint8_t* p, const int8_t* q) {
+  int32_t acc = 0;
+  for (int s = 0; s < 4; ++s) {
+    for (int m = 0; m < 32; ++m) acc += (p[m] >> (2 * s) & 3) * q[32 * s + m];
+  }
+  return acc;
+}
+
+// The one-bit codes of 16 bytes against 128 activations.
+int32_t dot_bits(const uint8_t* p, const int8_t* q) {
+  int32_t acc = 0;
+  for (int m = 0; m < 16; ++m) {
+    for (int i = 0; i < 8; ++i) acc += (p[m] >> i & 1) * q[8 * m + i];
+  }
+  return acc;
+}
+
+int32_t dot_chunk(const uint8_t* p, int bits, const int8_t* q) {
+  if (bits == 1) return dot_bits(p, q);
+  const int32_t low = dot_pairs(p, q);
+  if (bits == 2) return low;
+  return low + 4 * (bits == 3 ? dot_bits(p + 32, q) : dot_pairs(p + 32, q));
+}
+
+}  // namespace
+
+float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept {
+  return dispatch(dtype, [&]<typename T>() {
+    const T* row = static_cast<const T*>(x);
+    float peak = 0.0f;
+    bool finite = true;
+    for (int64_t c = 0; c < d; ++c) {
+      const float e = std::fabs(to_float(row[c]) * equal[c]);
+      finite = finite && e <= std::numeric_limits<float>::max();
+      peak = std::max(peak, e);
+    }
+    std::fill(q, q + chunks_of(d) * kChunk, int8_t{0});
+    if (!finite) return std::numeric_limits<float>::quiet_NaN();
+    if (peak == 0.0f) return 0.0f;
+    const float inverse = 127.0f / peak;
+    for (int64_t c = 0; c < d; ++c) {
+      const float v = std::nearbyint(to_float(row[c]) * equal[c] * inverse);
+      // 127 / peak overflows below 3.7e-37, and then 0 times it is not a number: 0 stays 0.
+      q[c] = v == v ? static_cast<int8_t>(std::clamp(v, -127.0f, 127.0f)) : int8_t{0};
+    }
+    return peak / 127.0f;
+  });
+}
+
+void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+             int64_t batch, int32_t* y, int64_t y_stride) noexcept {
+  for (int64_t b = 0; b < batch; ++b) {
+    const int8_t* row = q + b * chunks * kChunk;
+    int32_t total = 0;
+    for (int64_t c = 0; c < chunks * kChunk; ++c) total += row[c];
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* p = codes + r * chunks * 16 * bits;
+      int32_t acc = 0;
+      for (int64_t k = 0; k < chunks; ++k) {
+        acc += dot_chunk(p + k * 16 * bits, bits, row + k * kChunk);
+      }
+      y[b * y_stride + r] = 2 * acc - ((1 << bits) - 1) * total;
+    }
+  }
+}
+
+}  // namespace csfast::base

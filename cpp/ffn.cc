@@ -1,0 +1,82 @@
+#include "csfast/ffn.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "host.h"
+#include "share.h"
+
+namespace csfast {
+namespace {
+
+void check(const FfnParams& p) {
+  check_neurons("ffn", p.batch, p.n_neurons);
+  check_width("ffn", p.d);
+  check_bits("ffn", p.d, p.bits);
+  check_tile_rows("ffn", p.tile_rows);
+}
+
+void ffn_on_cpu(const FfnParams& p) {
+  const int64_t width = n_tiles_max(p.n_neurons, p.tile_rows);
+  // The two operations never work at the same time, so they share the rest of the workspace.
+  char* at = static_cast<char*>(p.workspace);
+  int32_t* tile = reinterpret_cast<int32_t*>(at);  // (batch, n_tiles_max)
+  at += line_up(p.batch * width * 4);
+  int32_t* n_tiles = reinterpret_cast<int32_t*>(at);  // (batch)
+  at += line_up(p.batch * 4);
+  host::select({.codes = p.codes,
+                .equal = p.equal,
+                .row_scale = p.row_scale,
+                .threshold = p.threshold,
+                .x = p.x,
+                .workspace = at,
+                .tile = tile,
+                .n_tiles = n_tiles,
+                .missed = nullptr,
+                .batch = p.batch,
+                .d = p.d,
+                .n_neurons = p.n_neurons,
+                .bits = p.bits,
+                .tile_rows = p.tile_rows,
+                .dtype = p.dtype});
+  host::execute({.gate = p.gate,
+                 .up = p.up,
+                 .down_t = p.down_t,
+                 .x = p.x,
+                 .tile = tile,
+                 .n_tiles = n_tiles,
+                 .workspace = at,
+                 .out = p.out,
+                 .batch = p.batch,
+                 .d = p.d,
+                 .n_neurons = p.n_neurons,
+                 .tile_rows = p.tile_rows,
+                 .dtype = p.dtype});
+  if (p.stats == nullptr) return;
+  p.stats[0] += p.batch;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    p.stats[1] += int64_t{n_tiles[b]} * p.tile_rows;
+    // The last tile may be short.
+    if (n_tiles[b] > 0 && tile[b * width + n_tiles[b] - 1] == width - 1) {
+      p.stats[1] -= width * p.tile_rows - p.n_neurons;
+    }
+  }
+}
+
+}  // namespace
+
+int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device) {
+  check_neurons("ffn", batch, n_neurons);
+  check_width("ffn", d);
+  if (device == Device::kCuda) return cuda::ffn_workspace(batch, d, n_neurons);
+  return line_up(batch * n_neurons * 4) + line_up(batch * 4) +
+         std::max(host::select_workspace(batch, d, n_neurons), host::execute_workspace(batch, d));
+}
+
+void ffn(const FfnParams& p, Device device, Stream stream) {
+  check(p);
+  if (p.batch == 0) return;
+  device == Device::kCuda ? cuda::ffn(p, stream) : ffn_on_cpu(p);
+}
+
+}  // namespace csfast

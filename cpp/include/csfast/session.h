@@ -1,0 +1,32 @@
+// Session: the layers of a model bound once, so that a token costs one call of plain addresses.
+//
+// Owns no tensor: memory is the caller's, who keeps it alive while the session does.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "csfast/ffn.h"
+#include "csfast/types.h"
+
+namespace csfast {
+
+class Session {
+ public:
+  explicit Session(Device device) : device_(device) {}
+
+  // Takes everything of `layer` but x, out and batch, which each call brings; `batch` is the most
+  // that a call may ask for. Returns the number of the layer.
+  int64_t bind(const FfnParams& layer);
+
+  // x (batch, d) to out (batch, d); `threshold` as bound.
+  void ffn(int64_t layer, const void* x, void* out, int64_t batch, Stream stream) const;
+
+  int64_t n_layers() const { return static_cast<int64_t>(layers_.size()); }
+
+ private:
+  Device device_;
+  std::vector<FfnParams> layers_;
+};
+
+}  // namespace csfast

@@ -1,0 +1,24 @@
+// What every operation of csfast speaks: element types, devices, streams, errors.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+namespace csfast {
+
+enum class DType : uint8_t { kF32, kF16, kBF16 };
+enum class Device : uint8_t { kCpu, kCuda };
+
+// A cudaStream_t, without making every file that passes one include CUDA. Null on the CPU.
+using Stream = void*;
+
+// The backend is missing, or it failed. Wrong arguments are std::invalid_argument instead.
+struct BackendError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+namespace cuda {
+bool available();
+}
+
+}  // namespace csfast

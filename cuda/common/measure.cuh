@@ -1,0 +1,141 @@
+// The integer half of sensing: what one warp reads of the codes and what it makes of them.
+//
+// A lane takes half a chunk at a time, the 64 channels whose 2-bit codes are 16 neighbouring bytes,
+// of several rows at once: the activation is then read once for all of them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/warp.cuh"
+#include "csfast/planes.h"
+
+namespace csfast::cuda {
+
+inline constexpr int kMeasureWarps = 8;
+inline constexpr int kMeasureNeurons = 2;                 // a warp: four rows, four loads in flight
+inline constexpr int kMeasureRows = 2 * kMeasureNeurons;  // gate and up of each
+
+// The codes of one row in one half chunk, as they lie in memory.
+template <int kBits>
+struct HalfChunk {
+  uint4 low;   // bits 2, 3, 4: u & 3 of the half's 64 channels
+  uint4 high;  // bits 4: u >> 2 likewise; bits 1, 3: the 1-bit chunk, both halves
+};
+
+// `chunk` points to 16 * kBits bytes; `half` is 0 or 1.
+template <int kBits>
+__device__ __forceinline__ HalfChunk<kBits> load_half(const uint8_t* chunk, int half) {
+  const uint4* from = reinterpret_cast<const uint4*>(chunk);
+  HalfChunk<kBits> codes{};
+  if constexpr (kBits > 1) codes.low = __ldg(from + half);
+  if constexpr (kBits == 4) codes.high = __ldg(from + 2 + half);
+  if constexpr (kBits == 3) codes.high = __ldg(from + 2);
+  if constexpr (kBits == 1) codes.high = __ldg(from);
+  return codes;
+}
+
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// One byte each: the codes of channels 32 s + 16 half + 4 k .. + 3 of the chunk.
+template <int kBits>
+__device__ __forceinline__ int four_codes(const HalfChunk<kBits>& codes, int half, int s, int k) {
+  uint32_t u = 0;
+  if constexpr (kBits > 1) u = word(codes.low, k) >> (2 * s) & 0x03030303u;
+  if constexpr (kBits == 4) u |= (word(codes.high, k) >> (2 * s) & 0x03030303u) << 2;
+  if constexpr (kBits == 1 || kBits == 3) {
+    const uint32_t nibble = word(codes.high, s) >> (16 * half + 4 * k) & 15u;
+    const uint32_t spread = nibble * 0x00204081u & 0x01010101u;  // bit i to byte i
+    u |= kBits == 3 ? spread << 2 : spread;
+  }
+  return static_cast<int>(u);
+}
+
+// y[b][r] of kBatch activations and the rows at `row`, (kMeasureRows) addresses: in every lane.
+template <int kBits, int kBatch>
+__device__ __forceinline__ void measure(const uint8_t* const (&row)[kMeasureRows], const int8_t* q,
+                                        int64_t chunks, int (&y)[kBatch][kMeasureRows]) {
+  constexpr int kBytes = 16 * kBits;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int dot[kBatch][kMeasureRows] = {};  // sum of u q
+  int sum[kBatch] = {};                // sum of q
+  for (int64_t unit = lane; unit < 2 * chunks; unit += kWarp) {
+    const int64_t chunk = unit / 2;
+    const int half = static_cast<int>(unit % 2);
+    HalfChunk<kBits> codes[kMeasureRows];
+#pragma unroll
+    for (int r = 0; r < kMeasureRows; ++r)
+      codes[r] = load_half<kBits>(row[r] + chunk * kBytes, half);
+
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint4 activation[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int8_t* from = q + (b * chunks + chunk) * kChunk + 32 * s + 16 * half;
+        activation[b] = *reinterpret_cast<const uint4*>(from);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          sum[b] = __dp4a(0x01010101, static_cast<int>(word(activation[b], k)), sum[b]);
+        }
+#pragma unroll
+        for (int r = 0; r < kMeasureRows; ++r) {
+          const int u = four_codes<kBits>(codes[r], half, s, k);
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            dot[b][r] = __dp4a(u, static_cast<int>(word(activation[b], k)), dot[b][r]);
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+    for (int r = 0; r < kMeasureRows; ++r) {
+      y[b][r] = __reduce_add_sync(kFull, 2 * dot[b][r] - ((1 << kBits) - 1) * sum[b]);
+    }
+  }
+}
+
+// Calls write(b, j, y_gate, y_up) once, from one lane, for every row of the batch and every neuron
+// of the calling warp. For a grid of one block per kMeasureWarps * kMeasureNeurons neurons. The
+// codes come from memory once for four rows of the batch, and from the caches for the next four.
+template <int kBits, typename Write>
+__device__ __forceinline__ void measure_neurons(const uint8_t* codes, const int8_t* q,
+                                                int64_t batch, int64_t d, int64_t n_neurons,
+                                                Write write) {
+  const int64_t chunks = chunks_of(d);
+  const int64_t bytes = row_bytes(d, kBits);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t first = (int64_t{blockIdx.x} * kMeasureWarps + warp) * kMeasureNeurons;
+  if (first >= n_neurons) return;
+
+  const uint8_t* row[kMeasureRows];
+#pragma unroll
+  for (int r = 0; r < kMeasureRows; ++r) {  // the last warp may measure its last neuron twice
+    row[r] = codes + (2 * min(first + r / 2, n_neurons - 1) + r % 2) * bytes;
+  }
+  const auto measure_from = [&]<int kBatch>(int64_t b0) {
+    int y[kBatch][kMeasureRows];
+    measure<kBits, kBatch>(row, q + b0 * chunks * kChunk, chunks, y);
+    if (lane != 0) return;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int i = 0; i < kMeasureNeurons; ++i) {
+        if (first + i < n_neurons) write(b0 + b, first + i, y[b][2 * i], y[b][2 * i + 1]);
+      }
+    }
+  };
+  int64_t b = 0;
+  for (; b + 4 <= batch; b += 4) measure_from.template operator()<4>(b);
+  for (; b < batch; ++b) measure_from.template operator()<1>(b);
+}
+
+}  // namespace csfast::cuda

@@ -1,0 +1,49 @@
+// Stands in for every cuda/*.cu when csfast is built without CUDA.
+#include <string>
+
+#include "csfast/execute.h"
+#include "csfast/ffn.h"
+#include "csfast/recover.h"
+#include "csfast/select.h"
+#include "csfast/sense.h"
+#include "csfast/tile.h"
+
+namespace csfast::cuda {
+namespace {
+[[noreturn]] void missing(const char* op) {
+  throw BackendError(std::string("[") + op + "] csfast was built without CUDA.");
+}
+}  // namespace
+
+bool available() {
+  return false;
+}
+void sense(const SenseParams&, Stream) {
+  missing("sense");
+}
+void recover(const RecoverParams&, Stream) {
+  missing("recover");
+}
+void tile(const TileParams&, Stream) {
+  missing("tile");
+}
+int64_t execute_workspace(int64_t, int64_t, int64_t) {
+  missing("execute");
+}
+void execute(const ExecuteParams&, Stream) {
+  missing("execute");
+}
+int64_t select_workspace(int64_t, int64_t, int64_t) {
+  missing("select");
+}
+void select(const SelectParams&, Stream) {
+  missing("select");
+}
+int64_t ffn_workspace(int64_t, int64_t, int64_t) {
+  missing("ffn");
+}
+void ffn(const FfnParams&, Stream) {
+  missing("ffn");
+}
+
+}  // namespace csfast::cuda

@@ -1,0 +1,46 @@
+#include "csfast/execute.h"
+
+#include "call.h"
+
+using namespace nb::literals;
+
+namespace {
+
+void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb::handle tiles,
+             nb::handle n_tiles, int tile_rows, nb::handle workspace, nb::handle out,
+             uintptr_t stream) {
+  Call call("execute");
+  Size batch{"batch"}, d{"d"}, n{"n_neurons"};
+  csfast::ExecuteParams p{};
+  p.x = call.in_type(x, "x", {&batch, &d});
+  p.gate = call.in_type(gate, "gate", {&n, &d});
+  p.up = call.in_type(up, "up", {&n, &d});
+  p.down_t = call.in_type(down_t, "down_t", {&n, &d});
+  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(n, tile_rows) : -1};
+  p.tile = call.in<int32_t>(tiles, "tile", {&batch, &width});
+  p.n_tiles = call.in<int32_t>(n_tiles, "n_tiles", {&batch});
+  p.out = call.out_type(out, "out", {&batch, &d});
+  p.workspace = call.workspace(workspace, csfast::execute_workspace(batch, d, n, call.device()));
+  p.batch = batch;
+  p.d = d;
+  p.n_neurons = n;
+  p.tile_rows = tile_rows;
+  p.dtype = call.dtype();
+  unlocked([&] { csfast::execute(p, call.device(), stream_of(stream)); });
+}
+
+int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda) {
+  return csfast::execute_workspace(batch, d, n_neurons,
+                                   cuda ? csfast::Device::kCuda : csfast::Device::kCpu);
+}
+
+}  // namespace
+
+void bind_execute(nb::module_& m) {
+  m.def("execute", &execute, "gate"_a, "up"_a, "down_t"_a, "x"_a, "tile"_a, "n_tiles"_a,
+        "tile_rows"_a, "workspace"_a, "out"_a, "stream"_a,
+        nb::sig("def execute(gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, "
+                "x: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, "
+                "workspace: torch.Tensor, out: torch.Tensor, stream: int) -> None"));
+  m.def("execute_workspace", &execute_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
+}

@@ -1,0 +1,129 @@
+"""The problems that the operations must solve: tests check each, ``csfast bench`` times some.
+
+Everything is made on the CPU from a seed and then moved, so that all devices get the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from . import planes
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The tensors of one feed-forward layer, its codes, and a batch of activations."""
+
+    codes: Tensor  # (n_neurons, 2, chunks, 16 * bits) uint8
+    equal: Tensor  # (d,) float32
+    row_scale: Tensor  # (n_neurons, 2) float32, the norm of the down row folded into [:, 1]
+    gate: Tensor  # (n_neurons, d) T
+    up: Tensor  # (n_neurons, d) T
+    down_t: Tensor  # (n_neurons, d) T
+    x: Tensor  # (batch, d) T
+    bits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of a problem, and how to make one."""
+
+    name: str
+    batch: int
+    d: int
+    n_neurons: int
+
+    def make(self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0) -> Problem:
+        """Make a layer like a trained one: its channels differ in size by factors of up to 8.
+
+        Args:
+            dtype: T, of the weights and the activations.
+            device: Where the tensors shall be.
+            bits: Width of the codes, 1 to 4.
+            seed: Of the random numbers.
+        """
+        g = torch.Generator().manual_seed(seed)
+        gain = torch.exp2(torch.rand(self.d, generator=g) * 3)
+        x = torch.randn(self.batch, self.d, generator=g) * gain
+        gate, up = (
+            torch.randn(self.n_neurons, self.d, generator=g) / (gain * self.d**0.5)
+            for _ in range(2)
+        )
+        down_t = torch.randn(self.n_neurons, self.d, generator=g) / self.n_neurons**0.5
+        return _problem((gate, up, down_t, x), planes.equalizer(gain.square()), dtype, device, bits)
+
+    def make_exact(
+        self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0
+    ) -> Problem:
+        """Make a layer of small integers, on which `execute` has nothing to round but its output.
+
+        The gate of a neuron is at least 248 or at most -248, so that silu is the identity or zero
+        in float32. Every sum stays below 2^24 up to 4000 neurons. Arguments are those of `make`.
+        """
+        g = torch.Generator().manual_seed(seed)
+        x = _signs(g, self.batch, self.d, 2)
+        gate = _sparse(g, self.n_neurons, self.d, 4)
+        up = _sparse(g, self.n_neurons, self.d, 4)
+        # Channel 0 decides: 8 * 32 = 256, and four others of at most 2 each.
+        x[:, 0] = 8
+        gate[:, 0] = 32 * _signs(g, self.n_neurons, 1, 1)[:, 0]
+        down_t = _signs(g, self.n_neurons, self.d, 1)
+        return _problem((gate, up, down_t, x), torch.ones(self.d), dtype, device, bits)
+
+    def sense_bytes(self, bits: int) -> int:
+        """Least bytes that `sense` and `select` read."""
+        return planes.n_bytes(self.n_neurons, self.d, bits)
+
+    def execute_bytes(self, itemsize: int, density: float) -> int:
+        """Least bytes that `execute` reads of the weights for one row, or for rows that agree."""
+        return 3 * self.d * itemsize * round(density * self.n_neurons)
+
+
+def _problem(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    equal: Tensor,
+    dtype: torch.dtype,
+    device: str,
+    bits: int,
+) -> Problem:
+    gate, up, down_t, x = (t.to(dtype) for t in tensors)
+    scales = [planes.fit_scale(w, equal, bits) for w in (gate, up)]
+    codes = [planes.encode(w, equal, s, bits) for w, s in zip((gate, up), scales, strict=True)]
+    norm = down_t.float().norm(dim=1)
+    return Problem(
+        codes=torch.stack(codes, dim=1).to(device),
+        equal=equal.to(device),
+        row_scale=torch.stack([scales[0], scales[1] * norm], dim=1).to(device),
+        gate=gate.to(device),
+        up=up.to(device),
+        down_t=down_t.to(device),
+        x=x.to(device),
+        bits=bits,
+    )
+
+
+def _signs(g: torch.Generator, rows: int, columns: int, most: int) -> Tensor:
+    """Integers of magnitude 1 to `most`."""
+    sign = 2.0 * torch.randint(0, 2, (rows, columns), generator=g) - 1
+    return sign * torch.randint(1, most + 1, (rows, columns), generator=g)
+
+
+def _sparse(g: torch.Generator, rows: int, columns: int, filled: int) -> Tensor:
+    """Rows of zeros with `filled` entries of -1 or 1, at columns drawn with replacement."""
+    out = torch.zeros(rows, columns)
+    at = torch.randint(0, columns, (rows, filled), generator=g)
+    return out.scatter_(1, at, _signs(g, rows, filled, 1))
+
+
+CASES = (
+    Case("smallest", batch=1, d=1, n_neurons=1),
+    Case("ragged", batch=3, d=33, n_neurons=7),
+    Case("off_tile", batch=3, d=200, n_neurons=77),
+    Case("empty_batch", batch=0, d=64, n_neurons=8),
+    Case("demo_layer", batch=1, d=384, n_neurons=1152),
+    Case("demo_layer_batch", batch=16, d=384, n_neurons=1152),
+)
+LARGE = Case("large", batch=1, d=2048, n_neurons=8192)

@@ -1,0 +1,715 @@
+"""The kernels, as functions of torch tensors.
+
+Each function here is one C++ operation of the same name, which is also registered with torch as
+``torch.ops.csfast.<name>``, so that it works under ``torch.compile``. The only logic is to allocate
+what an operation writes and to hand over the current stream; C++ checks types, shapes and devices.
+
+All tensors of a call are contiguous and on one device, the CPU or CUDA. T is one of float32,
+float16 and bfloat16, the same for every tensor of a call that has it. A tensor that does not fit
+raises ``TypeError`` for its dtype or layout and ``ValueError`` for its shape, device or values; a
+device without a backend raises `BackendError`. On CUDA the calls are asynchronous, and values
+inside tensors (indices, budgets) are not checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._native import BackendError, cuda_available, isa
+
+__all__ = [
+    "BackendError",
+    "Session",
+    "Support",
+    "TileList",
+    "backend_info",
+    "cuda_available",
+    "execute",
+    "ffn",
+    "isa",
+    "recover",
+    "select",
+    "sense",
+    "tile",
+]
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """Which neurons matter to each row of a batch, from `recover`."""
+
+    index: Tensor  # (batch, n_neurons) int32, ascending up to count, 0 beyond
+    count: Tensor  # (batch,) int32
+    usage: Tensor  # (batch, n_neurons) float32: what the measurements promise
+    missed: Tensor  # (batch,) float32: sum of usage^2 over the neurons that are not in it
+
+
+@dataclasses.dataclass(frozen=True)
+class TileList:
+    """Which blocks of neurons each row of a batch reads, from `tile` or `select`."""
+
+    tile: Tensor  # (batch, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
+    n_tiles: Tensor  # (batch,) int32
+    tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
+
+
+def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """Measure every neuron's gate and up row by few-bit codes, exactly in integers.
+
+    Args:
+        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8, see `planes.pack`.
+        equal: Channel equaliser, ``(d,)``, float32.
+        x: Activations, ``(batch, d)``, T.
+        bits: Width of a code, 1 to 4.
+
+    Returns:
+        Measurements ``(batch, n_neurons, 2)``, int32, gate then up, and the scale of each row,
+        ``(batch,)``, float32: 0 for a row of zeros, not-a-number for one that is not finite.
+
+    Raises:
+        ValueError: The shapes do not fit together, or int32 could overflow.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors("sense", codes=codes, equal=equal, x=x)
+    _check_ints("sense", bits=bits)
+    y, scale = torch.ops.csfast.sense.default(codes, equal, x, bits)
+    return y, scale
+
+
+def recover(
+    y: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    *,
+    threshold: Tensor | None = None,
+    budget: Tensor | None = None,
+) -> Support:
+    """Decide from the measurements which neurons matter, by threshold or as the top of a budget.
+
+    A usage or threshold that is not a number keeps the neuron; a scale that is not finite keeps
+    every neuron. Ties at the end of a budget go to the lower index, not-a-number ranks with
+    infinity.
+
+    Args:
+        y: Measurements, ``(batch, n_neurons, 2)``, int32.
+        scale: Scale of each row, ``(batch,)``, float32.
+        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32; the second holds the norm
+            of the neuron's down row as well.
+        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
+        budget: Neurons to keep, ``(batch,)``, int32, each in ``[0, n_neurons]``. Exactly one of
+            threshold and budget is given.
+
+    Returns:
+        The support.
+
+    Raises:
+        ValueError: The shapes do not fit together, a budget is out of range, or not exactly one of
+            threshold and budget is given.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    limit = budget if threshold is None else threshold
+    if limit is None or (threshold is not None and budget is not None):
+        given = "neither" if limit is None else "both"
+        raise ValueError(f"[recover] {given} of threshold and budget: want exactly one.")
+    _check_tensors("recover", y=y, scale=scale, row_scale=row_scale, limit=limit)
+    return Support(
+        *torch.ops.csfast.recover.default(y, scale, row_scale, limit, budget is not None)
+    )
+
+
+def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
+    """Turn a support of neurons into the blocks of weights that hold them.
+
+    Args:
+        index: Neurons, ``(batch, n_neurons)``, int32, ascending up to `count`.
+        count: Neurons of each row, ``(batch,)``, int32.
+        tile_rows: Neurons a tile, at least 1.
+
+    Returns:
+        The tile list.
+
+    Raises:
+        ValueError: The shapes do not fit together, or the indices do not ascend within range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors("tile", index=index, count=count)
+    _check_ints("tile", tile_rows=tile_rows)
+    tiles, n_tiles = torch.ops.csfast.tile.default(index, count, tile_rows)
+    return TileList(tiles, n_tiles, tile_rows)
+
+
+def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
+    """Run the gated feed-forward layer on the neurons of a tile list.
+
+    Deterministic: equal inputs give equal bits, whatever the number of threads.
+
+    Args:
+        gate: Gate projection, ``(n_neurons, d)``, T.
+        up: Up projection, ``(n_neurons, d)``, T.
+        down_t: Transposed down projection, ``(n_neurons, d)``, T.
+        x: Activations, ``(batch, d)``, T.
+        tiles: What each row reads.
+
+    Returns:
+        Output, ``(batch, d)``, T; zeros where the list is empty.
+
+    Raises:
+        ValueError: The shapes do not fit together, or the tiles do not ascend within range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors(
+        "execute", gate=gate, up=up, down_t=down_t, x=x, tile=tiles.tile, n_tiles=tiles.n_tiles
+    )
+    _check_ints("execute", tile_rows=tiles.tile_rows)
+    out: Tensor = torch.ops.csfast.execute.default(
+        gate, up, down_t, x, tiles.tile, tiles.n_tiles, tiles.tile_rows
+    )
+    return out
+
+
+def select(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    *,
+    bits: int,
+    tile_rows: int = 1,
+) -> tuple[TileList, Tensor]:
+    """Sense, recover by threshold and tile, in one pass over the codes.
+
+    Args:
+        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        equal: Channel equaliser, ``(d,)``, float32.
+        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
+        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
+        x: Activations, ``(batch, d)``, T.
+        bits: Width of a code, 1 to 4.
+        tile_rows: Neurons a tile, at least 1.
+
+    Returns:
+        The tile list, equal entry for entry to that of the three operations, and the usage missed,
+        ``(batch,)``, float32.
+
+    Raises:
+        ValueError: The shapes do not fit together, or int32 could overflow.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors(
+        "select", codes=codes, equal=equal, row_scale=row_scale, threshold=threshold, x=x
+    )
+    _check_ints("select", bits=bits, tile_rows=tile_rows)
+    tiles, n_tiles, missed = torch.ops.csfast.select.default(
+        codes, equal, row_scale, threshold, x, bits, tile_rows
+    )
+    return TileList(tiles, n_tiles, tile_rows), missed
+
+
+def ffn(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    *,
+    bits: int,
+    tile_rows: int = 1,
+    stats: Tensor | None = None,
+) -> Tensor:
+    """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
+
+    Args:
+        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        equal: Channel equaliser, ``(d,)``, float32.
+        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
+        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
+        gate: Gate projection, ``(n_neurons, d)``, T.
+        up: Up projection, ``(n_neurons, d)``, T.
+        down_t: Transposed down projection, ``(n_neurons, d)``, T.
+        x: Activations, ``(batch, d)``, T.
+        bits: Width of a code, 1 to 4.
+        tile_rows: Neurons a tile, at least 1.
+        stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
+
+    Returns:
+        Output, ``(batch, d)``, T.
+
+    Raises:
+        ValueError: The shapes do not fit together, or int32 could overflow.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors(
+        "ffn",
+        codes=codes,
+        equal=equal,
+        row_scale=row_scale,
+        threshold=threshold,
+        gate=gate,
+        up=up,
+        down_t=down_t,
+        x=x,
+        **({} if stats is None else {"stats": stats}),
+    )
+    _check_ints("ffn", bits=bits, tile_rows=tile_rows)
+    out: Tensor = torch.ops.csfast.ffn.default(
+        codes, equal, row_scale, threshold, gate, up, down_t, x, bits, tile_rows, stats
+    )
+    return out
+
+
+class Session:
+    """The layers of a model, bound once, so that a token costs one call of plain addresses.
+
+    Keeps what is bound alive, and one workspace for each size of layer. Calls of one session must
+    not overlap: they share that workspace.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Open a session for tensors on `device`, the CPU or one CUDA device.
+
+        Raises:
+            ValueError: The device is of another kind.
+        """
+        self._device = torch.device(device)
+        if self._device.type not in ("cpu", "cuda"):
+            raise ValueError(f"[session] device = {device}: want cpu or cuda.")
+        self._cuda = self._device.type == "cuda"
+        self._native = _native.Session(self._cuda)
+        self._bound: list[tuple[Tensor | None, ...]] = []
+        self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
+        self._workspaces: dict[int, Tensor] = {}
+
+    def bind(
+        self,
+        *,
+        codes: Tensor,
+        equal: Tensor,
+        row_scale: Tensor,
+        threshold: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down_t: Tensor,
+        bits: int,
+        max_batch: int,
+        tile_rows: int = 1,
+        stats: Tensor | None = None,
+    ) -> int:
+        """Check the tensors of one layer and take them over.
+
+        Args:
+            codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+            equal: Channel equaliser, ``(d,)``, float32.
+            row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32.
+            threshold: Usage from which a neuron is kept, ``(max_batch,)``, float32. Read at every
+                call, so writing to it changes what later calls keep.
+            gate: Gate projection, ``(n_neurons, d)``, T.
+            up: Up projection, ``(n_neurons, d)``, T.
+            down_t: Transposed down projection, ``(n_neurons, d)``, T.
+            bits: Width of a code, 1 to 4.
+            max_batch: The most rows that a call may bring.
+            tile_rows: Neurons a tile, at least 1.
+            stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
+
+        Returns:
+            The number of the layer.
+
+        Raises:
+            ValueError: The shapes do not fit together, or a tensor is on another device.
+            TypeError: A tensor has another dtype or is not contiguous.
+            BackendError: The device has no csfast backend.
+        """
+        tensors = {
+            "codes": codes,
+            "equal": equal,
+            "row_scale": row_scale,
+            "threshold": threshold,
+            "gate": gate,
+            "up": up,
+            "down_t": down_t,
+            **({} if stats is None else {"stats": stats}),
+        }
+        _check_tensors("session", **tensors)
+        _check_ints("session", bits=bits, tile_rows=tile_rows, max_batch=max_batch)
+        if gate.device.type != self._device.type:
+            raise ValueError(f"[session] gate is on {gate.device}: want {self._device}.")
+        if gate.dim() != 2 or threshold.shape != (max_batch,):
+            raise ValueError(
+                f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
+                f"(n_neurons, d) and (max_batch = {max_batch},)."
+            )
+        n_bytes = _native.ffn_workspace(max_batch, gate.shape[1], gate.shape[0], self._cuda)
+        workspace = self._workspaces.get(n_bytes)
+        if workspace is None:
+            workspace = torch.empty(n_bytes, dtype=torch.uint8, device=gate.device)
+        layer = self._native.bind(
+            codes.detach(),
+            equal.detach(),
+            row_scale.detach(),
+            threshold.detach(),
+            gate.detach(),
+            up.detach(),
+            down_t.detach(),
+            bits,
+            tile_rows,
+            stats,
+            workspace,
+            self._cuda,
+        )
+        self._workspaces[n_bytes] = workspace
+        self._bound.append((codes, equal, row_scale, threshold, gate, up, down_t, stats))
+        self._rows.append((gate.dtype, gate.shape[1]))
+        return layer
+
+    def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
+        """Run one bound layer: x ``(batch, d)`` to out ``(batch, d)``, both T and contiguous.
+
+        Raises:
+            ValueError: No such layer, another shape or device, or more rows than it was bound for.
+            TypeError: Another dtype, or not contiguous.
+            BackendError: The device failed.
+        """
+        if not 0 <= layer < len(self._rows):
+            raise ValueError(f"[session] layer = {layer}: want one of {len(self._rows)} bound.")
+        dtype, d = self._rows[layer]
+        batch = x.shape[0]
+        if x.shape != (batch, d) or out.shape != x.shape:
+            raise ValueError(
+                f"[session] x {tuple(x.shape)}, out {tuple(out.shape)}: want (batch, d = {d})."
+            )
+        if x.dtype is not dtype or out.dtype is not dtype:
+            raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
+        if not (x.is_contiguous() and out.is_contiguous()):
+            raise TypeError("[session] x or out has other strides: want contiguous tensors.")
+        if x.device.type != self._device.type or out.device != x.device:
+            raise ValueError(
+                f"[session] x on {x.device}, out on {out.device}: want {self._device}."
+            )
+        stream = _stream(x) if self._cuda else 0
+        self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream)
+
+
+def backend_info() -> dict[str, str]:
+    """Say what this build can run here: its instruction set, and whether there is CUDA."""
+    if cuda_available():
+        cuda = "available"
+    else:
+        try:
+            _native.select_workspace(1, 1, 1, True)
+            cuda = "built, but no device was found"
+        except BackendError:
+            cuda = "not built"
+    return {"isa": isa(), "cuda": cuda}
+
+
+def _check_tensors(op: str, **tensors: Tensor) -> None:
+    """Refuse what torch could not even dispatch: no tensor, no plain memory, several devices."""
+    first: torch.device | None = None
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"[{op}] {name} is a {type(value).__name__}: want a torch.Tensor.")
+        if value.layout != torch.strided:
+            raise TypeError(f"[{op}] {name} is {value.layout}: want a strided tensor.")
+        if value.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"[{op}] {name} is on {value.device}: want cpu or cuda.")
+        first = first or value.device
+        if value.device != first:
+            raise ValueError(
+                f"[{op}] {name} is on {value.device}, the tensors before it on {first}: want all "
+                "tensors of a call on one device."
+            )
+
+
+def _check_ints(op: str, **values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"[{op}] {name} is a {type(value).__name__}: want an int.")
+        if not 0 <= value <= _INT32_MAX:
+            raise ValueError(f"[{op}] {name} = {value}: want 0 to 2^31 - 1.")
+
+
+def _sizes(op: str, rows: Tensor, neurons: Tensor, n_axes: int) -> tuple[int, int, int]:
+    """Sizes (batch, d, n_neurons) of what an operation will allocate, refused where absurd."""
+    if rows.dim() != 2 or neurons.dim() != n_axes:
+        raise ValueError(
+            f"[{op}] tensors of {rows.dim()} and {neurons.dim()} axes: want 2 for x and {n_axes} "
+            "for what has a row a neuron."
+        )
+    batch, d, n_neurons = rows.shape[0], rows.shape[1], neurons.shape[0]
+    _check_total(op, batch, n_neurons)
+    return batch, d, n_neurons
+
+
+def _check_total(op: str, batch: int, n_neurons: int) -> None:
+    if batch > 65535 or n_neurons * max(batch, 1) > _INT32_MAX:
+        raise ValueError(
+            f"[{op}] batch = {batch} rows of {n_neurons} neurons: want at most 65535 rows and "
+            "fewer than 2^31 neurons in all."
+        )
+
+
+def _n_tiles_max(op: str, n_neurons: int, tile_rows: int) -> int:
+    if tile_rows < 1:
+        raise ValueError(f"[{op}] tile_rows = {tile_rows}: want at least 1.")
+    return -(-n_neurons // tile_rows)
+
+
+def _stream(x: Tensor) -> int:
+    """The current CUDA stream of the tensor's device, or 0 on the CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def _sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    batch, d, _ = _sizes("sense", x, codes, 4)
+    y, scale = _fake_sense(codes, equal, x, bits)
+    q = x.new_empty((batch, -(-d // 128) * 128), dtype=torch.int8)
+    codes, equal, x = _plain(codes, equal, x)
+    _native.sense(codes, equal, x, bits, q, y, scale, _stream(x))
+    return y, scale
+
+
+def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    batch, _, n_neurons = _sizes("sense", x, codes, 4)
+    y = x.new_empty((batch, n_neurons, 2), dtype=torch.int32)
+    return y, x.new_empty((batch,), dtype=torch.float32)
+
+
+def _recover(
+    y: Tensor, scale: Tensor, row_scale: Tensor, limit: Tensor, top: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index, count, usage, missed = _fake_recover(y, scale, row_scale, limit, top)
+    y, scale, row_scale, limit = _plain(y, scale, row_scale, limit)
+    _native.recover(y, scale, row_scale, limit, top, usage, index, count, missed, _stream(y))
+    return index, count, usage, missed
+
+
+def _fake_recover(
+    y: Tensor, scale: Tensor, row_scale: Tensor, limit: Tensor, top: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if y.dim() != 3:
+        raise ValueError(f"[recover] y has {y.dim()} axes: want (batch, n_neurons, 2).")
+    batch, n_neurons = y.shape[0], y.shape[1]
+    _check_total("recover", batch, n_neurons)
+    return (
+        y.new_zeros((batch, n_neurons), dtype=torch.int32),
+        y.new_empty((batch,), dtype=torch.int32),
+        y.new_empty((batch, n_neurons), dtype=torch.float32),
+        y.new_empty((batch,), dtype=torch.float32),
+    )
+
+
+def _tile(index: Tensor, count: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
+    tiles, n_tiles = _fake_tile(index, count, tile_rows)
+    _native.tile(index, count, tile_rows, tiles, n_tiles, _stream(index))
+    return tiles, n_tiles
+
+
+def _fake_tile(index: Tensor, count: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
+    if index.dim() != 2:
+        raise ValueError(f"[tile] index has {index.dim()} axes: want (batch, n_neurons).")
+    batch, n_neurons = index.shape
+    _check_total("tile", batch, n_neurons)
+    width = _n_tiles_max("tile", n_neurons, tile_rows)
+    return (
+        index.new_zeros((batch, width), dtype=torch.int32),
+        index.new_empty((batch,), dtype=torch.int32),
+    )
+
+
+def _execute(
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    n_tiles: Tensor,
+    tile_rows: int,
+) -> Tensor:
+    batch, d, n_neurons = _sizes("execute", x, gate, 2)
+    workspace = _workspace(_native.execute_workspace(batch, d, n_neurons, x.is_cuda), x)
+    gate, up, down_t, x = _plain(gate, up, down_t, x)
+    out = x.new_empty((batch, d))
+    _native.execute(gate, up, down_t, x, tiles, n_tiles, tile_rows, workspace, out, _stream(x))
+    return out
+
+
+def _fake_execute(
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    n_tiles: Tensor,
+    tile_rows: int,
+) -> Tensor:
+    batch, d, _ = _sizes("execute", x, gate, 2)
+    return x.new_empty((batch, d))
+
+
+def _select(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    bits: int,
+    tile_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiles, n_tiles, missed = _fake_select(codes, equal, row_scale, threshold, x, bits, tile_rows)
+    batch, d, n_neurons = _sizes("select", x, codes, 4)
+    workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
+    codes, equal, row_scale, threshold, x = _plain(codes, equal, row_scale, threshold, x)
+    _native.select(
+        codes,
+        equal,
+        row_scale,
+        threshold,
+        x,
+        bits,
+        tile_rows,
+        workspace,
+        tiles,
+        n_tiles,
+        missed,
+        _stream(x),
+    )
+    return tiles, n_tiles, missed
+
+
+def _fake_select(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    bits: int,
+    tile_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, n_neurons = _sizes("select", x, codes, 4)
+    width = _n_tiles_max("select", n_neurons, tile_rows)
+    return (
+        x.new_zeros((batch, width), dtype=torch.int32),
+        x.new_empty((batch,), dtype=torch.int32),
+        x.new_empty((batch,), dtype=torch.float32),
+    )
+
+
+def _ffn(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    bits: int,
+    tile_rows: int,
+    stats: Tensor | None = None,
+) -> Tensor:
+    batch, d, n_neurons = _sizes("ffn", x, codes, 4)
+    workspace = _workspace(_native.ffn_workspace(batch, d, n_neurons, x.is_cuda), x)
+    codes, equal, row_scale, threshold = _plain(codes, equal, row_scale, threshold)
+    gate, up, down_t, x = _plain(gate, up, down_t, x)
+    out = x.new_empty((batch, d))
+    _native.ffn(
+        codes,
+        equal,
+        row_scale,
+        threshold,
+        gate,
+        up,
+        down_t,
+        x,
+        bits,
+        tile_rows,
+        stats,
+        workspace,
+        out,
+        _stream(x),
+    )
+    return out
+
+
+def _fake_ffn(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    bits: int,
+    tile_rows: int,
+    stats: Tensor | None = None,
+) -> Tensor:
+    batch, d, _ = _sizes("ffn", x, codes, 4)
+    return x.new_empty((batch, d))
+
+
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    """Without autograd, which refuses to show its tensors to other libraries."""
+    return [t.detach() for t in tensors]
+
+
+def _workspace(n_bytes: int, like: Tensor) -> Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device=like.device)
+
+
+# Lives as long as the module: torch forgets the operations of a library that is collected.
+_LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"csfast::{name}", fake, lib=_LIBRARY)
+
+
+_register(
+    "sense(Tensor codes, Tensor equal, Tensor x, int bits) -> (Tensor, Tensor)", _sense, _fake_sense
+)
+_register(
+    "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _recover,
+    _fake_recover,
+)
+_register("tile(Tensor index, Tensor count, int tile_rows) -> (Tensor, Tensor)", _tile, _fake_tile)
+_register(
+    "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
+    " int tile_rows) -> Tensor",
+    _execute,
+    _fake_execute,
+)
+_register(
+    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int bits,"
+    " int tile_rows) -> (Tensor, Tensor, Tensor)",
+    _select,
+    _fake_select,
+)
+_register(
+    "ffn(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate, Tensor up,"
+    " Tensor down_t, Tensor x, int bits, int tile_rows, Tensor(a!)? stats=None) -> Tensor",
+    _ffn,
+    _fake_ffn,
+)

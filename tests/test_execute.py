@@ -1,0 +1,203 @@
+import pytest
+import torch
+from csfast import ops, reference
+from csfast.cases import CASES, LARGE
+from numeric import assert_within, execute_tolerance, mask_of, split_tiles
+
+
+def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    width = -(-n_neurons // tile_rows)
+    masks = torch.rand(batch, width, generator=g) < density
+    tile = torch.full((batch, width), -7, dtype=torch.int32)
+    for row, mask in enumerate(masks):
+        chosen = mask.nonzero().flatten().to(torch.int32)
+        tile[row, : len(chosen)] = chosen
+    return ops.TileList(tile.to(device), masks.sum(dim=1).to(torch.int32).to(device), tile_rows)
+
+
+def check(p, tiles):
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    want = reference.execute(
+        p.gate,
+        p.up,
+        p.down_t,
+        p.x,
+        split_tiles(tiles.tile, tiles.n_tiles),
+        tile_rows=tiles.tile_rows,
+    )
+    mask = mask_of(tiles.tile, tiles.n_tiles, tiles.tile_rows, p.gate.shape[0])
+    assert got.dtype == p.x.dtype
+    assert_within(got, want, execute_tolerance(p.gate, p.up, p.down_t, p.x, mask))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("tile_rows", [1, 3, 16])
+def test_matches_reference(case, tile_rows, dtype, device):
+    p = case.make(dtype, device)
+    check(p, tiles_of(case.batch, case.n_neurons, device, tile_rows=tile_rows))
+
+
+def test_matches_reference_on_a_large_layer(device):
+    g = torch.Generator().manual_seed(0)
+    gate, up, down_t = (
+        (torch.randn(LARGE.n_neurons, LARGE.d, generator=g) / LARGE.d**0.5).to(
+            device, torch.bfloat16
+        )
+        for _ in range(3)
+    )
+    x = torch.randn(1, LARGE.d, generator=g).to(device, torch.bfloat16)
+    tiles = tiles_of(1, LARGE.n_neurons, device, density=0.25)
+    got = ops.execute(gate, up, down_t, x, tiles)
+    chosen = split_tiles(tiles.tile, tiles.n_tiles)[0]
+    gate, up, down_t = gate[chosen], up[chosen], down_t[chosen]
+    everything = torch.arange(len(chosen), device=device)
+    want = reference.execute(gate, up, down_t, x, [everything], tile_rows=1)
+    mask = torch.ones(1, len(chosen), dtype=torch.bool, device=device)
+    assert_within(got, want, execute_tolerance(gate, up, down_t, x, mask))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_is_exact_on_integers(case, density, dtype, device):
+    """Rounding cannot excuse a lost term here: gates are so large that silu only passes or blocks."""
+    p = case.make_exact(dtype, device)
+    tiles = tiles_of(case.batch, case.n_neurons, device, density=density)
+    mask = mask_of(tiles.tile, tiles.n_tiles, 1, case.n_neurons)
+    xd, gate, up, down = (t.double() for t in (p.x, p.gate, p.up, p.down_t))
+    a = torch.relu(xd @ gate.T) * (xd @ up.T) * mask
+    want = a @ down
+    assert (a.abs() @ down.abs() < 2**24).all()
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    assert torch.equal(got, want.float().to(dtype))
+
+
+def test_full_support_is_the_dense_layer(dtype, device):
+    case = CASES[5]
+    p = case.make(dtype, device)
+    tiles = tiles_of(case.batch, case.n_neurons, device, density=2.0)
+    xd = p.x.double()
+    a = torch.nn.functional.silu(xd @ p.gate.double().T) * (xd @ p.up.double().T)
+    mask = torch.ones(case.batch, case.n_neurons, dtype=torch.bool, device=device)
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    assert_within(got, a @ p.down_t.double(), execute_tolerance(p.gate, p.up, p.down_t, p.x, mask))
+
+
+def test_is_linear_in_the_down_projection(device):
+    """Powers of two and signs commute with every rounding, so this holds bit for bit."""
+    case = CASES[2]
+    p = case.make(torch.float32, device)
+    tiles = tiles_of(3, case.n_neurons, device)
+    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    assert torch.equal(ops.execute(p.gate, p.up, -4 * p.down_t, p.x, tiles), -4 * out)
+    assert torch.equal(ops.execute(p.gate, -0.5 * p.up, p.down_t, p.x, tiles), -0.5 * out)
+
+
+def test_a_support_in_two_parts_adds_up(device):
+    case = CASES[4]
+    p = case.make(torch.float32, device)
+    whole = tiles_of(1, case.n_neurons, device, density=0.5)
+    chosen = whole.tile[0, : whole.n_tiles[0]]
+    parts = []
+    for part in (chosen[::2], chosen[1::2]):
+        tile = torch.zeros_like(whole.tile)
+        tile[0, : len(part)] = part
+        count = torch.tensor([len(part)], dtype=torch.int32, device=device)
+        parts.append(ops.execute(p.gate, p.up, p.down_t, p.x, ops.TileList(tile, count, 1)))
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, whole)
+    mask = mask_of(whole.tile, whole.n_tiles, 1, case.n_neurons)
+    tolerance = 3 * execute_tolerance(p.gate, p.up, p.down_t, p.x, mask)
+    assert_within(parts[0] + parts[1], got.double(), tolerance)
+
+
+def test_permuting_the_batch_permutes_the_result(dtype, device):
+    case = CASES[5]
+    p = case.make(dtype, device)
+    tiles = tiles_of(16, case.n_neurons, device)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).to(device)
+    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    permuted = ops.execute(
+        p.gate,
+        p.up,
+        p.down_t,
+        p.x[order].contiguous(),
+        ops.TileList(tiles.tile[order].contiguous(), tiles.n_tiles[order].contiguous(), 1),
+    )
+    assert torch.equal(out[order], permuted)
+
+
+def test_a_row_does_not_depend_on_its_batch(dtype, device):
+    case = CASES[5]
+    p = case.make(dtype, device)
+    tiles = tiles_of(16, case.n_neurons, device)
+    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    alone = ops.execute(
+        p.gate, p.up, p.down_t, p.x[4:5], ops.TileList(tiles.tile[4:5], tiles.n_tiles[4:5], 1)
+    )
+    assert torch.equal(out[4:5], alone)
+
+
+def test_empty_support_gives_zeros(dtype, device):
+    p = CASES[2].make(dtype, device)
+    tiles = tiles_of(3, 77, device, density=0.0)
+    assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), torch.zeros_like(p.x))
+
+
+def test_zero_activation_gives_zeros(dtype, device):
+    p = CASES[2].make(dtype, device)
+    tiles = tiles_of(3, 77, device)
+    out = ops.execute(p.gate, p.up, p.down_t, torch.zeros_like(p.x), tiles)
+    assert not out.any()
+
+
+def test_not_a_number_passes_through(dtype, device):
+    p = CASES[2].make(dtype, device)
+    tiles = tiles_of(3, 77, device)
+    x = p.x.clone()
+    x[1, 5] = float("nan")
+    out = ops.execute(p.gate, p.up, p.down_t, x, tiles)
+    assert out[1].isnan().all()
+    assert torch.equal(out[0], ops.execute(p.gate, p.up, p.down_t, p.x, tiles)[0])
+
+
+def test_two_hundred_runs_are_equal(dtype, device):
+    case = CASES[4]
+    p = case.make(dtype, device)
+    tiles = tiles_of(1, case.n_neurons, device)
+    first = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    for _ in range(200):
+        assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), first)
+
+
+def test_threads_change_nothing(dtype):
+    case = CASES[5]
+    p = case.make(dtype, "cpu")
+    tiles = tiles_of(16, case.n_neurons, "cpu")
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+        for several in (2, 3):
+            torch.set_num_threads(several)
+            assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), one)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@pytest.mark.parametrize(
+    ("tile", "n_tiles", "message"),
+    [
+        ([0, 7], 2, r"tile\[0, 1\] = 7: want ascending and distinct, 0 to 6"),
+        ([-1, 3], 2, r"tile\[0, 0\] = -1: want"),
+        ([2, 2], 2, r"tile\[0, 1\] = 2: want"),
+        ([0, 1], 8, r"8 entries of tile in row 0: want 0 to 7"),
+        ([0, 1], -1, r"-1 entries of tile in row 0: want 0 to 7"),
+    ],
+)
+def test_refuses_tiles_out_of_range(tile, n_tiles, message):
+    p = CASES[1].make(torch.float32, "cpu")
+    tiles = torch.zeros(3, 7, dtype=torch.int32)
+    tiles[0, :2] = torch.tensor(tile)
+    counts = torch.tensor([n_tiles, 0, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"\[execute\] " + message):
+        ops.execute(p.gate, p.up, p.down_t, p.x, ops.TileList(tiles, counts, 1))

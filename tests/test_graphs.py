@@ -1,0 +1,327 @@
+"""What a decode step relies on: kernels that are captured once, replayed, and always equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from csfast import ops, planes, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device"),
+]
+
+BITS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Weights and codes of random rows, on the GPU."""
+
+    codes: Tensor
+    equal: Tensor
+    row_scale: Tensor
+    gate: Tensor
+    up: Tensor
+    down_t: Tensor
+
+    def select(self, threshold: Tensor, x: Tensor, tile_rows: int) -> tuple[ops.TileList, Tensor]:
+        return ops.select(
+            self.codes, self.equal, self.row_scale, threshold, x, bits=BITS, tile_rows=tile_rows
+        )
+
+    def execute(self, x: Tensor, tiles: ops.TileList) -> Tensor:
+        return ops.execute(self.gate, self.up, self.down_t, x, tiles)
+
+    def ffn(self, threshold: Tensor, x: Tensor, tile_rows: int, stats: Tensor) -> Tensor:
+        return ops.ffn(
+            self.codes,
+            self.equal,
+            self.row_scale,
+            threshold,
+            self.gate,
+            self.up,
+            self.down_t,
+            x,
+            bits=BITS,
+            tile_rows=tile_rows,
+            stats=stats,
+        )
+
+    def usage(self, x: Tensor) -> Tensor:
+        y, scale = ops.sense(self.codes, self.equal, x, bits=BITS)
+        nothing = torch.zeros(x.shape[0], device=x.device)
+        return ops.recover(y, scale, self.row_scale, threshold=nothing).usage
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+
+
+def make_layer(d: int, n_neurons: int, dtype: torch.dtype) -> Layer:
+    rows = [random((n_neurons, d), dtype, seed) / d**0.5 for seed in range(3)]
+    equal = torch.ones(d, device="cuda")
+    scales = [planes.fit_scale(w, equal, BITS) for w in rows[:2]]
+    codes = [planes.encode(w, equal, s, BITS) for w, s in zip(rows[:2], scales, strict=True)]
+    return Layer(
+        torch.stack(codes, dim=1).contiguous(),
+        equal,
+        torch.stack(scales, dim=1).contiguous(),
+        *rows,
+    )
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[(1, 1), (3, 4)], ids=["one_row", "three_rows_in_fours"])
+def sizes(request):
+    """Batch and tile_rows."""
+    return request.param
+
+
+@pytest.fixture
+def layer(dtype):
+    return make_layer(264, 1001, dtype)
+
+
+def bits_of(t: Tensor) -> Tensor:
+    """The bytes, so that not-a-number compares too."""
+    return t.contiguous().view(torch.uint8)
+
+
+def assert_same_list(got: ops.TileList, want: ops.TileList) -> None:
+    assert torch.equal(got.n_tiles, want.n_tiles)
+    for b, n in enumerate(want.n_tiles.tolist()):
+        assert torch.equal(got.tile[b, :n], want.tile[b, :n])
+
+
+def thresholds_of(layer: Layer, x: Tensor) -> list[Tensor]:
+    """Thresholds that keep everything, half, a tenth and nothing of what x uses."""
+    usage = layer.usage(x)
+    some = [usage.quantile(1 - density, dim=1) for density in (0.5, 0.1)]
+    return [torch.zeros_like(some[0]), *some, torch.full_like(some[0], torch.inf)]
+
+
+def capture(call):
+    """Capture `call` after a run of it outside; kernels are loaded when they first run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returned = call()
+    return graph, returned
+
+
+def test_replayed_select_and_execute_follow_x_and_threshold(layer, dtype, sizes):
+    batch, tile_rows = sizes
+    x = random((batch, 264), dtype, 10)
+    threshold = torch.zeros(batch, device="cuda")
+
+    def both():
+        tiles, missed = layer.select(threshold, x, tile_rows)
+        return tiles, missed, layer.execute(x, tiles)
+
+    graph, (tiles, missed, out) = capture(both)
+    seen = []
+    for seed in (11, 12):
+        x.copy_(random((batch, 264), dtype, seed))
+        for wanted in thresholds_of(layer, x):
+            threshold.copy_(wanted)
+            for written in (tiles.tile, tiles.n_tiles):
+                written.fill_(0x7FFFFFFF)
+            for written in (missed, out):
+                written.fill_(torch.nan)
+            graph.replay()
+            want_tiles, want_missed, want_out = both()
+            assert_same_list(tiles, want_tiles)
+            assert torch.equal(missed, want_missed)
+            assert torch.equal(out, want_out)
+            seen.append(int(tiles.n_tiles.sum()))
+    n_tiles_max = batch * -(-1001 // tile_rows)
+    assert seen[0] == seen[4] == n_tiles_max and seen[3] == seen[7] == 0
+    assert 0 < seen[2] < seen[1] < n_tiles_max
+
+
+def test_replayed_ffn_follows_x_and_threshold_and_counts(layer, dtype, sizes):
+    batch, tile_rows = sizes
+    x = random((batch, 264), dtype, 20)
+    threshold = torch.zeros(batch, device="cuda")
+    stats = torch.zeros(2, dtype=torch.int64, device="cuda")
+    graph, out = capture(lambda: layer.ffn(threshold, x, tile_rows, stats))
+    for seed in (21, 22):
+        x.copy_(random((batch, 264), dtype, seed))
+        for wanted in thresholds_of(layer, x):
+            threshold.copy_(wanted)
+            out.fill_(torch.nan)
+            stats.zero_()
+            graph.replay()
+            tiles, _ = layer.select(threshold, x, tile_rows)
+            assert torch.equal(out, layer.execute(x, tiles))
+            executed = 0
+            for b, n in enumerate(tiles.n_tiles.tolist()):
+                first = tiles.tile[b, :n].long() * tile_rows
+                executed += int((first + tile_rows).clamp(max=1001).sub(first).sum())
+            assert stats.tolist() == [batch, executed]
+
+
+def test_a_captured_session_overwrites_its_output(layer, dtype):
+    x, out = random((2, 264), dtype, 30), torch.empty(2, 264, dtype=dtype, device="cuda")
+    threshold = layer.usage(x).quantile(0.7, dim=1)
+    session = ops.Session(torch.device("cuda"))
+    number = session.bind(
+        codes=layer.codes,
+        equal=layer.equal,
+        row_scale=layer.row_scale,
+        threshold=threshold,
+        gate=layer.gate,
+        up=layer.up,
+        down_t=layer.down_t,
+        bits=BITS,
+        max_batch=2,
+    )
+    graph, _ = capture(lambda: session.ffn(number, x, out))
+    for seed in (31, 32, 33):
+        x.copy_(random((2, 264), dtype, seed))
+        out.fill_(torch.nan)
+        graph.replay()
+        tiles, _ = layer.select(threshold, x, 1)
+        assert torch.equal(out, layer.execute(x, tiles))
+
+
+def test_a_side_stream_gives_the_same(layer, dtype, sizes):
+    batch, tile_rows = sizes
+    x = random((batch, 264), dtype, 40)
+    threshold = thresholds_of(layer, x)[1]
+    want_tiles, want_missed = layer.select(threshold, x, tile_rows)
+    want = layer.execute(x, want_tiles)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        busy = torch.empty(
+            1 << 24, device="cuda"
+        ).normal_()  # so that a wrong stream would overtake
+        late = x * 0 + busy.sum().mul(0).to(dtype) + x
+        tiles, missed = layer.select(threshold, late, tile_rows)
+        got = layer.execute(late, tiles)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same_list(tiles, want_tiles)
+    assert torch.equal(missed, want_missed)
+    assert torch.equal(got, want)
+
+
+def test_two_hundred_runs_agree_bit_for_bit(layer, dtype):
+    x = random((5, 264), dtype, 50)
+    x[1, 7] = torch.nan  # keeps every neuron of its row
+    threshold = layer.usage(x).nan_to_num(0.0).quantile(0.6, dim=1)
+    budget = torch.tensor([0, 5, 500, 1000, 1001], dtype=torch.int32, device="cuda")
+    y, scale = ops.sense(layer.codes, layer.equal, x, bits=BITS)
+    first = None
+    for _ in range(200):
+        top = ops.recover(y, scale, layer.row_scale, budget=budget)
+        tiles, missed = layer.select(threshold, x, 1)
+        listed = torch.arange(1001, device="cuda") < tiles.n_tiles[:, None]
+        run = (
+            bits_of(top.count),
+            bits_of(top.missed),
+            bits_of(tiles.n_tiles),
+            bits_of(tiles.tile.where(listed, -1)),
+            bits_of(missed),
+            bits_of(layer.execute(x, tiles)),
+        )
+        first = first or run
+        assert all(torch.equal(a, b) for a, b in zip(run, first, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_batch(layer, dtype):
+    x = random((6, 264), dtype, 60)
+    threshold = layer.usage(x).quantile(0.6, dim=1)
+    stats = torch.zeros(2, dtype=torch.int64, device="cuda")
+    together = layer.ffn(threshold, x, 1, stats)
+    for b in range(6):
+        alone = layer.ffn(threshold[b : b + 1], x[b : b + 1], 1, stats)
+        assert torch.equal(alone[0], together[b])
+
+
+@pytest.mark.parametrize("garbage", [0x7FFFFFFF, -1, -(2**31), 250])
+def test_nothing_beyond_a_list_is_read(layer, dtype, garbage):
+    """251 tiles of four: 250 exists, so that reading it by mistake changes the sum."""
+    x = random((2, 264), dtype, 70)
+    tile = torch.arange(251, dtype=torch.int32, device="cuda").repeat(2, 1)
+    tile[0, 3:] = garbage
+    tile[1] = garbage
+    n_tiles = torch.tensor([3, 0], dtype=torch.int32, device="cuda")
+    out = layer.execute(x, ops.TileList(tile, n_tiles, 4))
+    clean = torch.zeros_like(tile)
+    clean[0, :3] = torch.arange(3, dtype=torch.int32)
+    assert torch.equal(out, layer.execute(x, ops.TileList(clean, n_tiles, 4)))
+    assert not out[1].any() and out[0].any()
+
+
+@pytest.mark.parametrize("which", ["gate", "up", "down_t", "x"])
+def test_rows_off_sixteen_bytes_give_the_same(dtype, which):
+    """Exact in float32 whatever the order: small integers, and gates so large that silu(g) is g."""
+    generator = torch.Generator().manual_seed(80)
+
+    def integers(low: int, high: int, rows: int) -> Tensor:
+        return torch.randint(low, high, (rows, 264), generator=generator).to("cuda", dtype)
+
+    given = {
+        "gate": integers(0, 2, 1001),
+        "up": integers(-1, 2, 1001),
+        "down_t": integers(-1, 2, 1001),
+        "x": integers(0, 2, 2),
+    }
+    assert (given["x"].float() @ given["gate"].float().T).min() > 20
+    index = torch.arange(1001, dtype=torch.int32, device="cuda").repeat(2, 1)
+    tiles = ops.TileList(index, torch.tensor([1001, 400], dtype=torch.int32, device="cuda"), 1)
+    kept = [torch.arange(1001, device="cuda"), torch.arange(400, device="cuda")]
+    want = reference.execute(**given, tiles=kept, tile_rows=1).to(dtype)
+    assert torch.equal(ops.execute(**given, tiles=tiles), want)
+
+    shifted = torch.empty(given[which].numel() + 1, dtype=dtype, device="cuda")[1:]
+    given[which] = shifted.view(given[which].shape).copy_(given[which])
+    assert given[which].data_ptr() % 16 != 0
+    assert torch.equal(ops.execute(**given, tiles=tiles), want)
+
+
+def test_codes_off_sixteen_bytes_are_refused(layer, dtype):
+    shifted = torch.empty(layer.codes.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
+    codes = shifted.view(layer.codes.shape).copy_(layer.codes)
+    with pytest.raises(ValueError, match=r"\[sense\] codes begins 1 bytes past a multiple of 16"):
+        ops.sense(codes, layer.equal, random((1, 264), dtype, 90), bits=BITS)
+
+
+def test_waiting_for_every_kernel_works_under_capture_too():
+    """With CSFAST_SYNC=1, in a process of its own: it is read at the first launch."""
+    program = """
+import torch
+from csfast import ops
+x = torch.ones(1, 64, device="cuda")
+rows = torch.ones(32, 64, device="cuda")
+tiles = ops.tile(torch.arange(32, dtype=torch.int32, device="cuda")[None],
+                 torch.full((1,), 32, dtype=torch.int32, device="cuda"))
+want = ops.execute(rows, rows, rows, x, tiles)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    got = ops.execute(rows, rows, rows, x, tiles)
+graph.replay()
+assert torch.equal(got, want) and want.min() == 32 * 64 * 64
+"""
+    environment = {**os.environ, "CSFAST_SYNC": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

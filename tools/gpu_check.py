@@ -1,0 +1,338 @@
+"""Everything that wants a GPU, in one run: tests, sanitizers, timings, as one JSON document.
+
+    python tools/gpu_check.py --json OUT.json [--commit HASH] [--only STAGE ...]
+
+From the root of the repository, with csfast installed with CUDA. Stages, in this order:
+
+    tests      pytest -m gpu
+    sanitizer  compute-sanitizer's four tools over small cases of every operation, and over two
+               programs with a planted fault each, which it must catch
+    timings    execute, select and ffn of random bfloat16 layers beside the dense layer in torch
+
+The exit status is 1 if a test failed or none ran, if a sanitizer reported something, or if it
+missed a planted fault. Timings decide nothing. A stage whose tool is missing says so under
+"not_run". The document is written anew after every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from csfast import bench, ops, planes, reference, timing
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGES = ("tests", "sanitizer", "timings")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 99  # exit status that compute-sanitizer is told to give when it reports something
+SANITIZER_SECONDS = 240  # each; all run side by side
+TEST_SECONDS = 420
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer that the sanitizers watch."""
+
+    batch: int
+    d: int
+    n_neurons: int
+    bits: int
+    tile_rows: int
+    dtype: torch.dtype
+
+
+# Every width of a code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
+# more than one panel of x, whole groups of a batch and single rows.
+SANITIZED = (
+    Case(batch=1, d=256, n_neurons=96, bits=2, tile_rows=1, dtype=torch.bfloat16),
+    Case(batch=6, d=136, n_neurons=67, bits=3, tile_rows=4, dtype=torch.float16),
+    Case(batch=3, d=33, n_neurons=7, bits=1, tile_rows=1, dtype=torch.float32),
+    Case(batch=2, d=4104, n_neurons=40, bits=4, tile_rows=64, dtype=torch.bfloat16),
+    Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
+)
+
+PLANTED = {
+    "memcheck": """
+#include <cuda_runtime.h>
+__global__ void write_past_the_end(int* a, int n) { if (threadIdx.x == 0) a[n] = 1; }
+int main() {
+  int* a = nullptr;
+  cudaMalloc(&a, 256 * sizeof(int));
+  write_past_the_end<<<1, 32>>>(a, 256);
+  cudaDeviceSynchronize();
+  return 0;
+}
+""",
+    "racecheck": """
+#include <cuda_runtime.h>
+__global__ void read_without_barrier(int* a) {
+  __shared__ int s[128];
+  s[threadIdx.x] = threadIdx.x;
+  a[threadIdx.x] = s[(threadIdx.x + 32) % 128];
+}
+int main() {
+  int* a = nullptr;
+  cudaMalloc(&a, 128 * sizeof(int));
+  read_without_barrier<<<1, 128>>>(a);
+  cudaDeviceSynchronize();
+  return 0;
+}
+""",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Everything of csfast that wants a GPU.")
+    parser.add_argument("--json", type=pathlib.Path, help="where the document goes")
+    parser.add_argument("--commit", default="unknown", help="recorded as given")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--runs", type=int, default=30, help="measurements of each variant")
+    parser.add_argument("--sanitize-target", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.sanitize_target:
+        return sanitize_target()
+    if arguments.json is None:
+        parser.error("--json is missing: want the path of the document.")
+    if not ops.cuda_available():
+        sys.stderr.write("gpu_check: no CUDA device, or csfast was built without CUDA.\n")
+        return 1
+
+    document: dict[str, Any] = {
+        "command": [sys.executable, *sys.argv],
+        "commit": arguments.commit,
+        "machine": machine(),
+    }
+    run: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests": tests,
+        "sanitizer": sanitizer,
+        "timings": lambda: timings(arguments.runs),
+    }
+    for stage in STAGES:
+        if stage not in arguments.only:
+            continue
+        clock = timing.Clock()
+        document[stage] = run[stage]()
+        document[stage]["seconds"] = round(clock.seconds(), 1)
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        told = {k: v for k, v in document[stage].items() if k != "rows"}
+        print(stage, json.dumps(told, indent=1), flush=True)
+    failed = [name for name in arguments.only if document[name].get("passed") is False]
+    print("failed: " + ", ".join(failed) if failed else "passed", flush=True)
+    return 1 if failed else 0
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = "unknown"
+    if shutil.which(asked[0]):
+        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": sys.version.split()[0],
+    }
+
+
+def tests() -> dict[str, Any]:
+    """Run the tests that are marked gpu."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "junit.xml"
+        # Without the project's own options: they want plugins that a GPU machine need not have.
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-o", "addopts="]
+        status, output = finish(start([*command, f"--junitxml={report}"]), TEST_SECONDS)
+        if not report.exists():
+            return {"passed": False, "exit": status, "output": output[-4000:]}
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failures = [
+        {
+            "name": f"{case.get('classname')}.{case.get('name')}",
+            "message": (fault.text or "")[-1500:],
+        }
+        for case in suite.iter("testcase")
+        for fault in [*case.findall("failure"), *case.findall("error")]
+    ]
+    slowest = sorted(suite.iter("testcase"), key=lambda case: -float(case.get("time", 0)))[:5]
+    return {
+        "passed": status == 0 and counts["tests"] > counts["skipped"],
+        "exit": status,
+        **counts,
+        "failed": failures[:20],
+        "slowest": {str(case.get("name")): float(case.get("time", 0)) for case in slowest},
+    }
+
+
+def sanitizer() -> dict[str, Any]:
+    """Run every tool over the operations, and those with a planted fault over that."""
+    tool = find("compute-sanitizer")
+    if tool is None:
+        return {"not_run": "compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin."}
+    target = [sys.executable, str(pathlib.Path(__file__).resolve()), "--sanitize-target"]
+    with tempfile.TemporaryDirectory() as folder:
+        # The allocator of torch hands out parts of large blocks, beyond whose parts memcheck
+        # would see nothing.
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        running = {name: start(sanitized(tool, name, target), environment) for name in TOOLS}
+        compiler = find("nvcc")
+        planted: dict[str, Any] = {}
+        for name, source in PLANTED.items():
+            if compiler is None:
+                planted[name] = {"not_run": "nvcc is neither on PATH nor in /usr/local/cuda/bin."}
+                continue
+            program = pathlib.Path(folder) / name
+            program.with_suffix(".cu").write_text(source, encoding="utf-8")
+            build = [compiler, "-arch=native", "-lineinfo", "-o", str(program)]
+            status, output = finish(start([*build, str(program.with_suffix(".cu"))]), 60)
+            if status == 0:
+                caught = start(sanitized(tool, name, [str(program)]))
+                status, output = finish(caught, SANITIZER_SECONDS)
+            planted[name] = {"caught": status == FOUND, "exit": status, "output": output[-600:]}
+        clean: dict[str, Any] = {}
+        for name, process in running.items():
+            status, output = finish(process, SANITIZER_SECONDS)
+            clean[name] = {"passed": status == 0, "exit": status, "output": output[-1500:]}
+    passed = all(c["passed"] for c in clean.values())
+    return {
+        "passed": passed and all(p.get("caught", True) for p in planted.values()),
+        "operations": clean,
+        "planted": planted,
+    }
+
+
+def sanitized(tool: str, name: str, command: list[str]) -> list[str]:
+    """The command under one of the tools."""
+    # Calls that torch makes to see whether they fail are not faults.
+    options = ["--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "10"]
+    if name == "memcheck":
+        options += ["--report-api-errors", "no"]
+    return [tool, *options, *command]
+
+
+def sanitize_target() -> int:
+    """Call every operation on small cases. Copies nothing from the device that nobody wrote."""
+    for case in SANITIZED:
+        bits, tile_rows = case.bits, case.tile_rows
+        on_host = layer(case, "cpu")
+        codes, equal, row_scale, gate, up, down_t, x = (t.cuda() for t in on_host)
+        y, scale = ops.sense(codes, equal, x, bits=bits)
+        want, want_scale = reference.sense(on_host[0], on_host[1], on_host[6], bits=bits)
+        assert torch.equal(y.cpu(), want) and torch.equal(scale.cpu(), want_scale), case
+
+        budget = torch.full((case.batch,), case.n_neurons // 3, dtype=torch.int32)
+        top = ops.recover(y, scale, row_scale, budget=budget.cuda())
+        assert torch.equal(top.count.cpu(), budget), case
+        threshold = top.usage.median(dim=1).values.contiguous()
+        support = ops.recover(y, scale, row_scale, threshold=threshold)
+        tiles = ops.tile(support.index, support.count, tile_rows=tile_rows)
+        out = ops.execute(gate, up, down_t, x, tiles)
+
+        listed, missed = ops.select(
+            codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows
+        )
+        assert torch.equal(listed.n_tiles.cpu(), tiles.n_tiles.cpu()), case
+        assert torch.equal(missed.cpu(), support.missed.cpu()), case
+        stats = torch.zeros(2, dtype=torch.int64).cuda()
+        again = ops.ffn(
+            codes,
+            equal,
+            row_scale,
+            threshold,
+            gate,
+            up,
+            down_t,
+            x,
+            bits=bits,
+            tile_rows=tile_rows,
+            stats=stats,
+        )
+        assert torch.equal(again.cpu(), out.cpu()), case
+        assert int(stats.cpu()[0]) == case.batch, case
+    print(f"{len(SANITIZED)} cases")
+    return 0
+
+
+def layer(case: Case, device: str) -> list[torch.Tensor]:
+    """Random codes, equal, row_scale, gate, up, down_t and x."""
+    generator = torch.Generator().manual_seed(0)
+    d, n_neurons, bits = case.d, case.n_neurons, case.bits
+    equal = torch.ones(d)
+    rows = [torch.randn(n_neurons, d, generator=generator) / d**0.5 for _ in range(3)]
+    scales = [planes.fit_scale(w, equal, bits) for w in rows[:2]]
+    pairs = zip(rows[:2], scales, strict=True)
+    codes = [planes.encode(w, equal, scale, bits) for w, scale in pairs]
+    x = torch.randn(case.batch, d, generator=generator)
+    made = [torch.stack(codes, dim=1).contiguous(), equal, torch.stack(scales, dim=1).contiguous()]
+    made += [t.to(case.dtype) for t in (*rows, x)]
+    return [t.to(device) for t in made]
+
+
+def timings(runs: int) -> dict[str, Any]:
+    """Time the sizes of an 8-billion-parameter model, eight layers taking turns."""
+    settings = [bench.Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)]
+    found = bench.run(
+        settings,
+        device=torch.device("cuda"),
+        runs=runs,
+        variants=("complete", "execute", "select"),
+        n_layers=8,
+        compiled=False,
+        progress=lambda case: print("timing", case, flush=True),
+    )
+    for row in found["rows"]:
+        print(
+            f"{row['case']:32} {row['variant']:9} {row['median_us']:8.1f} us "
+            f"{row['fraction_of_read_bandwidth']:.2f} of read bandwidth "
+            f"{row['ratio_vs_best']:.2f}x dense",
+            flush=True,
+        )
+    return found
+
+
+def find(program: str) -> str | None:
+    """The path of a program of the CUDA toolkit."""
+    folders = os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin"
+    return shutil.which(program, path=folders)
+
+
+def start(command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command whose output is kept."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
+    """Wait for exit status and output; -1 if it had to be ended."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        return -1, output + f"\nended after {seconds} s"
+    return process.returncode, output
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
