@@ -2,7 +2,7 @@
 
 The layout is that of ``cpp/include/csfast/planes.h``. A row of weights ``w`` is divided by the
 channel equaliser, then coded uniformly: ``w[c] / equal[c] ~ scale * (2 u - (2^bits - 1))`` with
-``u`` in ``[0, 2^bits)`` and one scale a row, the best in least squares of a fixed set of candidates.
+``u`` in ``[0, 2^bits)`` and one scale a row, the best of a fixed set in least squares.
 """
 
 from __future__ import annotations
@@ -125,28 +125,33 @@ def _check_bits(bits: int) -> None:
 def _code(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Nearest level of every weight; rows of scale 0 take the level just above the middle."""
     step = 2 * scale[:, None]
-    u = torch.floor(w / torch.where(step > 0, step, torch.ones_like(step))) + 2 ** (bits - 1)
-    return u.clamp_(0, 2**bits - 1).to(torch.uint8)
+    u: Tensor = torch.floor(w / torch.where(step > 0, step, torch.ones_like(step)))
+    u = (u + 2 ** (bits - 1)).clamp_(0, 2**bits - 1)
+    return u.to(torch.uint8)
 
 
 def _decode(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return scale[:, None] * (2.0 * codes.float() - (2**bits - 1))
+    level: Tensor = 2.0 * codes.float() - (2**bits - 1)
+    return scale[:, None] * level
 
 
 def _pack_pairs(u: Tensor) -> Tensor:
-    s = u.unflatten(2, (4, 32))
-    return s[:, :, 0] | s[:, :, 1] << 2 | s[:, :, 2] << 4 | s[:, :, 3] << 6
+    packed = torch.zeros_like(u[:, :, :32])
+    for s in range(4):
+        packed |= u[:, :, 32 * s : 32 * s + 32] << 2 * s
+    return packed
 
 
 def _unpack_pairs(p: Tensor) -> Tensor:
-    return torch.stack([p >> shift & 3 for shift in (0, 2, 4, 6)], dim=2).flatten(2)
+    return torch.cat([p >> shift & 3 for shift in (0, 2, 4, 6)], dim=2)
 
 
 def _pack_bits(u: Tensor) -> Tensor:
-    weights = (1 << torch.arange(8, device=u.device)).to(torch.uint8)
-    return (u.unflatten(2, (16, 8)) * weights).sum(dim=3).to(torch.uint8)
+    packed = torch.zeros_like(u[:, :, :16])
+    for i in range(8):
+        packed |= u[:, :, i::8] << i
+    return packed
 
 
 def _unpack_bits(p: Tensor) -> Tensor:
-    shifts = torch.arange(8, device=p.device, dtype=torch.uint8)
-    return (p[..., None] >> shifts & 1).flatten(2)
+    return torch.stack([p >> shift & 1 for shift in range(8)], dim=3).flatten(2)

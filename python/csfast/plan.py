@@ -1,0 +1,529 @@
+"""The plan: what calibration found about one model, as one file that is verified before use.
+
+`docs/plan.md` describes the format field by field. A file is the canonical form of its content, so
+equal plans are equal bytes and the SHA-256 of the file is the plan's hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import secrets
+import struct
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import models, planes
+from .models import Fingerprint
+from .types import POOLED, LayerShape, PlanError
+
+FORMAT = "csfast-plan"
+VERSION = "1"
+HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
+TENSORS_MAX = 65_536
+FILE_BYTES_MAX = 1 << 30  # a plan of 80 layers of 28,672 neurons at three settings has 60 MB
+_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_ENCODE_ROWS = 1024  # neurons coded at a time, so that the float32 copies stay small
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What sensing one layer needs besides its weights.
+
+    Attributes:
+        equal: Factors that even out the channels of the input, ``(d,)``, float32, positive.
+        row_scale: For each number of bits the scales of the measurements, ``(n_neurons, 2)``,
+            float32: of the gate row, and of the up row times the norm of the down row.
+    """
+
+    equal: Tensor
+    row_scale: Mapping[int, Tensor]
+
+    @staticmethod
+    def fit(
+        gate: Tensor, up: Tensor, down: Tensor, equal: Tensor, bits: tuple[int, ...]
+    ) -> LayerPlan:
+        """Fit the scales of one layer.
+
+        Args:
+            gate: ``(n_neurons, d)``, floating.
+            up: ``(n_neurons, d)``, floating.
+            down: ``(d, n_neurons)``, floating.
+            equal: ``(d,)``, float32, from `planes.equalizer`.
+            bits: Settings to fit for.
+        """
+        norm = _down_norm(down)
+        scales = {
+            b: torch.stack(
+                [planes.fit_scale(gate, equal, b), planes.fit_scale(up, equal, b) * norm], dim=1
+            ).cpu()
+            for b in bits
+        }
+        return LayerPlan(equal.cpu(), scales)
+
+    def encode(self, gate: Tensor, up: Tensor, down: Tensor, *, bits: int) -> Tensor:
+        """Code the rows of one layer with this plan's scales.
+
+        Args:
+            gate: ``(n_neurons, d)``, floating.
+            up: ``(n_neurons, d)``, floating.
+            down: ``(d, n_neurons)``, floating; its norms are taken out of the scales again.
+            bits: One of this plan's settings.
+
+        Returns:
+            ``(n_neurons, 2, chunks, 16 * bits)``, uint8, contiguous, on the weights' device.
+        """
+        norm = _down_norm(down)
+        scale = self.row_scale[bits].to(gate.device)
+        up_scale = torch.where(norm > 0, scale[:, 1] / norm, torch.zeros_like(norm))
+        parts = []
+        for start in range(0, gate.shape[0], _ENCODE_ROWS):
+            rows = slice(start, start + _ENCODE_ROWS)
+            pair = (
+                planes.encode(gate[rows], self.equal, scale[rows, 0].contiguous(), bits),
+                planes.encode(up[rows], self.equal, up_scale[rows], bits),
+            )
+            parts.append(torch.stack(pair, dim=1))
+        return torch.cat(parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything calibration found about one model. Checked when it is made.
+
+    Attributes:
+        model: The model it belongs to.
+        bits: Settings of the sensor that it holds, ascending.
+        tasks: Names of the columns of ``thresholds``; the first is ``"pooled"``.
+        densities: Fractions of neurons executed, ascending in ``(0, 1]``; the last is 1.
+        layers: One entry a feed-forward layer, in the order of the model.
+        thresholds: For each number of bits the usage below which a neuron is skipped,
+            ``(n_layers, n_tasks, n_densities)``, float32, not rising with the density.
+        n_tokens: Positions that were sensed for each task, the pooled one left out.
+        seed: Seed that calibration drew its samples with.
+
+    Raises:
+        PlanError: Something does not fit together.
+    """
+
+    model: Fingerprint
+    bits: tuple[int, ...]
+    tasks: tuple[str, ...]
+    densities: tuple[float, ...]
+    layers: tuple[LayerPlan, ...]
+    thresholds: Mapping[int, Tensor]
+    n_tokens: Mapping[str, int]
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse a plan whose parts do not fit together."""
+        _validate(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan in one step: whoever reads sees the old file or the new one, whole.
+
+        Raises:
+            OSError: The file cannot be written; what was there before still is.
+        """
+        write_atomic(pathlib.Path(path), self._bytes)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Read a plan into memory and verify all of it.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            PlanError: It is not a plan, is damaged, or of another format version.
+        """
+        tensors, fields = unpack(read_bounded(pathlib.Path(path)))
+        return _from_content(tensors, fields)
+
+    @functools.cached_property
+    def plan_hash(self) -> str:
+        """SHA-256 of the plan's canonical form, which is its file: 64 hexadecimal digits."""
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        return pack(*_to_content(self))
+
+    def threshold(self, layer: int, *, bits: int, density: float, task: str = POOLED) -> float:
+        """Give the usage below which a neuron of a layer is skipped.
+
+        Between the densities of the plan the logarithm of the threshold is linear in the density
+        (the threshold itself where its lower end is 0).
+
+        Args:
+            layer: Number of the layer.
+            bits: One of the plan's settings.
+            density: Fraction of neurons wanted, within the plan's densities; 1 gives 0, which
+                keeps every neuron.
+            task: One of the plan's tasks.
+
+        Raises:
+            ValueError: The plan does not hold what was asked for.
+        """
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"[threshold] layer = {layer}: want 0 to {len(self.layers) - 1}.")
+        if bits not in self.bits:
+            raise ValueError(f"[threshold] bits = {bits}: want one of {_list(self.bits)}.")
+        if task not in self.tasks:
+            raise ValueError(f"[threshold] task = {task!r}: want one of {_list(self.tasks)}.")
+        if not self.densities[0] <= density <= 1:
+            raise ValueError(
+                f"[threshold] density = {density}: want {self.densities[0]} to 1, "
+                "as far as this plan was calibrated."
+            )
+        row = self.thresholds[bits][layer, self.tasks.index(task)]
+        above = next(i for i, rho in enumerate(self.densities) if rho >= density)
+        if self.densities[above] == density:
+            return float(row[above])
+        low, high = self.densities[above - 1], self.densities[above]
+        part = (density - low) / (high - low)
+        first, last = float(row[above - 1]), float(row[above])
+        if last == 0:
+            return first * (1 - part)
+        return math.exp((1 - part) * math.log(first) + part * math.log(last))
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this plan was not made for.
+
+        Raises:
+            PlanError: The model differs; the message says in what.
+            UnsupportedModelError: csfast does not run on the model at all.
+        """
+        given, wanted = models.fingerprint(model), self.model
+        if given.model_type != wanted.model_type:
+            difference = f"of type {given.model_type!r}", f"{wanted.model_type!r}"
+        elif len(given.shapes) != len(wanted.shapes):
+            difference = f"with {len(given.shapes)} layers", f"{len(wanted.shapes)}"
+        elif given.shapes != wanted.shapes:
+            pairs = zip(given.shapes, wanted.shapes, strict=True)
+            i, (a, b) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+            difference = (
+                f"whose layer {i} has d = {a.d}, n_neurons = {a.n_neurons}",
+                f"d = {b.d}, n_neurons = {b.n_neurons}",
+            )
+        elif given.dtype != wanted.dtype:
+            difference = f"in {given.dtype}", wanted.dtype
+        elif given.model_hash != wanted.model_hash:
+            difference = (
+                f"whose feed-forward weights have SHA-256 {given.model_hash[:12]}...",
+                f"{wanted.model_hash[:12]}...",
+            )
+        else:
+            return
+        raise PlanError(f"[plan] a model {difference[0]}: this plan wants {difference[1]}.")
+
+
+def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
+    """Lay tensors and text fields out as one safetensors file, always in the same way.
+
+    Args:
+        tensors: Contiguous, on the CPU, float32, float64 or int64.
+        fields: Names and values of the metadata.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    table: dict[str, Any] = {}
+    blobs = []
+    metadata = dict(fields)
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        blob = tensor.detach().numpy().tobytes()
+        table[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(blob)],
+        }
+        metadata[f"sha256.{name}"] = hashlib.sha256(blob).hexdigest()
+        offset += len(blob)
+        blobs.append(blob)
+    metadata["header_sha256"] = _header_hash(table, metadata)
+    header = _canonical({**table, "__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join([struct.pack("<Q", len(header)), header, *blobs])
+
+
+def unpack(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Take apart what `pack` made, after verifying every byte of it.
+
+    Raises:
+        PlanError: The bytes are not exactly what `pack` writes.
+    """
+    header, start = _header(raw)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise PlanError("[plan] header: want metadata of strings.")
+    if metadata.pop("header_sha256", None) != _header_hash(header, metadata):
+        raise PlanError("[plan] header: want one that fits its SHA-256; the file is damaged.")
+    if len(header) > TENSORS_MAX:
+        raise PlanError(f"[plan] {len(header)} tensors: want at most {TENSORS_MAX}.")
+    tensors = {}
+    end = start
+    for name in sorted(header):
+        tensors[name], end = _tensor(raw, name, header[name], start, end)
+        if metadata.pop(f"sha256.{name}", None) != _sha256(tensors[name]):
+            raise PlanError(f"[plan] tensor {name!r}: want data that fit their SHA-256.")
+    if end != len(raw):
+        raise PlanError(f"[plan] file of {len(raw)} bytes: want {end}, as its header says.")
+    return tensors, metadata
+
+
+def read_bounded(path: pathlib.Path) -> bytes:
+    """Read a regular file of acceptable size into memory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PlanError: It is no regular file, too large, or changed while it was read.
+    """
+    if path.exists() and not path.is_file():
+        raise PlanError(f"[plan] {str(path)!r}: want a regular file.")
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > FILE_BYTES_MAX:
+            raise PlanError(f"[plan] {path.name} of {size} bytes: want at most {FILE_BYTES_MAX}.")
+        raw = stream.read(size + 1)
+    if len(raw) != size:
+        raise PlanError(f"[plan] {path.name}: want a file that nobody is writing to.")
+    return raw
+
+
+def write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Write a file beside its destination, make it durable, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _header(raw: bytes) -> tuple[dict[str, Any], int]:
+    """The header of a file, and where its data begin."""
+    if len(raw) < 8:
+        raise PlanError(f"[plan] file of {len(raw)} bytes: want a header.")
+    (n,) = struct.unpack_from("<Q", raw)
+    if not 2 <= n <= min(HEADER_BYTES_MAX, len(raw) - 8):
+        raise PlanError(
+            f"[plan] header of {n} bytes in a file of {len(raw)}: want it whole, "
+            f"at most {HEADER_BYTES_MAX} bytes."
+        )
+    text = raw[8 : 8 + n]
+    try:
+        header = json.loads(text)
+        canonical = _canonical(header).encode()
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"[plan] header: want JSON ({error}).") from error
+    if not isinstance(header, dict) or canonical + b" " * (-len(canonical) % 8) != text:
+        raise PlanError("[plan] header: want a JSON object in its canonical form.")
+    return header, 8 + n
+
+
+def _tensor(raw: bytes, name: str, entry: Any, start: int, begin: int) -> tuple[Tensor, int]:
+    """One tensor that begins where the last one ended, and where it ends."""
+    where = f"[plan] tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise PlanError(f"{where}: want dtype, shape and data_offsets.")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _all_sizes(shape) or not _all_sizes(offsets) or len(shape) > 4 or len(offsets) != 2:
+        raise PlanError(f"{where}: want at most four sizes and two offsets.")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64 or I64.")
+    n = math.prod(shape)
+    end = begin + n * dtype.itemsize
+    if [begin - start, end - start] != offsets or end > len(raw):
+        raise PlanError(f"{where}: want {n} elements at byte {begin} of {len(raw)}, no gaps.")
+    if n == 0:
+        return torch.empty(shape, dtype=dtype), end
+    return torch.frombuffer(bytearray(raw[begin:end]), dtype=dtype).view(shape), end
+
+
+def _all_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(v) is int and 0 <= v <= FILE_BYTES_MAX for v in value
+    )
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _header_hash(table: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(_canonical([table, metadata]).encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and fields of a plan's file."""
+    tensors = {f"thresholds.b{b}": plan.thresholds[b] for b in plan.bits}
+    for i, layer in enumerate(plan.layers):
+        tensors[f"layers.{i}.equal"] = layer.equal
+        tensors |= {f"layers.{i}.row_scale.b{b}": layer.row_scale[b] for b in plan.bits}
+    fields = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model_type": plan.model.model_type,
+        "model_dtype": plan.model.dtype,
+        "model_hash": plan.model.model_hash,
+        "shapes": _canonical([[s.d, s.n_neurons] for s in plan.model.shapes]),
+        "bits": _canonical(plan.bits),
+        "tasks": _canonical(plan.tasks),
+        "densities": _canonical(plan.densities),
+        "n_tokens": _canonical(dict(plan.n_tokens)),
+        "seed": _canonical(plan.seed),
+    }
+    return tensors, fields
+
+
+def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
+    """The plan of a file's tensors and fields."""
+    if fields.get("format") != FORMAT:
+        raise PlanError(f"[plan] format = {fields.get('format')!r}: want {FORMAT!r}.")
+    if fields.get("version") != VERSION:
+        raise PlanError(
+            f"[plan] format version {fields.get('version')!r}: this csfast wants {VERSION!r}; "
+            "calibrate again."
+        )
+    shapes = _field(fields, "shapes", list)
+    if not all(_all_sizes(s) and len(s) == 2 for s in shapes):
+        raise PlanError("[plan] shapes: want pairs of sizes.")
+    fingerprint = Fingerprint(
+        model_type=fields.get("model_type", ""),
+        shapes=tuple(LayerShape(d=s[0], n_neurons=s[1]) for s in shapes),
+        dtype=fields.get("model_dtype", ""),
+        model_hash=fields.get("model_hash", ""),
+    )
+    bits = tuple(_field(fields, "bits", list))
+    if not all(type(b) is int and b in planes.BITS for b in bits):
+        raise PlanError(f"[plan] bits = {_list(bits)}: want some of {_list(planes.BITS)}.")
+    wanted = _names(len(shapes), bits)
+    if set(tensors) != wanted:
+        odd = sorted(set(tensors) ^ wanted)[0]
+        raise PlanError(f"[plan] tensor {odd!r}: want exactly those of {len(shapes)} layers.")
+    return Plan(
+        model=fingerprint,
+        bits=bits,
+        tasks=tuple(_field(fields, "tasks", list)),
+        densities=tuple(_field(fields, "densities", list)),
+        layers=tuple(
+            LayerPlan(
+                equal=tensors[f"layers.{i}.equal"],
+                row_scale={b: tensors[f"layers.{i}.row_scale.b{b}"] for b in bits},
+            )
+            for i in range(len(shapes))
+        ),
+        thresholds={b: tensors[f"thresholds.b{b}"] for b in bits},
+        n_tokens=_field(fields, "n_tokens", dict),
+        seed=_field(fields, "seed", int),
+    )
+
+
+def _names(n_layers: int, bits: tuple[int, ...]) -> set[str]:
+    """Names of the tensors of a plan."""
+    kinds = ["equal", *(f"row_scale.b{b}" for b in bits)]
+    layers = {f"layers.{i}.{k}" for i, k in itertools.product(range(n_layers), kinds)}
+    return layers | {f"thresholds.b{b}" for b in bits}
+
+
+def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
+    """A field of the metadata that holds JSON of one kind."""
+    try:
+        value = json.loads(fields.get(name, ""))
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"[plan] {name}: want JSON ({error}).") from error
+    if type(value) is not kind:
+        raise PlanError(f"[plan] {name}: want a JSON {kind.__name__}.")
+    return value
+
+
+def _validate(plan: Plan) -> None:
+    """Refuse a plan whose parts are out of range or do not fit together."""
+    m = plan.model
+    _want(bool(_NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
+    dtypes = ("float32", "float16", "bfloat16")
+    _want(m.dtype in dtypes, f"model_dtype = {m.dtype!r}", f"one of {_list(dtypes)}")
+    _want(bool(_HASH.fullmatch(m.model_hash)), "model_hash", "64 hexadecimal digits")
+    sizes_fit = all(s.d > 0 and s.n_neurons > 0 for s in m.shapes)
+    _want(len(m.shapes) > 0 and sizes_fit, "shapes", "at least one layer, sizes above 0")
+
+    ascending = plan.bits == tuple(sorted(set(plan.bits)))
+    known = all(b in planes.BITS for b in plan.bits)
+    _want(bool(plan.bits) and known and ascending, f"bits = {plan.bits}", "some of 1 to 4, rising")
+    tasks_fit = all(isinstance(t, str) and _NAME.fullmatch(t) for t in plan.tasks)
+    first = plan.tasks[:1] == (POOLED,)
+    distinct = tasks_fit and len(set(plan.tasks)) == len(plan.tasks)
+    _want(first and distinct, f"tasks = {plan.tasks}", f"distinct names, {POOLED!r} first")
+    _want(set(plan.n_tokens) == set(plan.tasks[1:]), "n_tokens", "a number a task, none pooled")
+    counts_fit = all(type(n) is int and n >= 0 for n in plan.n_tokens.values())
+    _want(counts_fit, "n_tokens", "whole numbers")
+    _want(type(plan.seed) is int and 0 <= plan.seed < 2**63, "seed", "0 to 2^63 - 1")
+
+    numbers = all(type(r) is float and 0 < r <= 1 for r in plan.densities)
+    rising = numbers and all(a < b for a, b in itertools.pairwise(plan.densities))
+    _want(rising and plan.densities[-1:] == (1.0,), "densities", "rising fractions that end at 1")
+
+    _want(len(plan.layers) == len(m.shapes), f"{len(plan.layers)} layers", f"{len(m.shapes)}")
+    for i, (layer, shape) in enumerate(zip(plan.layers, m.shapes, strict=True)):
+        _want_tensor(f"layers.{i}.equal", layer.equal, (shape.d,))
+        _want(bool((layer.equal > 0).all()), f"layers.{i}.equal", "positive factors")
+        _want(set(layer.row_scale) == set(plan.bits), f"layers.{i}.row_scale", "one a setting")
+        for b, scale in layer.row_scale.items():
+            _want_tensor(f"layers.{i}.row_scale.b{b}", scale, (shape.n_neurons, 2))
+    _want(set(plan.thresholds) == set(plan.bits), "thresholds", "one tensor a setting")
+    for b, threshold in plan.thresholds.items():
+        name = f"thresholds.b{b}"
+        _want_tensor(name, threshold, (len(m.shapes), len(plan.tasks), len(plan.densities)))
+        falling = bool((threshold[..., 1:] <= threshold[..., :-1]).all())
+        _want(falling, name, "thresholds that do not rise with the density")
+        _want(bool((threshold[..., -1] == 0).all()), name, "threshold 0 at density 1")
+
+
+def _want_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what is not a finite, non-negative float32 tensor of the shape, on the CPU."""
+    sound = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    _want(sound and tensor.is_contiguous(), name, "a contiguous float32 tensor on the CPU")
+    _want(tuple(tensor.shape) == shape, f"{name} of shape {tuple(tensor.shape)}", f"{shape}")
+    sane = bool(torch.isfinite(tensor).all()) and bool((tensor >= 0).all())
+    _want(sane, name, "finite numbers, none below 0")
+
+
+def _want(fits: bool, given: str, wanted: str) -> None:
+    if not fits:
+        raise PlanError(f"[plan] {given}: want {wanted}.")
+
+
+def _list(values: tuple[object, ...]) -> str:
+    return ", ".join(str(v) for v in values)
+
+
+def _down_norm(down: Tensor) -> Tensor:
+    """Norm of every neuron's down row, ``(n_neurons,)``, float32."""
+    norm: Tensor = torch.linalg.vector_norm(down.detach().float(), dim=0)
+    return norm

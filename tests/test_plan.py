@@ -1,0 +1,399 @@
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import struct
+import time
+
+import pytest
+import safetensors
+import torch
+
+import tiny
+from csfast import models, planes
+from csfast import plan as plan_
+from csfast.plan import LayerPlan, Plan
+from csfast.types import LayerShape, PlanError
+
+D, N_NEURONS, N_LAYERS = 8, 12, 2
+DENSITIES = (0.1, 0.5, 1.0)
+
+
+def make_plan(**changes):
+    draw = torch.Generator().manual_seed(0)
+    falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3).contiguous()
+    values = {
+        "model": models.Fingerprint(
+            "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "0a" * 32
+        ),
+        "bits": (2, 3),
+        "tasks": ("pooled", "math"),
+        "densities": DENSITIES,
+        "layers": tuple(
+            LayerPlan(
+                torch.rand(D, generator=draw) + 0.5,
+                {b: torch.rand(N_NEURONS, 2, generator=draw) for b in (2, 3)},
+            )
+            for _ in range(N_LAYERS)
+        ),
+        "thresholds": {2: falling, 3: falling / 2},
+        "n_tokens": {"math": 100},
+        "seed": 3,
+    }
+    return Plan(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return plan_.pack(*plan_._to_content(make_plan()))
+
+
+def load(path, raw):
+    path.write_bytes(raw)
+    return Plan.load(path)
+
+
+def rewrite(raw, *, fields=None, tensors=None, drop=()):
+    """The file with other content and right hashes: damage that only meaning reveals."""
+    old_tensors, old_fields = plan_.unpack(raw)
+    content = {**old_tensors, **(tensors or {})}, {**old_fields, **(fields or {})}
+    for name in drop:
+        for part in content:
+            part.pop(name, None)
+    return plan_.pack(*content)
+
+
+def reheader(raw, change):
+    """The file with a changed header, its hash made right again."""
+    (n,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8 : 8 + n])
+    change(header)
+    metadata = header.pop("__metadata__", None)
+    if isinstance(metadata, dict):
+        metadata.pop("header_sha256", None)
+        metadata["header_sha256"] = plan_._header_hash(header, metadata)
+    if metadata is not None:
+        header["__metadata__"] = metadata
+    text = plan_._canonical(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + raw[8 + n :]
+
+
+def test_round_trip_keeps_everything(tmp_path):
+    plan = make_plan()
+    plan.save(tmp_path / "a.plan")
+    found = Plan.load(tmp_path / "a.plan")
+    for name in ("model", "bits", "tasks", "densities", "n_tokens", "seed", "plan_hash"):
+        assert getattr(found, name) == getattr(plan, name), name
+    for b in plan.bits:
+        assert torch.equal(found.thresholds[b], plan.thresholds[b])
+        for mine, theirs in zip(plan.layers, found.layers, strict=True):
+            assert torch.equal(mine.equal, theirs.equal)
+            assert torch.equal(mine.row_scale[b], theirs.row_scale[b])
+
+
+def test_hash_is_that_of_the_file(tmp_path, raw):
+    plan = load(tmp_path / "a.plan", raw)
+    plan.save(tmp_path / "b.plan")
+    assert (tmp_path / "b.plan").read_bytes() == raw
+    assert plan.plan_hash == hashlib.sha256(raw).hexdigest()
+    assert make_plan(seed=4).plan_hash != plan.plan_hash
+
+
+def test_file_is_plain_safetensors(tmp_path, raw):
+    (tmp_path / "a.plan").write_bytes(raw)
+    with safetensors.safe_open(tmp_path / "a.plan", "pt") as file:
+        assert file.metadata()["format"] == "csfast-plan"
+        assert torch.equal(file.get_tensor("thresholds.b2"), make_plan().thresholds[2])
+
+
+def test_every_truncation_is_refused(tmp_path, raw):
+    for n in range(len(raw)):
+        with pytest.raises(PlanError):
+            plan_.unpack(raw[:n])
+    with pytest.raises(PlanError, match="want"):
+        load(tmp_path / "a.plan", raw[: len(raw) // 2])
+
+
+def test_every_flipped_bit_is_refused(raw):
+    (n,) = struct.unpack_from("<Q", raw)
+    draw = random.Random(0)
+    header = [(byte, bit) for byte in range(8 + n) for bit in (draw.randrange(8),)]
+    anywhere = [(draw.randrange(len(raw)), draw.randrange(8)) for _ in range(2000)]
+    for byte, bit in [*header, *anywhere]:
+        damaged = bytearray(raw)
+        damaged[byte] ^= 1 << bit
+        with pytest.raises(PlanError):
+            plan_.unpack(bytes(damaged))
+
+
+def test_added_bytes_are_refused(raw):
+    for more in (b"\0", b" ", raw):
+        with pytest.raises(PlanError, match="as its header says"):
+            plan_.unpack(raw + more)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def _with(name, index, value):
+    """A change of one number of one tensor."""
+
+    def change(raw):
+        tensor = plan_.unpack(raw)[0][name]
+        tensor[index] = value
+        return rewrite(raw, tensors={name: tensor})
+
+    return change
+
+
+def _entry(name, **values):
+    return lambda raw: reheader(raw, lambda h: h[name].update(values))
+
+
+def _fields(**fields):
+    return lambda raw: rewrite(raw, fields=fields)
+
+
+BAD_PLANS = {
+    "empty": (lambda raw: b"", "file of 0 bytes: want a header"),
+    "seven bytes": (lambda raw: raw[:7], "file of 7 bytes"),
+    "zeros": (lambda raw: bytes(64), "header of 0 bytes"),
+    "huge header": (lambda raw: struct.pack("<Q", 1 << 62) + raw[8:], "at most 4194304"),
+    "large header": (
+        lambda raw: struct.pack("<Q", (4 << 20) + 8) + bytes((4 << 20) + 8),
+        "at most 4194304",
+    ),
+    "text": (lambda raw: b"not a plan at all, but long enough to be one", "header of"),
+    "deep JSON": (lambda raw: struct.pack("<Q", 80000) + b"[" * 80000, "want JSON"),
+    "list header": (lambda raw: struct.pack("<Q", 8) + b"[]      ", "JSON object in its canon"),
+    "spaced header": (
+        lambda raw: raw.replace(b'","', b'", "', 1),
+        "canonical|want JSON",
+    ),
+    "no metadata": (lambda raw: reheader(raw, lambda h: h.pop("__metadata__")), "want metadata"),
+    "number as metadata": (
+        lambda raw: reheader(raw, lambda h: h["__metadata__"].update(seed=3)),
+        "metadata of strings",
+    ),
+    "pickled dtype": (_entry("layers.0.equal", dtype="O"), "dtype = 'O': want F32"),
+    "integers": (_entry("layers.0.equal", dtype="I64", shape=[4]), "contiguous float32"),
+    "gap": (_entry("layers.0.equal", data_offsets=[4, 36]), "no gaps"),
+    "overlap": (_entry("layers.1.equal", data_offsets=[0, 32]), "no gaps"),
+    "negative size": (_entry("layers.0.equal", shape=[-8]), "want at most four sizes"),
+    "huge size": (_entry("layers.0.equal", shape=[1 << 62]), "want at most four sizes"),
+    "product overflow": (_entry("layers.0.equal", shape=[1 << 29] * 4), "no gaps"),
+    "true size": (_entry("layers.0.equal", shape=[True]), "want at most four sizes"),
+    "extra key": (_entry("layers.0.equal", path="../../x"), "want dtype, shape and data_offsets"),
+    "other hash": (
+        lambda raw: reheader(raw, lambda h: h["__metadata__"].update({"sha256.thresholds.b2": ""})),
+        "data that fit their SHA-256",
+    ),
+    "other format": (_fields(format="gguf"), "format = 'gguf'"),
+    "next version": (_fields(version="2"), "format version '2': this csfast wants '1'"),
+    "model type": (_fields(model_type="../x"), "want a model type"),
+    "model dtype": (_fields(model_dtype="float64"), "want one of float32, float16, bfloat16"),
+    "model hash": (_fields(model_hash="0A" * 32), "want 64 hexadecimal digits"),
+    "shapes": (_fields(shapes="[[8]]"), "want pairs of sizes"),
+    "shapes not JSON": (_fields(shapes="[[8"), "shapes: want JSON"),
+    "shapes not a list": (_fields(shapes="{}"), "shapes: want a JSON list"),
+    "fewer layers": (_fields(shapes="[[8,12]]"), "want exactly those of 1 layers"),
+    "other sizes": (_fields(shapes="[[8,12],[8,13]]"), r"row_scale.* want \(13, 2\)"),
+    "bits": (_fields(bits="[2,5]"), "bits = 2, 5: want some of 1, 2, 3, 4"),
+    "unhashable bits": (_fields(bits="[[2],3]"), "want some of 1, 2, 3, 4"),
+    "bits falling": (_fields(bits="[3,2]"), "rising"),
+    "no pooled": (_fields(tasks='["math","pooled"]'), "'pooled' first"),
+    "task twice": (_fields(tasks='["pooled","pooled"]'), "distinct names"),
+    "task a list": (_fields(tasks='["pooled",[]]'), "distinct names"),
+    "too few tasks": (_fields(tasks='["pooled"]', n_tokens="{}"), r"want \(2, 1, 3\)"),
+    "densities falling": (_fields(densities="[0.5,0.1,1.0]"), "rising fractions"),
+    "densities short of 1": (_fields(densities="[0.1,0.5,0.9]"), "end at 1"),
+    "density NaN": (_fields(densities="[0.1,NaN,1.0]"), "rising fractions"),
+    "tokens": (_fields(n_tokens='{"math":-1}'), "want whole numbers"),
+    "seed": (_fields(seed="-1"), r"want 0 to 2\^63"),
+    "seed a float": (_fields(seed="1.5"), "want a JSON int"),
+    "no seed": (lambda raw: rewrite(raw, drop=["seed"]), "seed: want JSON"),
+    "missing tensor": (lambda raw: rewrite(raw, drop=["layers.1.equal"]), "layers.1.equal"),
+    "odd tensor": (
+        lambda raw: rewrite(raw, tensors={"extra": torch.zeros(1)}),
+        "tensor 'extra': want exactly",
+    ),
+    "equal zero": (_with("layers.0.equal", 3, 0.0), "want positive factors"),
+    "equal NaN": (_with("layers.0.equal", 3, NAN), "want finite numbers"),
+    "scale infinite": (_with("layers.1.row_scale.b3", (0, 1), INFINITY), "want finite numbers"),
+    "scale negative": (_with("layers.1.row_scale.b3", (0, 1), -1.0), "none below 0"),
+    "threshold rises": (_with("thresholds.b2", (0, 0, 1), 5.0), "do not rise"),
+    "threshold NaN": (_with("thresholds.b2", (0, 0, 1), NAN), "finite"),
+    "threshold at 1": (_with("thresholds.b3", (1, 1, 2), 0.1), "threshold 0 at density 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_bad_plan_is_refused_by_name(tmp_path, raw, name):
+    change, message = BAD_PLANS[name]
+    damaged = change(raw)
+    assert damaged != raw
+    with pytest.raises(PlanError, match=message):
+        load(tmp_path / "bad.plan", damaged)
+
+
+def test_too_many_tensors_are_refused(monkeypatch, raw):
+    monkeypatch.setattr(plan_, "TENSORS_MAX", 3)
+    with pytest.raises(PlanError, match="want at most 3"):
+        plan_.unpack(raw)
+
+
+def test_large_file_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "large.plan"
+    with path.open("wb") as stream:
+        stream.truncate(plan_.FILE_BYTES_MAX + 1)  # sparse: takes no space
+    with pytest.raises(PlanError, match="want at most 1073741824"):
+        Plan.load(path)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(PlanError, match="want a regular file"):
+            Plan.load(path)
+    with pytest.raises(FileNotFoundError):
+        Plan.load(tmp_path / "none.plan")
+
+
+def test_failed_save_leaves_the_old_plan_alone(tmp_path, monkeypatch):
+    path = tmp_path / "a.plan"
+    make_plan().save(path)
+    before = path.read_bytes()
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make_plan(seed=4).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
+
+
+def test_save_replaces_in_one_step(tmp_path):
+    path = tmp_path / "a.plan"
+    make_plan().save(path)
+    make_plan(seed=4).save(path)
+    assert Plan.load(path).seed == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
+
+
+def test_killed_writer_leaves_a_whole_plan(tmp_path):
+    path = tmp_path / "a.plan"
+    plans = [make_plan(seed=seed) for seed in range(2)]
+    hashes = {plan.plan_hash for plan in plans}
+    plans[0].save(path)
+    draw = random.Random(0)
+    for _ in range(30):
+        writer = os.fork()
+        if writer == 0:
+            while True:
+                for plan in plans:
+                    plan.save(path)
+        time.sleep(draw.uniform(0, 0.02))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        assert Plan.load(path).plan_hash in hashes
+
+
+def test_threshold_interpolates_logarithms():
+    plan = make_plan()
+    assert plan.threshold(0, bits=2, density=0.1) == 4
+    assert plan.threshold(0, bits=2, density=0.3) == pytest.approx(2)  # sqrt(4 * 1)
+    assert plan.threshold(1, bits=3, density=0.5, task="math") == 0.5
+    assert plan.threshold(0, bits=2, density=0.75) == 0.5  # towards 0, linear
+    assert plan.threshold(0, bits=2, density=1) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": 2}, "layer = 2: want 0 to 1"),
+        ({"layer": -1}, "layer = -1"),
+        ({"bits": 4}, "bits = 4: want one of 2, 3"),
+        ({"task": "code"}, "task = 'code': want one of pooled, math"),
+        ({"density": 0.05}, "density = 0.05: want 0.1 to 1"),
+        ({"density": 1.5}, "density = 1.5"),
+        ({"density": NAN}, "density = nan"),
+    ],
+)
+def test_threshold_refuses_what_it_does_not_hold(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan().threshold(**{"layer": 0, "bits": 2, "density": 0.5, **arguments})
+
+
+def test_parts_that_do_not_fit_make_no_plan():
+    plan = make_plan()
+    with pytest.raises(PlanError, match="1 layers: want 2"):
+        dataclasses.replace(plan, layers=plan.layers[:1])
+
+
+def fingerprint_plan(model):
+    """A plan of any content for a model."""
+    found = models.fingerprint(model)
+    sizes = found.shapes
+    layers = tuple(
+        LayerPlan(torch.ones(s.d), {b: torch.ones(s.n_neurons, 2) for b in (2, 3)}) for s in sizes
+    )
+    thresholds = {b: torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
+    return make_plan(model=found, layers=layers, thresholds=thresholds)
+
+
+def test_check_accepts_its_own_model():
+    fingerprint_plan(tiny.make_model()).check(tiny.make_model())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "qwen2"}, "of type 'qwen2': this plan wants 'llama'"),
+        ({"num_hidden_layers": 3}, "with 3 layers: this plan wants 2"),
+        ({"intermediate_size": 96}, "layer 0 has d = 64, n_neurons = 96: this plan wants d = 64,"),
+        ({"dtype": torch.bfloat16}, "in bfloat16: this plan wants float32"),
+        ({"seed": 1}, "weights have SHA-256"),
+    ],
+)
+def test_check_names_what_differs(changes, message):
+    plan = fingerprint_plan(tiny.make_model())
+    with pytest.raises(PlanError, match=message):
+        plan.check(tiny.make_model(**changes))
+
+
+def test_one_weight_makes_another_model():
+    model = tiny.make_model()
+    plan = fingerprint_plan(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    with pytest.raises(PlanError, match="weights have SHA-256"):
+        plan.check(model)
+
+
+def test_encoded_rows_are_those_that_were_fitted():
+    draw = torch.Generator().manual_seed(0)
+    gate, up, down_t = (torch.randn(96, 40, generator=draw) for _ in range(3))
+    equal = planes.equalizer(torch.rand(40, generator=draw) + 0.01)
+    layer = LayerPlan.fit(gate, up, down_t.T, equal, (2, 3))
+    for bits in (2, 3):
+        found = planes.unpack(layer.encode(gate, up, down_t.T, bits=bits).flatten(0, 1), bits, 40)
+        for r, weight in enumerate((gate, up)):
+            scale = planes.fit_scale(weight, equal, bits)
+            wanted = planes.unpack(planes.encode(weight, equal, scale, bits), bits, 40)
+            # Taking the norm in and out of a scale rounds twice: a code on a border may move.
+            moved = (found[r::2].int() - wanted.int()).abs()
+            assert moved.max() <= 1 and (moved > 0).float().mean() < 1e-3
+        folded = layer.row_scale[bits][:, 1] / planes.fit_scale(up, equal, bits)
+        torch.testing.assert_close(folded, down_t.norm(dim=1))
+
+
+def test_neuron_that_writes_nothing_is_encoded():
+    gate, up, down = torch.ones(4, 8), torch.ones(4, 8), torch.zeros(8, 4)
+    layer = LayerPlan.fit(gate, up, down, torch.ones(8), (2,))
+    assert layer.row_scale[2][:, 1].eq(0).all()
+    assert layer.encode(gate, up, down, bits=2).shape == (4, 2, 1, 32)

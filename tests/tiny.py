@@ -1,0 +1,61 @@
+"""Models, a tokenizer and samples small enough to make within a test."""
+
+import functools
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+
+
+def make_model(kind="llama", *, dtype=torch.float32, seed=0, **changes):
+    """A causal language model with random weights, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = CONFIGS[kind](**{**SIZES, **changes})
+        return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@functools.cache
+def make_tokenizer():
+    """Bytes as tokens: 256 of them, then the marks of beginning and end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_ids(n_samples, n_tokens, *, seed=0):
+    """Token ids of random plain texts."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (1, n_tokens), generator=draw) for _ in range(n_samples)]
+
+
+def scale_channels(model, *, factor=64.0, channels=(0, 1, 2, 3)):
+    """Give the FFN inputs massive channels without changing what the model computes.
+
+    The gain of the norm before each FFN grows by a power of two on a few channels, and the columns
+    of gate and up that read them shrink by it.
+    """
+    where = list(channels)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[where] *= factor
+            layer.mlp.gate_proj.weight[:, where] /= factor
+            layer.mlp.up_proj.weight[:, where] /= factor
