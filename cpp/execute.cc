@@ -1,6 +1,7 @@
 #include "csfast/execute.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "check.h"
 #include "host.h"
@@ -16,7 +17,6 @@ namespace {
 // gain.
 constexpr int64_t kSegments = 32;
 constexpr int64_t kSegmentNeurons = 32;
-constexpr int64_t kColumns = 512;  // of the output, added up by one thread at a time
 
 void check(const ExecuteParams& p, Device device) {
   check_neurons("execute", p.batch, p.n_neurons);
@@ -59,39 +59,40 @@ void sum_segment(const ExecuteParams& p, const void* x, const int32_t* tile, int
 }  // namespace
 
 int64_t host::execute_workspace(int64_t batch, int64_t d) {
-  return line_up(batch * kSegments * d * 4);
+  return line_up(batch * kSegments * d * 4) + line_up(batch * 4);
 }
 
 void host::execute(const ExecuteParams& p) {
   const Loops& loop = loops();
   const int64_t width = n_tiles_max(p.n_neurons, p.tile_rows);
   const int64_t size = p.dtype == DType::kF32 ? 4 : 2;
-  float* sums = static_cast<float*>(p.workspace);  // (batch, kSegments, d)
+  char* workspace = static_cast<char*>(p.workspace);
+  float* sums = reinterpret_cast<float*>(workspace);  // (batch, kSegments, d)
+  int32_t* n_done =                                   // (batch)
+      reinterpret_cast<int32_t*>(workspace + line_up(p.batch * kSegments * p.d * 4));
   int64_t n_rows = 0;
-  for (int64_t b = 0; b < p.batch; ++b) n_rows += int64_t{p.n_tiles[b]} * p.tile_rows;
-  const int64_t n_columns = (p.d + kColumns - 1) / kColumns;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    n_done[b] = 0;
+    n_rows += int64_t{p.n_tiles[b]} * p.tile_rows;
+  }
 
-#pragma omp parallel if (n_rows * 3 * p.d * size > kBytesAlone)
-  {
-    // Segments outside, batch inside: rows of a batch want much the same neurons, and find them in
-    // the cache when they come at the same time.
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < kSegments * p.batch; ++item) {
-      const int64_t s = item / p.batch;
-      const int64_t b = item % p.batch;
-      const int64_t n_segments = segments_of(p.n_tiles[b], p.tile_rows);
-      if (s >= n_segments) continue;
+  // Segments outside, batch inside: rows of a batch want much the same neurons, and find them in
+  // the cache when they come at the same time.
+#pragma omp parallel for schedule(dynamic) if (n_rows * 3 * p.d * size > kBytesAlone)
+  for (int64_t item = 0; item < kSegments * p.batch; ++item) {
+    const int64_t s = item / p.batch;
+    const int64_t b = item % p.batch;
+    const int64_t n_segments = segments_of(p.n_tiles[b], p.tile_rows);
+    if (s >= std::max<int64_t>(n_segments, 1)) continue;
+    float* row_sums = sums + b * kSegments * p.d;
+    if (s < n_segments) {
       sum_segment(p, static_cast<const char*>(p.x) + b * p.d * size, p.tile + b * width,
                   p.n_tiles[b] * s / n_segments, p.n_tiles[b] * (s + 1) / n_segments,
-                  sums + (b * kSegments + s) * p.d);
+                  row_sums + s * p.d);
     }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < n_columns * p.batch; ++item) {
-      const int64_t b = item / n_columns;
-      const int64_t begin = item % n_columns * kColumns;
-      loop.finish(sums + b * kSegments * p.d, segments_of(p.n_tiles[b], p.tile_rows), p.d, begin,
-                  std::min(begin + kColumns, p.d), p.dtype,
-                  static_cast<char*>(p.out) + b * p.d * size);
+    // Whoever finishes the last segment adds them all up: nobody waits for anybody.
+    if (std::atomic_ref(n_done[b]).fetch_add(1, std::memory_order_acq_rel) + 1 >= n_segments) {
+      loop.finish(row_sums, n_segments, p.d, p.dtype, static_cast<char*>(p.out) + b * p.d * size);
     }
   }
 }

@@ -39,9 +39,8 @@ struct Loops {
   void (*gather)(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n,
                  bool first, float* sum) noexcept;
 
-  // out[begin .. end) = the segments of sums (n_segments, d) added in order, rounded to T once.
-  void (*finish)(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-                 DType dtype, void* out) noexcept;
+  // out (d) = the segments of sums (n_segments, d) added in order, rounded to T once.
+  void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
 };
 
 namespace base {
@@ -53,8 +52,7 @@ Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, floa
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
             float* sum) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-            DType dtype, void* out) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
 }  // namespace base
 
 namespace avx512 {
@@ -67,8 +65,7 @@ Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, floa
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
             float* sum) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-            DType dtype, void* out) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
 }  // namespace avx512
 
 // The loops in use, see isa.h.

@@ -1,10 +1,19 @@
 """Error bounds of the operations, derived, and the assertions that use them."""
 
+import functools
+
 import torch
+
 from csfast import reference
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
+
+
+@functools.cache
+def made(case, dtype, device, bits=2):
+    """The problem of a case, made once for all tests: fitting its codes is most of the work."""
+    return case.make(dtype, device, bits=bits)
 
 
 def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -12,7 +21,7 @@ def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Any order of n additions errs by at most ``(n + 1) * eps * (|a| @ |b|.T)`` to first order
     (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1); the products of
-    half-precision inputs are exact in float32. Instructions for bfloat16 flush what is below 2^-126.
+    half-precision inputs are exact in float32. What bfloat16 instructions flush is below 2^-126.
     """
     n = a.shape[-1]
     return (n + 1) * (EPS_F32 * (a.double().abs() @ b.double().abs().T) + 2.0**-120)

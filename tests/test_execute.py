@@ -1,8 +1,9 @@
 import pytest
 import torch
+
 from csfast import ops, reference
 from csfast.cases import CASES, LARGE
-from numeric import assert_within, execute_tolerance, mask_of, split_tiles
+from numeric import assert_within, execute_tolerance, made, mask_of, split_tiles
 
 
 def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
@@ -34,7 +35,7 @@ def check(p, tiles):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("tile_rows", [1, 3, 16])
 def test_matches_reference(case, tile_rows, dtype, device):
-    p = case.make(dtype, device)
+    p = made(case, dtype, device)
     check(p, tiles_of(case.batch, case.n_neurons, device, tile_rows=tile_rows))
 
 
@@ -60,7 +61,7 @@ def test_matches_reference_on_a_large_layer(device):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("density", [0.4, 1.0])
 def test_is_exact_on_integers(case, density, dtype, device):
-    """Rounding cannot excuse a lost term here: gates are so large that silu only passes or blocks."""
+    """Rounding excuses no lost term: gates are so large that silu only passes or blocks."""
     p = case.make_exact(dtype, device)
     tiles = tiles_of(case.batch, case.n_neurons, device, density=density)
     mask = mask_of(tiles.tile, tiles.n_tiles, 1, case.n_neurons)
@@ -74,7 +75,7 @@ def test_is_exact_on_integers(case, density, dtype, device):
 
 def test_full_support_is_the_dense_layer(dtype, device):
     case = CASES[5]
-    p = case.make(dtype, device)
+    p = made(case, dtype, device)
     tiles = tiles_of(case.batch, case.n_neurons, device, density=2.0)
     xd = p.x.double()
     a = torch.nn.functional.silu(xd @ p.gate.double().T) * (xd @ p.up.double().T)
@@ -86,7 +87,7 @@ def test_full_support_is_the_dense_layer(dtype, device):
 def test_is_linear_in_the_down_projection(device):
     """Powers of two and signs commute with every rounding, so this holds bit for bit."""
     case = CASES[2]
-    p = case.make(torch.float32, device)
+    p = made(case, torch.float32, device)
     tiles = tiles_of(3, case.n_neurons, device)
     out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
     assert torch.equal(ops.execute(p.gate, p.up, -4 * p.down_t, p.x, tiles), -4 * out)
@@ -95,7 +96,7 @@ def test_is_linear_in_the_down_projection(device):
 
 def test_a_support_in_two_parts_adds_up(device):
     case = CASES[4]
-    p = case.make(torch.float32, device)
+    p = made(case, torch.float32, device)
     whole = tiles_of(1, case.n_neurons, device, density=0.5)
     chosen = whole.tile[0, : whole.n_tiles[0]]
     parts = []
@@ -112,7 +113,7 @@ def test_a_support_in_two_parts_adds_up(device):
 
 def test_permuting_the_batch_permutes_the_result(dtype, device):
     case = CASES[5]
-    p = case.make(dtype, device)
+    p = made(case, dtype, device)
     tiles = tiles_of(16, case.n_neurons, device)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).to(device)
     out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
@@ -128,7 +129,7 @@ def test_permuting_the_batch_permutes_the_result(dtype, device):
 
 def test_a_row_does_not_depend_on_its_batch(dtype, device):
     case = CASES[5]
-    p = case.make(dtype, device)
+    p = made(case, dtype, device)
     tiles = tiles_of(16, case.n_neurons, device)
     out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
     alone = ops.execute(
@@ -138,20 +139,20 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
 
 
 def test_empty_support_gives_zeros(dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device, density=0.0)
     assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), torch.zeros_like(p.x))
 
 
 def test_zero_activation_gives_zeros(dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
     out = ops.execute(p.gate, p.up, p.down_t, torch.zeros_like(p.x), tiles)
     assert not out.any()
 
 
 def test_not_a_number_passes_through(dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
     x = p.x.clone()
     x[1, 5] = float("nan")
@@ -162,7 +163,7 @@ def test_not_a_number_passes_through(dtype, device):
 
 def test_two_hundred_runs_are_equal(dtype, device):
     case = CASES[4]
-    p = case.make(dtype, device)
+    p = made(case, dtype, device)
     tiles = tiles_of(1, case.n_neurons, device)
     first = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
     for _ in range(200):
@@ -171,7 +172,7 @@ def test_two_hundred_runs_are_equal(dtype, device):
 
 def test_threads_change_nothing(dtype):
     case = CASES[5]
-    p = case.make(dtype, "cpu")
+    p = made(case, dtype, "cpu")
     tiles = tiles_of(16, case.n_neurons, "cpu")
     n_threads = torch.get_num_threads()
     try:
@@ -195,7 +196,7 @@ def test_threads_change_nothing(dtype):
     ],
 )
 def test_refuses_tiles_out_of_range(tile, n_tiles, message):
-    p = CASES[1].make(torch.float32, "cpu")
+    p = made(CASES[1], torch.float32, "cpu")
     tiles = torch.zeros(3, 7, dtype=torch.int32)
     tiles[0, :2] = torch.tensor(tile)
     counts = torch.tensor([n_tiles, 0, 0], dtype=torch.int32)

@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+
 from csfast import ops
 
 TESTS = pathlib.Path(__file__).parent
-FILES = [f"test_{op}.py" for op in ("sense", "recover", "select", "execute", "ffn", "session")]
+FILES = [
+    str(TESTS / f"test_{op}.py")
+    for op in ("sense", "recover", "select", "execute", "ffn", "session")
+]
 
 
 def run(isa, *arguments):
@@ -22,12 +26,11 @@ def run(isa, *arguments):
     )
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_operations_pass_without_avx512(file):
+def test_operations_pass_without_avx512():
     if ops.isa() == "base":
         pytest.skip("this run is already the one without AVX-512")
     options = ("-m", "pytest", "-q", "-x", "-m", "not gpu", "-p", "no:cacheprovider")
-    done = run("base", *options, "-k", "not compiles", str(TESTS / file))
+    done = run("base", *options, "-k", "not compiles and not registered", *FILES)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 

@@ -1,14 +1,15 @@
 import pytest
 import torch
+
 from csfast import ops, reference
 from csfast.cases import CASES
-from numeric import assert_same_support, assert_within, middle_threshold, usage_tolerance
+from numeric import assert_same_support, assert_within, made, middle_threshold, usage_tolerance
 
 INF, NAN = float("inf"), float("nan")
 
 
 def measured(case, device, bits=2):
-    p = case.make(torch.bfloat16, device, bits=bits)
+    p = made(case, torch.bfloat16, device, bits=bits)
     return p, *reference.sense(p.codes, p.equal, p.x, bits=bits)
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+
 from csfast import ops, reference
 from csfast.cases import CASES
-from numeric import assert_same_support, mask_of, middle_threshold, usage_tolerance
+from numeric import assert_same_support, made, mask_of, middle_threshold, usage_tolerance
 
 INF, NAN = float("inf"), float("nan")
 
@@ -21,7 +22,7 @@ def select(p, threshold, x=None, tile_rows=1):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_matches_reference(case, dtype, bits, device):
-    p = case.make(dtype, device, bits=bits)
+    p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
     got, _ = select(p, threshold)
     y, scale = reference.sense(p.codes, p.equal, p.x, bits=bits)
@@ -38,7 +39,7 @@ def test_matches_reference(case, dtype, bits, device):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("tile_rows", [1, 3, 16])
 def test_equals_the_three_operations(case, tile_rows, dtype, bits, device):
-    p = case.make(dtype, device, bits=bits)
+    p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
     got, missed = select(p, threshold, tile_rows=tile_rows)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=bits)
@@ -51,14 +52,14 @@ def test_equals_the_three_operations(case, tile_rows, dtype, bits, device):
 
 @pytest.mark.parametrize(("threshold", "kept"), [(NAN, 77), (-1.0, 77), (0.0, 77), (INF, 0)])
 def test_extreme_thresholds(threshold, kept, device):
-    p = CASES[2].make(torch.bfloat16, device)
+    p = made(CASES[2], torch.bfloat16, device)
     got, _ = select(p, torch.full((3,), threshold, device=device))
     assert got.n_tiles.tolist() == [kept] * 3
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_activation_that_is_not_finite_keeps_everything(value, dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     x = p.x.clone()
     x[1, 8] = value
     got, missed = select(p, torch.full((3,), INF, device=device), x)
@@ -67,14 +68,14 @@ def test_activation_that_is_not_finite_keeps_everything(value, dtype, device):
 
 
 def test_zero_activation_keeps_nothing(dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     got, missed = select(p, torch.full((3,), 0.1, device=device), torch.zeros_like(p.x))
     assert got.n_tiles.tolist() == [0] * 3
     assert not missed.any()
 
 
 def test_a_row_does_not_depend_on_its_batch(dtype, device):
-    p = CASES[5].make(dtype, device)
+    p = made(CASES[5], dtype, device)
     threshold = middle_threshold(p)
     got, missed = select(p, threshold)
     for row in (0, 9, 15):
@@ -84,7 +85,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
 
 
 def test_two_hundred_runs_are_equal(device):
-    p = CASES[4].make(torch.bfloat16, device)
+    p = made(CASES[4], torch.bfloat16, device)
     threshold = middle_threshold(p)
     first, missed = select(p, threshold)
     for _ in range(200):
@@ -94,7 +95,7 @@ def test_two_hundred_runs_are_equal(device):
 
 
 def test_threads_change_nothing():
-    p = CASES[5].make(torch.bfloat16, "cpu")
+    p = made(CASES[5], torch.bfloat16, "cpu")
     threshold = middle_threshold(p)
     n_threads = torch.get_num_threads()
     try:
@@ -110,7 +111,7 @@ def test_threads_change_nothing():
 
 @pytest.mark.parametrize("bits", [0, 5])
 def test_refuses_bits_out_of_range(bits):
-    p = CASES[2].make(torch.float32, "cpu")
+    p = made(CASES[2], torch.float32, "cpu")
     codes = torch.zeros(77, 2, 2, 16 * bits, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"\[select\] bits = {bits}: want 1 to 4"):
         ops.select(codes, p.equal, p.row_scale, torch.zeros(3), p.x, bits=bits)

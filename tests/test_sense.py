@@ -1,13 +1,15 @@
 import pytest
 import torch
+
 from csfast import ops, planes, reference
 from csfast.cases import CASES, LARGE, Case
+from numeric import made
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_equals_reference_exactly(case, dtype, bits, device):
     """The product is specified in integers, so there is no tolerance."""
-    p = case.make(dtype, device, bits=bits)
+    p = made(case, dtype, device, bits=bits)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=bits)
     want_y, want_scale = reference.sense(p.codes, p.equal, p.x, bits=bits)
     assert torch.equal(y, want_y)
@@ -57,7 +59,7 @@ def test_every_code_counts(bits, device):
 def test_massive_channels_change_nothing(dtype, bits, device):
     """Four channels 64 times as large, their weights 1 / 64: the equaliser takes all of it up."""
     case = Case("outliers", batch=3, d=200, n_neurons=77)
-    plain = case.make(torch.float32, "cpu", bits=bits)
+    plain = made(case, torch.float32, "cpu", bits=bits)
     at = torch.tensor([3, 64, 127, 199])
     x, gate, up = plain.x.clone(), plain.gate.clone(), plain.up.clone()
     x[:, at] *= 64
@@ -82,15 +84,15 @@ def test_massive_channels_change_nothing(dtype, bits, device):
 
 
 def test_is_linear_in_the_codes_complement(bits, device):
-    """Flipping every bit of the codes turns 2 u - (2^bits - 1) to its negative, padding included."""
-    p = CASES[2].make(torch.float32, device, bits=bits)
+    """Flipping every bit of the codes negates 2 u - (2^bits - 1), padding included."""
+    p = made(CASES[2], torch.float32, device, bits=bits)
     y, _ = ops.sense(p.codes, p.equal, p.x, bits=bits)
     flipped, _ = ops.sense(255 - p.codes, p.equal, p.x, bits=bits)
     assert torch.equal(flipped, -y)
 
 
 def test_permuting_the_batch_permutes_the_result(device):
-    p = CASES[5].make(torch.bfloat16, device)
+    p = made(CASES[5], torch.bfloat16, device)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).to(device)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
     y_permuted, scale_permuted = ops.sense(p.codes, p.equal, p.x[order].contiguous(), bits=2)
@@ -99,7 +101,7 @@ def test_permuting_the_batch_permutes_the_result(device):
 
 
 def test_zero_and_not_finite_rows(dtype, device):
-    p = CASES[2].make(dtype, device)
+    p = made(CASES[2], dtype, device)
     x = torch.zeros(4, 200, dtype=dtype, device=device)
     x[1, 7], x[2, 199], x[3, 0] = float("nan"), float("inf"), -float("inf")
     y, scale = ops.sense(p.codes, p.equal, x, bits=2)
@@ -109,7 +111,7 @@ def test_zero_and_not_finite_rows(dtype, device):
 
 
 def test_activation_that_overflows_under_the_equaliser(device):
-    p = CASES[2].make(torch.float32, device)
+    p = made(CASES[2], torch.float32, device)
     x = torch.full((1, 200), 3e38, device=device)
     _, scale = ops.sense(p.codes, torch.full_like(p.equal, 4.0), x, bits=2)
     assert scale.isnan().all()
@@ -125,7 +127,7 @@ def test_tiny_activations(value, device):
     assert scale.item() == (torch.tensor([value]) / torch.tensor([127.0])).item()
 
 
-@pytest.mark.parametrize(("bits", "d_max"), [(1, 8_454_528), (4, 563_584)])
+@pytest.mark.parametrize(("bits", "d_max"), [(1, 8_454_656), (4, 563_584)])
 def test_width_at_which_int32_may_overflow(bits, d_max):
     d = d_max + 1
     codes = torch.zeros(1, 2, -(-d // 128), 16 * bits, dtype=torch.uint8)

@@ -1,8 +1,9 @@
 import pytest
 import torch
+
 from csfast import ops
 from csfast.cases import CASES
-from numeric import middle_threshold
+from numeric import made, middle_threshold
 
 
 def bound(p, threshold, **more):
@@ -20,7 +21,7 @@ def bound(p, threshold, **more):
 
 
 def opened(device, case=CASES[5], dtype=torch.bfloat16, bits=2, **more):
-    p = case.make(dtype, device, bits=bits)
+    p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
     session = ops.Session(torch.device(device))
     layer = session.bind(**bound(p, threshold, max_batch=case.batch, **more))
@@ -52,7 +53,7 @@ def test_equals_ffn(batch, dtype, bits, device):
 
 def test_layers_of_several_sizes(device):
     session = ops.Session(torch.device(device))
-    problems = [case.make(torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]
+    problems = [made(case, torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]
     thresholds = [middle_threshold(p) for p in problems]
     layers = [
         session.bind(**bound(p, t, max_batch=3)) for p, t in zip(problems, thresholds, strict=True)
@@ -95,7 +96,7 @@ def test_keeps_what_was_bound_alive(device):
 
 
 def test_weights_that_want_gradients(device):
-    p = CASES[2].make(torch.bfloat16, device)
+    p = made(CASES[2], torch.bfloat16, device)
     threshold = middle_threshold(p)
     tensors = bound(p, threshold, max_batch=3)
     tensors["gate"] = torch.nn.Parameter(p.gate)
@@ -139,7 +140,7 @@ def test_refuses_other_devices():
 
 
 def test_refuses_a_threshold_of_another_size():
-    p = CASES[2].make(torch.bfloat16, "cpu")
+    p = made(CASES[2], torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match=r"\[session\] .*max_batch = 4"):
         ops.Session(torch.device("cpu")).bind(**bound(p, torch.zeros(3), max_batch=4))
 

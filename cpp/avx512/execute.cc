@@ -124,10 +124,9 @@ void gather_rows(const ExecuteParams& p, const char* x, const int32_t* neuron, i
 }
 
 template <typename T>
-void finish_columns(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-                    char* out) {
-  for (int64_t c = begin; c < end; c += 16) {
-    const __mmask16 mask = mask_of<F32>(std::min<int64_t>(end - c, 16));
+void finish_row(const float* sums, int64_t n_segments, int64_t d, char* out) {
+  for (int64_t c = 0; c < d; c += 16) {
+    const __mmask16 mask = mask_of<F32>(std::min<int64_t>(d - c, 16));
     __m512 total = _mm512_setzero_ps();
     for (int64_t s = 0; s < n_segments; ++s) {
       total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(mask, sums + s * d + c));
@@ -157,11 +156,9 @@ void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_
            [&]<typename T>() { gather_rows<T>(p, static_cast<const char*>(x), neuron, n, sum); });
 }
 
-void finish(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-            DType dtype, void* out) noexcept {
-  dispatch(dtype, [&]<typename T>() {
-    finish_columns<T>(sums, n_segments, d, begin, end, static_cast<char*>(out));
-  });
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept {
+  dispatch(dtype,
+           [&]<typename T>() { finish_row<T>(sums, n_segments, d, static_cast<char*>(out)); });
 }
 
 }  // namespace csfast::avx512

@@ -41,10 +41,9 @@ void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_
   });
 }
 
-void finish(const float* sums, int64_t n_segments, int64_t d, int64_t begin, int64_t end,
-            DType dtype, void* out) noexcept {
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept {
   dispatch(dtype, [&]<typename T>() {
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t c = 0; c < d; ++c) {
       float total = 0.0f;
       for (int64_t s = 0; s < n_segments; ++s) total += sums[s * d + c];
       static_cast<T*>(out)[c] = from_float<T>(total);

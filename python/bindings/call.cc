@@ -55,7 +55,7 @@ void* Call::unpack(nb::handle tensor, const char* name, std::initializer_list<Si
   const std::string what = std::string("[") + op_ + "] " + name;
   Array array;
   if (!nb::try_cast(tensor, array, false)) {
-    const std::string given = nb::cast<std::string>(nb::str(nb::type_name(tensor.type())));
+    const std::string given = nb::str(nb::type_name(tensor.type())).c_str();
     throw nb::type_error(
         (what + " is a " + given +
          " without dense memory that can be read: want a strided tensor on the CPU "

@@ -268,9 +268,12 @@ def ffn(
         **({} if stats is None else {"stats": stats}),
     )
     _check_ints("ffn", bits=bits, tile_rows=tile_rows)
-    out: Tensor = torch.ops.csfast.ffn.default(
-        codes, equal, row_scale, threshold, gate, up, down_t, x, bits, tile_rows, stats
-    )
+    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
+    out: Tensor
+    if stats is None:
+        out = torch.ops.csfast.ffn.default(*layer, x, bits, tile_rows)
+    else:
+        out = torch.ops.csfast.ffn.counted(*layer, x, bits, tile_rows, stats)
     return out
 
 
@@ -354,6 +357,7 @@ class Session:
                 f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
                 f"(n_neurons, d) and (max_batch = {max_batch},)."
             )
+        _check_total("session", max_batch, gate.shape[0])
         n_bytes = _native.ffn_workspace(max_batch, gate.shape[1], gate.shape[0], self._cuda)
         workspace = self._workspaces.get(n_bytes)
         if workspace is None:
@@ -707,9 +711,11 @@ _register(
     _select,
     _fake_select,
 )
-_register(
-    "ffn(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate, Tensor up,"
-    " Tensor down_t, Tensor x, int bits, int tile_rows, Tensor(a!)? stats=None) -> Tensor",
-    _ffn,
-    _fake_ffn,
-)
+# Two overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
+for _name, _stats in (("ffn", ""), ("ffn.counted", ", Tensor(a!) stats")):
+    _register(
+        f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
+        f" Tensor up, Tensor down_t, Tensor x, int bits, int tile_rows{_stats}) -> Tensor",
+        _ffn,
+        _fake_ffn,
+    )

@@ -10,7 +10,8 @@
 //   bits 4   the 2-bit chunk of u & 3, then the 2-bit chunk of u >> 2
 //
 // so that 32 bytes, shifted by 0 and 2 and then by 4 and 6, are 64 neighbouring channels each time.
-// The gate row and the up row of a neuron are neighbours: codes are (n_neurons, 2, chunks, 16 * bits).
+// The gate row and the up row of a neuron are neighbours: codes are
+// (n_neurons, 2, chunks, 16 * bits).
 #pragma once
 
 #include <cstdint>

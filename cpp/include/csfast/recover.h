@@ -19,15 +19,15 @@ namespace csfast {
 enum class Rule : uint8_t { kThreshold, kTopK };
 
 struct RecoverParams {
-  const int32_t* y;          // (batch, n_neurons, 2)
-  const float* scale;        // (batch)
-  const float* row_scale;    // (n_neurons, 2)
-  const float* threshold;    // (batch), for kThreshold
-  const int32_t* budget;     // (batch), each in [0, n_neurons], for kTopK
-  float* usage;              // (batch, n_neurons), written
-  int32_t* index;            // (batch, n_neurons), written up to count, ascending
-  int32_t* count;            // (batch), written
-  float* missed;             // (batch), written: sum of usage^2 over what was not kept
+  const int32_t* y;        // (batch, n_neurons, 2)
+  const float* scale;      // (batch)
+  const float* row_scale;  // (n_neurons, 2)
+  const float* threshold;  // (batch), for kThreshold
+  const int32_t* budget;   // (batch), each in [0, n_neurons], for kTopK
+  float* usage;            // (batch, n_neurons), written
+  int32_t* index;          // (batch, n_neurons), written up to count, ascending
+  int32_t* count;          // (batch), written
+  float* missed;           // (batch), written: sum of usage^2 over what was not kept
   int64_t batch, n_neurons;
   Rule rule;
 };

@@ -1,0 +1,270 @@
+"""What the operations refuse, as one table: every row is a call that differs from a good one.
+
+A refusal names the operation, what was given and what was wanted, and is typed: ``TypeError`` for
+dtype and layout, ``ValueError`` for shape, value and device.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from csfast import _native, ops
+from csfast.cases import Case
+
+BATCH, D, N = 2, 200, 77
+
+
+@pytest.fixture(scope="module")
+def good():
+    """The arguments of a good call to every operation, by name."""
+    p = Case("good", batch=BATCH, d=D, n_neurons=N).make(torch.bfloat16, "cpu")
+    y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+    every = torch.arange(N, dtype=torch.int32).repeat(BATCH, 1)
+    return dict(
+        codes=p.codes,
+        equal=p.equal,
+        row_scale=p.row_scale,
+        gate=p.gate,
+        up=p.up,
+        down_t=p.down_t,
+        x=p.x,
+        y=y,
+        scale=scale,
+        threshold=torch.ones(BATCH),
+        budget=torch.full((BATCH,), 3, dtype=torch.int32),
+        index=every,
+        count=torch.full((BATCH,), N, dtype=torch.int32),
+        tile=every,
+        n_tiles=torch.full((BATCH,), N, dtype=torch.int32),
+        bits=2,
+        tile_rows=1,
+        stats=torch.zeros(2, dtype=torch.int64),
+        max_batch=BATCH,
+    )
+
+
+def call(op, a):
+    layer = ("codes", "equal", "row_scale", "threshold", "gate", "up", "down_t")
+    if op == "sense":
+        return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
+    if op == "recover":
+        return ops.recover(a["y"], a["scale"], a["row_scale"], threshold=a["threshold"])
+    if op == "recover top":
+        return ops.recover(a["y"], a["scale"], a["row_scale"], budget=a["budget"])
+    if op == "tile":
+        return ops.tile(a["index"], a["count"], tile_rows=a["tile_rows"])
+    if op == "execute":
+        tiles = ops.TileList(a["tile"], a["n_tiles"], a["tile_rows"])
+        return ops.execute(a["gate"], a["up"], a["down_t"], a["x"], tiles)
+    if op == "select":
+        names = ("codes", "equal", "row_scale", "threshold", "x")
+        numbers = {name: a[name] for name in ("bits", "tile_rows")}
+        return ops.select(*(a[name] for name in names), **numbers)
+    numbers = {name: a[name] for name in ("bits", "tile_rows", "stats")}
+    if op == "ffn":
+        return ops.ffn(*(a[name] for name in layer), a["x"], **numbers)
+    assert op == "session"
+    tensors = {name: a[name] for name in layer}
+    return ops.Session(torch.device("cpu")).bind(**tensors, max_batch=a["max_batch"], **numbers)
+
+
+def huge(*shape, dtype=torch.bfloat16):
+    """A tensor of absurd size that takes no memory."""
+    return torch.zeros(1, dtype=dtype).expand(shape)
+
+
+class NoTensor:
+    """Has a shape, but nothing behind it."""
+
+    shape = (BATCH, D)
+
+
+# Operation, argument, what it is replaced by (a function of the good one), error, message.
+ROWS = [
+    # Not a tensor, or not one with plain memory
+    ("sense", "x", lambda t: None, TypeError, "x is a NoneType: want a torch.Tensor"),
+    ("sense", "x", lambda t: t.tolist(), TypeError, "x is a list: want a torch.Tensor"),
+    ("ffn", "gate", lambda t: t.float().numpy(), TypeError, "gate is a ndarray: want"),
+    ("select", "x", lambda t: NoTensor(), TypeError, "x is a NoTensor: want a torch.Tensor"),
+    ("execute", "gate", lambda t: t.float().to_sparse(), TypeError, "gate is torch.sparse_coo"),
+    ("ffn", "up", lambda t: t.float().to_sparse_csr(), TypeError, "up is torch.sparse_csr"),
+    ("session", "down_t", lambda t: t.to("meta"), ValueError, "down_t is on meta: want cpu or"),
+    ("ffn", "x", lambda t: t.to("meta"), ValueError, "x is on meta: want cpu or cuda"),
+    ("execute", "tile", lambda t: t.to("meta"), ValueError, "tile is on meta: want cpu or cuda"),
+    # Dtype
+    ("sense", "codes", lambda t: t.char(), TypeError, "codes is int8: want uint8"),
+    ("sense", "equal", lambda t: t.double(), TypeError, "equal is float64: want float32"),
+    ("sense", "x", lambda t: t.double(), TypeError, "x is float64: want float32, float16 or"),
+    ("sense", "x", lambda t: t.to(torch.complex64), TypeError, "x is complex64: want"),
+    ("sense", "x", lambda t: t > 0, TypeError, "x is bool: want"),
+    ("recover", "y", lambda t: t.float(), TypeError, "y is float32: want int32"),
+    ("recover", "threshold", lambda t: t.half(), TypeError, "threshold is float16: want float32"),
+    ("recover top", "budget", lambda t: t.long(), TypeError, "budget is int64: want int32"),
+    ("tile", "index", lambda t: t.long(), TypeError, "index is int64: want int32"),
+    ("execute", "up", lambda t: t.half(), TypeError, "up is float16: want bfloat16"),
+    ("execute", "tile", lambda t: t.long(), TypeError, "tile is int64: want int32"),
+    ("ffn", "down_t", lambda t: t.float(), TypeError, "down_t is float32: want bfloat16"),
+    ("ffn", "stats", lambda t: t.int(), TypeError, "stats is int32: want int64"),
+    ("session", "row_scale", lambda t: t.bfloat16(), TypeError, "row_scale is bfloat16: want"),
+    # Strides
+    ("sense", "codes", lambda t: t.transpose(0, 2).contiguous().transpose(0, 2), TypeError, "other strides"),
+    ("sense", "x", lambda t: t.T.contiguous().T, TypeError, r"x of shape \(2, 200\) has other"),
+    ("execute", "down_t", lambda t: t.T.contiguous().T, TypeError, "want a contiguous tensor"),
+    ("ffn", "gate", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "gate of shape"),
+    ("select", "threshold", lambda t: t[:1].expand(BATCH), TypeError, "threshold of shape"),
+    # Shape
+    ("sense", "x", lambda t: t[0], ValueError, "tensors of 1 and 4 axes"),
+    ("sense", "codes", lambda t: t[:, 0], ValueError, "tensors of 2 and 3 axes"),
+    ("sense", "codes", lambda t: t[:, :, :1].contiguous(), ValueError, r"want .*, 2, chunks = 2, 16 \*"),
+    ("sense", "codes", lambda t: t[:, :1].contiguous(), ValueError, "codes has shape"),
+    ("sense", "equal", lambda t: t[:-1], ValueError, r"shape \(199,\): want \(d = 200,\)"),
+    ("select", "row_scale", lambda t: t[:-1], ValueError, r"want \(n_neurons = 77, 2\)"),
+    ("select", "threshold", lambda t: t[:1], ValueError, r"want \(batch = 2,\)"),
+    ("recover", "scale", lambda t: t[:1], ValueError, "scale has shape"),
+    ("recover", "y", lambda t: t[..., 0].contiguous(), ValueError, "y has 2 axes"),
+    ("tile", "count", lambda t: t[:1], ValueError, "count has shape"),
+    ("tile", "index", lambda t: t[0], ValueError, "index has 1 axes"),
+    ("execute", "gate", lambda t: t[:, :-1].contiguous(), ValueError, "gate has shape"),
+    ("execute", "up", lambda t: t[:-1], ValueError, "up has shape"),
+    ("execute", "down_t", lambda t: t.T.contiguous(), ValueError, r"want \(n_neurons = 77, d = 200\)"),
+    ("execute", "tile", lambda t: t[:, :-1].contiguous(), ValueError, "tile has shape"),
+    ("execute", "n_tiles", lambda t: t[:1], ValueError, "n_tiles has shape"),
+    ("ffn", "stats", lambda t: t[:1], ValueError, "stats has shape"),
+    ("session", "threshold", lambda t: t[:1], ValueError, "max_batch = 2"),
+    ("session", "gate", lambda t: t[0], ValueError, "gate"),
+    # Nothing there
+    ("sense", "x", lambda t: t[:, :0], ValueError, "d = 0|chunks = 0"),
+    ("execute", "gate", lambda t: t[:0], ValueError, "n_neurons = 0|up has shape"),
+    ("recover", "y", lambda t: t[:, :0], ValueError, "n_neurons = 0|row_scale has shape"),
+    ("tile", "index", lambda t: t[:, :0], ValueError, "n_neurons = 0"),
+    # Absurd sizes, refused before any memory is touched
+    ("sense", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
+    ("execute", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
+    ("ffn", "x", lambda t: huge(65536, D), ValueError, "batch = 65536 rows"),
+    ("sense", "x", lambda t: t.new_zeros(1 << 40, 0), ValueError, "batch = 1099511627776 rows"),
+    ("tile", "index", lambda t: huge(60000, 60000, dtype=torch.int32), ValueError, "fewer than 2"),
+    ("recover", "y", lambda t: huge(2, 1 << 31, 2, dtype=torch.int32), ValueError, "fewer than 2"),
+    ("execute", "gate", lambda t: huge(1 << 40, D), ValueError, "1099511627776 neurons"),
+    ("session", "gate", lambda t: huge(1 << 40, D), ValueError, "1099511627776 neurons|n_neurons"),
+    # Values
+    ("sense", "bits", lambda v: 0, ValueError, "codes has shape|bits = 0"),
+    ("sense", "bits", lambda v: 3, ValueError, r"codes has shape .* 16 \* bits = 48"),
+    ("sense", "bits", lambda v: -1, ValueError, "bits = -1"),
+    ("sense", "bits", lambda v: 1 << 40, ValueError, "bits = 1099511627776"),
+    ("sense", "bits", lambda v: "2", TypeError, "bits is a str: want an int"),
+    ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int"),
+    ("tile", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0: want at least 1"),
+    ("select", "tile_rows", lambda v: -3, ValueError, "tile_rows = -3"),
+    ("execute", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0|tile has shape"),
+    ("execute", "tile_rows", lambda v: 2, ValueError, r"tile has shape \(2, 77\): want .* 39"),
+    ("ffn", "tile_rows", lambda v: 1 << 31, ValueError, "tile_rows = 2147483648"),
+    ("session", "max_batch", lambda v: 65536, ValueError, "max_batch = 65536"),
+    ("execute", "tile", lambda t: t + 1, ValueError, r"tile\[0, 76\] = 77: want"),
+    ("execute", "tile", lambda t: t - 1, ValueError, r"tile\[0, 0\] = -1: want"),
+    ("execute", "tile", lambda t: t.flip(1), ValueError, r"tile\[0, 1\] = 75: want ascending"),
+    ("execute", "n_tiles", lambda t: t + 1, ValueError, "78 entries of tile in row 0"),
+    ("execute", "n_tiles", lambda t: -t, ValueError, "-77 entries of tile in row 0"),
+    ("tile", "index", lambda t: t + 1, ValueError, r"index\[0, 76\] = 77: want"),
+    ("tile", "count", lambda t: t * 1000, ValueError, "77000 entries of index in row 0"),
+    ("recover top", "budget", lambda t: t - 4, ValueError, r"budget\[0\] = -1: want 0 to"),
+    ("recover top", "budget", lambda t: t + N, ValueError, r"budget\[0\] = 80: want 0 to"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "change", "error", "message"),
+    ROWS,
+    ids=[f"{op}-{name}-{i}" for i, (op, name, *_) in enumerate(ROWS)],
+)
+def test_refuses(good, op, name, change, error, message):
+    with pytest.raises(error) as caught:
+        call(op, {**good, name: change(good[name])})
+    text = str(caught.value)
+    assert text.startswith(f"[{op.split()[0]}] ")
+    assert text.endswith(".")
+    assert re.search(message, text), text
+
+
+OPS = ("sense", "recover", "recover top", "tile", "execute", "select", "ffn", "session")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_call_is_good(good, op):
+    call(op, good)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("sense", "equal"),
+        ("recover", "scale"),
+        ("execute", "tile"),
+        ("ffn", "x"),
+        ("tile", "count"),
+    ],
+)
+def test_refuses_several_devices(good, op, name):
+    if not ops.cuda_available():
+        pytest.skip("needs a CUDA device and a build with CUDA")
+    with pytest.raises(ValueError, match="want all tensors of a call on one device"):
+        call(op, {**good, name: good[name].cuda()})
+
+
+def native_tile(index, count, tile, n_tiles):
+    _native.tile(index, count, 1, tile, n_tiles, 0)
+
+
+def arrays():
+    """Arguments of a good call below torch, where numpy can say what torch cannot: read-only."""
+    index = np.arange(5, dtype=np.int32)[None].copy()
+    count = np.array([5], dtype=np.int32)
+    return dict(index=index, count=count, tile=np.zeros_like(index), n_tiles=np.zeros_like(count))
+
+
+@pytest.mark.parametrize("name", ["tile", "n_tiles"])
+def test_refuses_read_only_outputs(name):
+    given = arrays()
+    given[name].flags.writeable = False
+    with pytest.raises(TypeError, match=rf"\[tile\] {name} is read-only: want a tensor to write"):
+        native_tile(**given)
+
+
+@pytest.mark.parametrize("name", ["index", "count"])
+def test_reads_read_only_inputs(name):
+    given = arrays()
+    given[name].flags.writeable = False
+    native_tile(**given)
+    assert given["tile"].tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("value", [3, "tile", object(), [1, 2]], ids=str)
+def test_refuses_outputs_that_are_no_tensors(value):
+    with pytest.raises(TypeError, match=r"\[tile\] tile is a .* without dense memory"):
+        native_tile(**{**arrays(), "tile": value})
+
+
+def test_refuses_outputs_of_another_shape():
+    with pytest.raises(
+        ValueError, match=r"\[tile\] tile has shape \(1, 4\): want \(batch = 1, n_t"
+    ):
+        native_tile(**{**arrays(), "tile": np.zeros((1, 4), dtype=np.int32)})
+
+
+def test_refuses_a_workspace_that_is_too_small(good):
+    a = good
+    small = torch.empty(64, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"\[execute\] workspace of 64 bytes: want \d+"):
+        _native.execute(
+            a["gate"], a["up"], a["down_t"], a["x"], a["tile"], a["n_tiles"], 1, small,
+            torch.empty_like(a["x"]), 0,
+        )  # fmt: skip
+
+
+def test_a_cuda_call_without_cuda_says_so():
+    if ops.backend_info()["cuda"] != "not built":
+        pytest.skip("this build has CUDA")
+    with pytest.raises(ops.BackendError, match=r"\[select\] csfast was built without CUDA\."):
+        _native.select_workspace(1, 1, 1, True)
