@@ -12,8 +12,16 @@ EPS_F32 = 2 * UNIT
 
 @functools.cache
 def made(case, dtype, device, bits=2):
-    """The problem of a case, made once for all tests: fitting its codes is most of the work."""
-    return case.make(dtype, device, bits=bits)
+    """The problem of a case, made once for all tests: fitting its codes is most of the work.
+
+    By one thread: the tensors are small, and where cores are shared, threads wait for each other.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return case.make(dtype, device, bits=bits)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ ROWS = [
     ("ffn", "stats", lambda t: t.int(), TypeError, "stats is int32: want int64"),
     ("session", "row_scale", lambda t: t.bfloat16(), TypeError, "row_scale is bfloat16: want"),
     # Strides
-    ("sense", "codes", lambda t: t.transpose(0, 2).contiguous().transpose(0, 2), TypeError, "other strides"),
+    ("sense", "codes", lambda t: t.mT.contiguous().mT, TypeError, "other strides"),
     ("sense", "x", lambda t: t.T.contiguous().T, TypeError, r"x of shape \(2, 200\) has other"),
     ("execute", "down_t", lambda t: t.T.contiguous().T, TypeError, "want a contiguous tensor"),
     ("ffn", "gate", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "gate of shape"),
@@ -117,7 +117,7 @@ ROWS = [
     # Shape
     ("sense", "x", lambda t: t[0], ValueError, "tensors of 1 and 4 axes"),
     ("sense", "codes", lambda t: t[:, 0], ValueError, "tensors of 2 and 3 axes"),
-    ("sense", "codes", lambda t: t[:, :, :1].contiguous(), ValueError, r"want .*, 2, chunks = 2, 16 \*"),
+    ("sense", "codes", lambda t: t[:, :, :1].contiguous(), ValueError, r"chunks = 2, 16"),
     ("sense", "codes", lambda t: t[:, :1].contiguous(), ValueError, "codes has shape"),
     ("sense", "equal", lambda t: t[:-1], ValueError, r"shape \(199,\): want \(d = 200,\)"),
     ("select", "row_scale", lambda t: t[:-1], ValueError, r"want \(n_neurons = 77, 2\)"),
@@ -128,7 +128,7 @@ ROWS = [
     ("tile", "index", lambda t: t[0], ValueError, "index has 1 axes"),
     ("execute", "gate", lambda t: t[:, :-1].contiguous(), ValueError, "gate has shape"),
     ("execute", "up", lambda t: t[:-1], ValueError, "up has shape"),
-    ("execute", "down_t", lambda t: t.T.contiguous(), ValueError, r"want \(n_neurons = 77, d = 200\)"),
+    ("execute", "down_t", lambda t: t.T.contiguous(), ValueError, r"want \(n_neurons = 77, d"),
     ("execute", "tile", lambda t: t[:, :-1].contiguous(), ValueError, "tile has shape"),
     ("execute", "n_tiles", lambda t: t[:1], ValueError, "n_tiles has shape"),
     ("ffn", "stats", lambda t: t[:1], ValueError, "stats has shape"),

@@ -14,7 +14,10 @@
 namespace csfast::avx512 {
 namespace {
 
-constexpr int64_t kAhead = 1;  // neurons that rows are asked for in advance
+// Neurons that rows are asked for in advance. One core, d = 2048, bfloat16, one neuron in ten: 0,
+// 1, 2 give 12, 19, 17 GB/s (Zen 5, 2026-11-24); asking for the second-level cache only is no
+// better.
+constexpr int64_t kAhead = 1;
 
 // Each type reads 64 bytes at a time; `mask` has a bit for every element that is there.
 
