@@ -1,0 +1,392 @@
+"""The command line: one command for every job, one clear line for every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import bench as bench_
+from . import demo as demo_
+from . import doctor as doctor_
+from . import documents, engine, models, ops, report, tables, timing
+from ._version import __version__
+from .calibrate import TOKENS_MAX
+from .calibrate import calibrate as calibrate_
+from .evaluate import ablate as ablate_
+from .evaluate import evaluate
+from .plan import Plan, write_atomic
+from .types import POOLED, Document
+
+USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
+INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+
+
+class Part(StrEnum):
+    """Half of a data file: nothing is chosen on ``report``, nothing is reported on ``select``."""
+
+    SELECT = "select"
+    REPORT = "report"
+    ALL = "all"
+
+
+class DeviceName(StrEnum):
+    """Where to run."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Operation(StrEnum):
+    """What to measure."""
+
+    FFN = "ffn"
+    EXECUTE = "execute"
+    SELECT = "select"
+    SENSE = "sense"
+
+
+class Commands(TyperGroup):
+    """The commands, with errors that a user can mend put in one line."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command; give typed errors exit code 2 and Ctrl-C exit code 130."""
+        try:
+            with _log_on_stderr():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("csfast: interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader has seen enough, as in `csfast ... | head`; the rest has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (ValueError, TypeError, OSError, MemoryError, ops.BackendError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"csfast: {error}", err=True)
+            raise typer.Exit(USAGE_ERROR) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Dynamic sparse LLM inference: sense, recover, tile, execute.",
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Folder or cached name of a model, or the word demo.", metavar="MODEL")
+]
+PlanFile = Annotated[pathlib.Path, typer.Argument(help="Plan made by csfast calibrate.")]
+Data = Annotated[
+    pathlib.Path | None,
+    typer.Option("--data", help=".jsonl, .jsonl.xz or .txt; the shipped sample if left out."),
+]
+Density = Annotated[float, typer.Option(help="Fraction of neurons to execute, in (0, 1].")]
+Bits = Annotated[int, typer.Option(help="Bits of the sensing codes; the plan must hold them.")]
+Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results here.")]
+Html = Annotated[pathlib.Path | None, typer.Option("--html", help="Write a page here.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents of every task, at most.")]
+Where = Annotated[DeviceName, typer.Option("--device", help="Where to run.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+def main() -> None:
+    """Run the command line; the console script's entry point."""
+    try:
+        app()
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            # Python takes a second to take torch down, and files are whole already.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
+
+
+def _say_version(wanted: bool) -> None:
+    """Print the version and stop, where no command need follow."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version."),
+    ] = False,
+) -> None:
+    """Dynamic sparse LLM inference: sense, recover, tile, execute."""
+
+
+@app.command()
+def demo(
+    out: Annotated[pathlib.Path, typer.Option(help="Folder for plan and page.")] = pathlib.Path(),
+    json_file: Json = None,
+) -> None:
+    """Do the whole job on the embedded model and show dense beside csfast."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = demo_.run(out, Console())
+    _write_json(json_file, results)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Data = None,
+    out: Annotated[pathlib.Path, typer.Option(help="Where to write the plan.")] = pathlib.Path(
+        "csfast.plan.safetensors"
+    ),
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to use, at most.")] = TOKENS_MAX,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
+    limit: Limit = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Find a model's thresholds on sample text and write them to a plan."""
+    clock = timing.Clock()
+    samples = _documents(data, part, limit)
+    net, tokenizer = _load(model, device)
+    partial = out.with_name(out.name + ".partial")
+    if not resume:
+        partial.unlink(missing_ok=True)
+    with _progress("calibrate") as advance:
+        plan = calibrate_(
+            net,
+            samples,
+            tokenizer,
+            seed=seed,
+            resume=partial,
+            progress=advance,
+            max_tokens=tokens,
+        )
+    plan.save(out)
+    partial.unlink(missing_ok=True)
+    Console().print(
+        f"{out}: {len(plan.layers)} layers, {sum(plan.n_tokens.values())} tokens, "
+        f"{out.stat().st_size / 2**20:.1f} MiB, {clock.seconds():.1f} s"
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    plan: Annotated[pathlib.Path | None, typer.Argument(help="Plan; not with --dense.")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    density: Density = 0.5,
+    bits: Bits = 2,
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
+    seed: Seed = 0,
+    device: Where = DeviceName.CPU,
+) -> None:
+    """Continue a prompt, streaming the text."""
+    if plan is None and not dense:
+        raise ValueError("[generate] no plan: want one, or --dense.")
+    net, tokenizer = _load(model, device)
+    if plan is not None and not dense:
+        engine.apply(net, Plan.load(plan), density=density, bits=bits, task=task)
+    clock = timing.Clock()
+    for piece in models.stream_text(
+        net,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    ):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    share = 1.0 if plan is None or dense else engine.stats(net).density
+    typer.echo(f"csfast: {clock.seconds():.1f} s, {share:.2f} of the neurons executed.", err=True)
+
+
+@app.command("eval")
+def evaluate_(
+    model: Model,
+    plan: PlanFile,
+    data: Data = None,
+    density: Density = 0.5,
+    bits: Bits = 2,
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
+    limit: Limit = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 4000,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
+    samples = _documents(data, part, limit)
+    loaded = Plan.load(plan)
+    net, tokenizer = _load(model, device)
+    with _progress("eval") as advance:
+        results = evaluate(
+            net,
+            tokenizer,
+            loaded,
+            samples,
+            density=density,
+            bits=bits,
+            task=task,
+            tokens=tokens,
+            seed=seed,
+            progress=advance,
+        )
+    Console().print(tables.quality(results))
+    _write_json(json_file, results)
+    if html_file is not None:
+        report.write_report(html_file, evaluation=results)
+
+
+@app.command()
+def ablate(
+    model: Model,
+    data: Data = None,
+    limit: Limit = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 2000,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Compare csfast's selection with other rules and with quantisation, loss against bytes."""
+    select = _documents(data, Part.SELECT, limit)
+    kept = _documents(data, Part.REPORT, limit)
+    net, tokenizer = _load(model, device, dtype="float32")  # rounding would blur small differences
+    with _progress("ablate") as advance:
+        results = ablate_(net, tokenizer, select, kept, tokens=tokens, seed=seed, progress=advance)
+    table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
+    for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
+        table.add_row(
+            row["method"],
+            f"{row['density']:.3f}",
+            f"{row['sensor_fraction']:.3f}",
+            f"{row['bytes_fraction']:.3f}",
+            f"{row['delta']:+.4f}",
+        )
+    Console().print(table)
+    _write_json(json_file, results)
+    if html_file is not None:
+        report.write_report(html_file, ablation=results)
+
+
+@app.command()
+def bench(
+    operation: Annotated[Operation | None, typer.Argument(help="All if left out.")] = None,
+    device: Where = DeviceName.CPU,
+    json_file: Json = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
+) -> None:
+    """Time the operations of a layer beside the dense layer in torch."""
+    names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
+    where = torch.device(device.value)
+    settings: Sequence[bench_.Setting] = (
+        bench_.CUDA_SETTINGS if where.type == "cuda" else bench_.CPU_SETTINGS
+    )
+    if quick:
+        settings = (bench_.Setting(512, 1024, 0.25),)
+    with _notes().status("bench") as status:
+        results = bench_.run(
+            settings,
+            device=where,
+            runs=5 if quick else 40,
+            variants=names[operation] if operation in names else (str(operation),),
+            compiled=not quick,
+            progress=status.update,
+        )
+    Console().print(tables.speed(results))
+    _write_json(json_file, results)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine offers and whether csfast works on it."""
+    findings = doctor_.examine()
+    Console().print(tables.findings(findings))
+    if any(finding.is_fault for finding in findings):
+        raise typer.Exit(1)
+
+
+def _documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list[Document]:
+    """Read a half of the data, at most `limit` documents of every task."""
+    path = models.demo_folder() / "sample.jsonl" if data is None else data
+    found = documents.split(documents.read(path), part.value)
+    if not found:
+        raise ValueError(f"[documents] {path}: no document in its part {part.value!r}.")
+    return found if limit is None else documents.few(found, limit)
+
+
+def _load(model: str, device: DeviceName, *, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a model and its tokenizer; the word demo stands for the shipped one."""
+    doctor_.require(torch.device(device.value))
+    path = models.demo_folder() if model == "demo" else model
+    return models.load(path, dtype=dtype, device=device.value)
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Show what csfast logs, such as the bytes that `apply` is about to take."""
+    logger = logging.getLogger("csfast")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("csfast: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _notes() -> Console:
+    """Give the console for what is not a result."""
+    return Console(stderr=True)
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr; gives what moves it: ``advance(done, total)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+    )
+    console = _notes()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _write_json(path: pathlib.Path | None, results: dict[str, Any]) -> None:
+    """Write the results whole or not at all."""
+    if path is None:
+        return
+    write_atomic(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

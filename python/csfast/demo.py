@@ -1,0 +1,233 @@
+"""The whole job on the embedded model, dense beside csfast at every step.
+
+Everything shown is computed here and now: thresholds from one half of the shipped text, texts and
+losses from the other, times in turns.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import bench, doctor, documents, engine, evaluate, models, report, tables, timing
+from .calibrate import calibrate
+from .plan import Plan
+from .types import Document
+
+DENSITY = 0.5
+BITS = 2
+NEW_TOKENS = 32  # of one text
+PROMPT_TASKS = ("retrieval", "math", "prose")
+PROMPT_WORDS = 60  # of a plain text
+EVAL_TOKENS = 1000  # scored of every task: a first look, `csfast eval` takes four times as many
+EVAL_ANSWERS = 8  # decoded of every task that has short ones
+
+
+def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
+    """Calibrate, generate, judge and time; write ``csfast-demo.html`` and the plan to `folder`.
+
+    Args:
+        folder: Exists; takes ``csfast-demo.html`` and ``csfast-demo.plan.safetensors``.
+        console: Where it is shown.
+
+    Returns:
+        What was measured: ``machine``, ``calibration``, ``generation``, ``evaluation``, ``bench``,
+        ``slower`` (a sentence for everything in which csfast lost) and ``seconds``.
+    """
+    clock = timing.Clock()
+    cpu = torch.device("cpu")
+    console.rule("doctor")
+    console.print(tables.findings(doctor.examine()))
+
+    console.rule("calibrate")
+    model, tokenizer = models.load(models.demo_folder())
+    texts = documents.read(models.demo_folder() / "sample.jsonl")
+    plan, calibration = _calibrate(model, tokenizer, texts, folder, console)
+
+    console.rule(f"generate, density {DENSITY:g}, {BITS}-bit sensing")
+    reported = documents.split(texts, "report")
+    generation = _generate(model, tokenizer, plan, _prompts(reported), console)
+
+    console.rule("quality, on text that nothing was chosen on")
+    with _bar(console) as bar:
+        quality = evaluate.evaluate(
+            model,
+            tokenizer,
+            plan,
+            reported,
+            density=DENSITY,
+            bits=BITS,
+            tokens=EVAL_TOKENS,
+            retrieval_prompts=12,
+            answers=EVAL_ANSWERS,
+            progress=_mover(bar, "evaluate"),
+        )
+    console.print(tables.quality(quality))
+
+    console.rule("time")
+    console.print(_rates(generation))
+    shape = plan.model.shapes[0]
+    settings = [
+        bench.Setting(shape.d, shape.n_neurons, DENSITY),
+        bench.Setting(2048, 8192, 0.25),
+    ]
+    with console.status("bench"):
+        times = bench.run(
+            settings, device=cpu, runs=15, variants=("complete",), n_layers=4, compiled=False
+        )
+    console.print(tables.speed(times))
+
+    slower = _slower(generation, times["rows"])
+    for sentence in slower:
+        console.print(sentence, style="red", highlight=False)
+    results = {
+        "machine": times["machine"],
+        "calibration": calibration,
+        "generation": generation,
+        "evaluation": quality,
+        "bench": times["rows"],
+        "slower": slower,
+        "seconds": clock.seconds(),
+    }
+    page = folder / "csfast-demo.html"
+    report.write_report(page, evaluation=quality, demo=results)
+    console.print(f"{page} written; {results['seconds']:.0f} s in all.")
+    return results
+
+
+def _calibrate(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[Document],
+    folder: pathlib.Path,
+    console: Console,
+) -> tuple[Plan, dict[str, Any]]:
+    """Make the plan, save it, and give it with what it took."""
+    clock = timing.Clock()
+    with _bar(console) as bar:
+        plan = calibrate(
+            model,
+            documents.split(texts, "select"),
+            tokenizer,
+            progress=_mover(bar, "calibrate"),
+        )
+    path = folder / "csfast-demo.plan.safetensors"
+    plan.save(path)
+    found = {
+        "seconds": clock.seconds(),
+        "tokens": sum(plan.n_tokens.values()),
+        "plan_bytes": path.stat().st_size,
+    }
+    console.print(
+        f"{found['tokens']} tokens in {found['seconds']:.1f} s; {path.name} has "
+        f"{found['plan_bytes'] / 2**20:.2f} MiB"
+    )
+    return plan, found
+
+
+def _bar(console: Console) -> Progress:
+    """Give a bar that leaves nothing behind, and nothing at all in a file or a pipe."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _mover(bar: Progress, name: str) -> Callable[[int, int], None]:
+    """Give what moves a new line of the bar."""
+    task = bar.add_task(name, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _prompts(texts: Sequence[Document]) -> Iterator[tuple[str, str]]:
+    """Give (task, prompt) for every task: its shortest prompt, or the start of its longest text."""
+    for task in PROMPT_TASKS:
+        prompts = [d.prompt for d in texts if d.group == task and d.prompt]
+        plain = [d.response for d in texts if d.group == task and not d.prompt]
+        if prompts:
+            yield task, min(prompts, key=len)
+        elif plain:
+            yield task, " ".join(max(plain, key=len).split(" ")[:PROMPT_WORDS])
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    prompts: Iterator[tuple[str, str]],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Continue every prompt by the dense model and by csfast, streaming both."""
+    engine.apply(model, plan, density=DENSITY, bits=BITS)
+    found = []
+    for task, prompt in prompts:
+        shown = prompt if len(prompt) <= 300 else "... " + prompt[-300:]
+        console.print(f"{task}: {shown}", style="dim", markup=False, highlight=False)
+        with engine.dense(model):
+            dense = _stream(model, tokenizer, prompt, "dense", console)
+        sparse = _stream(model, tokenizer, prompt, "csfast", console)
+        found.append(
+            {"task": task, "prompt": prompt, "dense": dense, "csfast": sparse}
+            | {"same_text": dense["text"] == sparse["text"]}
+        )
+    engine.remove(model)
+    return found
+
+
+def _stream(model: Any, tokenizer: Any, prompt: str, name: str, console: Console) -> dict[str, Any]:
+    """Stream one continuation; seconds are counted from the first piece on, after the prompt."""
+    console.print(f"{name:>6}: ", style="bold", end="")
+    pieces: list[str] = []
+    clock = timing.Clock()
+    for piece in models.stream_text(model, tokenizer, prompt, max_new_tokens=NEW_TOKENS):
+        if not pieces:
+            clock = timing.Clock()
+        pieces.append(piece)
+        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    seconds = clock.seconds()
+    console.print()
+    text = "".join(pieces)
+    after_first = len(tokenizer.encode(text, add_special_tokens=False)) - 1
+    return {
+        "text": text,
+        "seconds": seconds,
+        "tokens_per_second": after_first / seconds if after_first > 0 else None,
+    }
+
+
+def _rates(generation: Sequence[dict[str, Any]]) -> Table:
+    """Give the token rates of the generated texts."""
+    table = Table("task", "dense, tokens/s", "csfast, tokens/s", "same text", "verdict")
+    for row in generation:
+        ratio = _rate_ratio(row)
+        table.add_row(
+            row["task"],
+            *("-" if r is None else f"{r:.0f}" for r in _both_rates(row)),
+            "yes" if row["same_text"] else "no",
+            "too short to tell" if ratio is None else tables.verdict(ratio),
+        )
+    return table
+
+
+def _both_rates(row: dict[str, Any]) -> tuple[float | None, float | None]:
+    return row["dense"]["tokens_per_second"], row["csfast"]["tokens_per_second"]
+
+
+def _rate_ratio(row: dict[str, Any]) -> float | None:
+    """Give how many times as many tokens csfast gives in a second, if both gave enough."""
+    dense, sparse = _both_rates(row)
+    return None if dense is None or sparse is None else sparse / dense
+
+
+def _slower(generation: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Give a sentence for everything in which csfast lost against dense."""
+    named = [(f"{row['task']} text", _rate_ratio(row)) for row in generation]
+    named += [(row["case"], row["ratio_vs_best"]) for row in rows]
+    return [
+        f"csfast is slower here: {name} takes {1 / ratio:.2f} times as long as dense."
+        for name, ratio in named
+        if ratio is not None and ratio < 1
+    ]

@@ -1,0 +1,88 @@
+"""Results as tables for the terminal, dense beside csfast in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from .doctor import Finding
+
+
+def findings(found: Sequence[Finding]) -> Table:
+    """Give what the doctor found."""
+    table = Table.grid(padding=(0, 2))
+    for finding in found:
+        mark = "[red]fault[/]" if finding.is_fault else "ok"
+        table.add_row(mark, finding.subject, finding.text)
+    return table
+
+
+def quality(results: dict[str, Any]) -> Table:
+    """Give the evaluation: one row a task, the mean below."""
+    tasks = results["tasks"].values()
+    sparse = sum(row["sparse_tokens"] for row in tasks) / sum(row["tokens"] for row in tasks)
+    table = Table(
+        title=f"Quality at density {results['density']:.3f}: loss in nats per token",
+        caption=f"{results['bytes_fraction']:.3f} of the dense FFN bytes are read for a sparse "
+        f"token, {sparse:.3f} of the tokens are sparse. right: short answers, dense and csfast.",
+        padding=0,
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("dense", "csfast", "change", "95 %", "KL", "top-1", "right"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, row in results["tasks"].items():
+        low, high = row["ci95"]
+        table.add_row(
+            task,
+            f"{row['dense_loss']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{row['delta']:+.4f}",
+            f"{low:+.4f} .. {high:+.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+            _answers(row),
+        )
+    table.add_section()
+    table.add_row("mean", "", "", f"{results['mean_delta']:+.4f}")
+    return table
+
+
+def _answers(row: dict[str, Any]) -> str:
+    """The share of right short answers, dense and csfast."""
+    if row["exact_match"] is None:
+        return "-"
+    return f"{row['dense_exact_match']:.2f}, {row['exact_match']:.2f}"
+
+
+def speed(results: dict[str, Any]) -> Table:
+    """Give the benchmark: dense beside ours, and how they compare."""
+    machine = results["machine"]
+    table = Table(
+        title="Time of a feed-forward layer, median, in microseconds",
+        caption=f"{machine['cpu']}, {machine['threads']} threads. dense: the fastest of the whole "
+        "layer in torch; reads: share of the read bandwidth that csfast reaches.",
+        padding=0,
+    )
+    for name in ("case", "variant", "dense", "csfast", "reads", "verdict"):
+        right = name in ("csfast", "reads")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for row in results["rows"]:
+        best = min(row["baselines"], key=row["baselines"].__getitem__)
+        table.add_row(
+            row["case"].removeprefix("ffn "),
+            row["variant"],
+            f"{row['baselines'][best]:.0f} {best.removeprefix('torch').lstrip(' .')}",
+            f"{row['median_us']:.0f}",
+            f"{row['fraction_of_read_bandwidth']:.2f}",
+            verdict(row["ratio_vs_best"]),
+        )
+    return table
+
+
+def verdict(ratio: float) -> str:
+    """Say in words how csfast compares; `ratio` is the dense time over ours."""
+    if ratio >= 1:
+        return f"{ratio:.2f}x faster"
+    return f"[red]{1 / ratio:.2f}x slower[/]"

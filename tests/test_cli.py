@@ -1,0 +1,239 @@
+"""The command line: every command on the shipped model, and one clear line for every mistake."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import csfast
+from csfast import Document, cli, documents
+
+TEXT = "Once upon a time, in the morning, the old sailor walked along the quiet street. " * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    """A few short documents of both parts."""
+    path = folder / "data.jsonl"
+    records = [
+        {"task": f"{task}/made", "prompt": f"{i} {TEXT[:60]}", "response": f" {i} {TEXT[:400]}"}
+        for task in ("prose", "math")
+        for i in range(12)
+    ]
+    path.write_text("\n".join(json.dumps(r) for r in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(folder, data):
+    path = folder / "demo.plan.safetensors"
+    done = call("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500)
+    assert done.exit_code == 0, done.output
+    return path
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """The one line that a mistake gives."""
+    done = call(*arguments)
+    assert done.exit_code == cli.USAGE_ERROR, done.output
+    assert "Traceback" not in done.output
+    *notes, line = done.stderr.splitlines()
+    assert all("bytes beside the model" in note for note in notes)
+    assert line.startswith("csfast: ")
+    return line.removeprefix("csfast: ")
+
+
+def test_calibrate_writes_a_plan_of_the_model(plan):
+    loaded = csfast.Plan.load(plan)
+    assert len(loaded.layers) == len(loaded.model.shapes)
+    assert not list(plan.parent.glob("*.partial"))
+
+
+def test_generate_streams_text(plan):
+    done = call("generate", "demo", plan, "--prompt", TEXT[:80], "--max-new-tokens", 8)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+    assert "bytes beside the model" in done.stderr
+
+
+def test_generate_at_density_one_is_dense(plan):
+    options = ("--prompt", TEXT[:80], "--max-new-tokens", 12)
+    full = call("generate", "demo", plan, "--density", 1, *options)
+    dense = call("generate", "demo", "--dense", *options)
+    assert full.exit_code == dense.exit_code == 0
+    assert full.stdout == dense.stdout
+
+
+def test_eval_writes_the_agreed_json(plan, data, folder):
+    out, page = folder / "eval.json", folder / "eval.html"
+    done = call(
+        *("eval", "demo", plan, "--data", data, "--limit", 3, "--density", 0.5),
+        *("--json", out, "--html", page),
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert {"tasks", "mean_delta", "density", "density_per_layer", "bytes_fraction"} <= set(results)
+    assert {"token_bytes_fraction", "seed", "plan_hash", "model_hash"} <= set(results)
+    assert results["plan_hash"] == csfast.Plan.load(plan).plan_hash
+    for row in results["tasks"].values():
+        assert {"dense_loss", "loss", "delta", "ci95", "kl", "top1_agreement"} <= set(row)
+        assert {"exact_match", "tokens", "sparse_tokens"} <= set(row)
+        assert row["delta"] == pytest.approx(row["loss"] - row["dense_loss"])
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+
+
+def test_bench_writes_the_agreed_json(folder):
+    out = folder / "bench.json"
+    done = call("bench", "execute", "--quick", "--json", out)
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert [row["variant"] for row in results["rows"]] == ["execute"]
+    assert "execute" in done.stdout
+
+
+def test_doctor_is_content():
+    done = call("doctor")
+    assert done.exit_code == 0, done.output
+    assert "agree with the reference" in done.stdout
+
+
+def test_version_and_help():
+    assert call("--version").stdout.strip() == csfast.__version__
+    for command in ("calibrate", "generate", "eval", "ablate", "bench", "demo", "doctor"):
+        assert call(command, "--help").exit_code == 0
+
+
+def test_a_sample_limit_counts_for_every_task(data):
+    kept = cli._documents(data, cli.Part.ALL, 2)
+    assert [d.group for d in kept] == ["prose", "prose", "math", "math"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("calibrate", "{folder}/nowhere"), "nowhere"),
+        (("calibrate", "demo", "--data", "{folder}/missing.jsonl"), "[read]"),
+        (("calibrate", "demo", "--data", "{folder}/bad.csv"), "want a name that ends in"),
+        (("calibrate", "demo", "--data", "{folder}/broken.jsonl"), "line 1: want a JSON record"),
+        (("generate", "demo", "{folder}/missing.plan", "--prompt", "x"), "missing.plan"),
+        (("generate", "demo", "{folder}/bad.csv", "--prompt", "x"), "[plan]"),
+        (("generate", "demo", "--prompt", "x"), "[generate] no plan: want one, or --dense."),
+        (("generate", "demo", "{plan}", "--prompt", ""), "prompt"),
+        (("generate", "demo", "{plan}", "--prompt", "x", "--density", "1.5"), "density"),
+        (("generate", "demo", "{plan}", "--prompt", "x", "--density", "0"), "density"),
+        (("generate", "demo", "{plan}", "--prompt", "x", "--bits", "4"), "bits"),
+        (("generate", "demo", "{plan}", "--prompt", "x", "--task", "chess"), "chess"),
+        (("eval", "demo", "{plan}", "--data", "{folder}/missing.jsonl"), "[read]"),
+        (("eval", "demo", "{plan}", "--data", "{data}", "--density", "nan"), "density"),
+        (("ablate", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("eval", "demo", "{plan}", "--data", "{one}", "--part", "report"), "no document"),
+        (("bench", "sense", "--quick", "--json", "{folder}/no/such/folder.json"), "no/such"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, plan, data, folder):
+    (folder / "bad.csv").write_text("a,b\n" * 100)
+    (folder / "broken.jsonl").write_text("{\n")
+    # A document that is not in the part that is reported.
+    alone = documents.split(
+        [Document("prose/made", "", f"{i} {TEXT}") for i in range(20)], "select"
+    )[0]
+    (folder / "one.jsonl").write_text(json.dumps({"task": alone.task, "text": alone.response}))
+    names = {"folder": folder, "plan": plan, "data": data, "one": folder / "one.jsonl"}
+    assert message in refused(*(a.format(**names) for a in arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+@pytest.mark.parametrize("command", [("calibrate", "demo"), ("bench",)])
+def test_a_missing_device_is_one_line(command):
+    assert "cuda" in refused(*command, "--device", "cuda").lower()
+
+
+def test_wrong_options_are_refused_before_any_work():
+    for arguments in (("bench", "prefill"), ("eval", "demo"), ("eval", "demo", "p", "--limit", 0)):
+        assert call(*arguments).exit_code == cli.USAGE_ERROR
+
+
+def test_debug_shows_where_an_error_came_from(folder):
+    done = call("--debug", "calibrate", folder / "nowhere")
+    assert isinstance(done.exception, OSError | ValueError)
+
+
+def test_results_are_not_half_written(folder, monkeypatch):
+    out = folder / "whole.json"
+    out.write_text("before")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        cli._write_json(out, {"loss": float("nan")})
+    assert out.read_text() == "before"
+    cli._write_json(out, {"loss": 1.0})
+    assert json.loads(out.read_text()) == {"loss": 1.0}
+    assert not list(folder.glob(".whole.json*"))
+
+
+def test_ctrl_c_ends_calibration_and_it_resumes(folder):
+    out = folder / "slow.plan.safetensors"
+    partial = pathlib.Path(f"{out}.partial")
+    command = [sys.executable, "-m", "csfast", "calibrate", "demo", "--out", str(out)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        assert partial.exists(), process.communicate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert not out.exists() and partial.exists()
+    done = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.exists() and not partial.exists()
+
+
+def test_a_reader_that_leaves_is_no_error(plan):
+    done = subprocess.run(
+        f"{sys.executable} -m csfast generate demo {plan} --prompt 'The old' | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on an idle machine, many on a busy one
+def test_the_demo_does_the_whole_job(tmp_path):
+    out = tmp_path / "demo.json"
+    done = call("demo", "--out", tmp_path, "--json", out)
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert set(results) == {
+        *("machine", "calibration", "generation", "evaluation", "bench", "slower", "seconds")
+    }
+    assert (tmp_path / "csfast-demo.html").is_file()
+    csfast.Plan.load(tmp_path / "csfast-demo.plan.safetensors")
+    slow = [row for row in results["bench"] if row["ratio_vs_best"] < 1]
+    assert len(results["slower"]) >= len(slow)
