@@ -19,9 +19,9 @@ from . import doctor, ops, planes, timing
 
 VARIANTS = ("complete", "execute", "select", "sense")
 N_LAYERS = 6  # rotated: 600 MB of bf16 weights at d = 2048, F = 8192, more than any cache holds
-# Read at a time for the bandwidth, and how many such slices take turns. On the CPU a slice is about
-# what a sparse layer reads, and all of them are more than any cache holds; a GPU reads 32 MB in less
-# than it takes to fill the machine, so its slices are larger.
+# Bytes read at a time for the bandwidth, and how many such slices take turns. On the CPU a slice is
+# about what a sparse layer reads, and all of them are more than any cache holds; a GPU reads 32 MB
+# in less time than it takes to fill the machine, so its slices are larger.
 _SLICES = {"cpu": (32 << 20, 16), "cuda": (1 << 30, 2)}
 
 

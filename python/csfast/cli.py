@@ -300,6 +300,7 @@ def bench(
     device: Where = DeviceName.CPU,
     json_file: Json = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
     """Time the operations of a layer beside the dense layer in torch."""
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
@@ -318,6 +319,7 @@ def bench(
             compiled=not quick,
             progress=status.update,
         )
+    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
     Console().print(tables.speed(results))
     _write_json(json_file, results)
 

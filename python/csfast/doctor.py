@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import platform
+import re
 import sys
 from typing import Any
 
@@ -53,6 +54,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
     return found
 
 
@@ -77,6 +79,15 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver; none where the system does not tell."""
+    path = pathlib.Path("/proc/driver/nvidia/version")
+    if not path.is_file():
+        return None
+    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", path.read_text(encoding="utf-8"))
+    return found[1] if found else None
 
 
 def _memory() -> str:
