@@ -110,7 +110,8 @@ def main() -> int:
         return 1
 
     document: dict[str, Any] = {
-        "command": [sys.executable, *sys.argv],
+        # Without the folders of one machine: only the names of files.
+        "command": ["python", "tools/gpu_check.py", *(pathlib.Path(a).name for a in sys.argv[1:])],
         "commit": arguments.commit,
         "machine": machine(),
     }
