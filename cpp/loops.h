@@ -55,6 +55,19 @@ void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
 }  // namespace base
 
+namespace avx2 {
+// Null where the processor lacks one of AVX2, FMA and F16C.
+const Loops* loops();
+float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
+void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+             int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
+          float* usage) noexcept;
+void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
+            float* sum) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+}  // namespace avx2
+
 namespace avx512 {
 // Null where the processor lacks one of AVX-512 F, BW, DQ, VL, VNNI and BF16.
 const Loops* loops();

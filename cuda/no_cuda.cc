@@ -3,6 +3,7 @@
 
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
+#include "csfast/omp.h"
 #include "csfast/recover.h"
 #include "csfast/select.h"
 #include "csfast/sense.h"
@@ -26,6 +27,9 @@ void recover(const RecoverParams&, Stream) {
 }
 void tile(const TileParams&, Stream) {
   missing("tile");
+}
+void omp(const OmpParams&, Stream) {
+  missing("omp");
 }
 int64_t execute_workspace(int64_t, int64_t, int64_t) {
   missing("execute");

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from csfast import bench, ops, planes, reference, timing
+from csfast import bench, cases, ops, planes, reference, timing
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "timings")
@@ -61,6 +61,13 @@ SANITIZED = (
     Case(batch=3, d=33, n_neurons=7, bits=1, tile_rows=1, dtype=torch.float32),
     Case(batch=2, d=4104, n_neurons=40, bits=4, tile_rows=64, dtype=torch.bfloat16),
     Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
+)
+
+# One atom, fewer atoms than lanes, more than threads; more atoms taken than a block has warps.
+SANITIZED_PURSUITS = (
+    cases.PursuitCase("one", batch=1, m=1, n_atoms=1, n_nonzero=1),
+    cases.PursuitCase("few", batch=3, m=12, n_atoms=17, n_nonzero=4),
+    cases.PursuitCase("many", batch=4, m=80, n_atoms=300, n_nonzero=20),
 )
 
 PLANTED = {
@@ -265,7 +272,18 @@ def sanitize_target() -> int:
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
-    print(f"{len(SANITIZED)} cases")
+    for pursuit in SANITIZED_PURSUITS:
+        made = pursuit.make()
+        tensors = [t.float() for t in (made.gram, made.correlation, made.energy)]
+        tensors[1][0, 0] = float("nan") if pursuit.batch > 1 else tensors[1][0, 0]
+        budget = torch.full((pursuit.batch,), pursuit.n_nonzero, dtype=torch.int32)
+        budget[-1] -= budget[-1] // 2  # another than the others, if that can be
+        given = [*tensors, budget]
+        got = ops.omp(*(t.cuda() for t in given), budget_max=pursuit.n_nonzero)
+        want = ops.omp(*given, budget_max=pursuit.n_nonzero)
+        for name in ("index", "count", "status"):
+            assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (pursuit, name)
+    print(f"{len(SANITIZED) + len(SANITIZED_PURSUITS)} cases")
     return 0
 
 

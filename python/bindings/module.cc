@@ -8,6 +8,7 @@ namespace nb = nanobind;
 void bind_sense(nb::module_& m);
 void bind_recover(nb::module_& m);
 void bind_tile(nb::module_& m);
+void bind_omp(nb::module_& m);
 void bind_execute(nb::module_& m);
 void bind_select(nb::module_& m);
 void bind_ffn(nb::module_& m);
@@ -21,6 +22,7 @@ NB_MODULE(_native, m) {
   bind_sense(m);
   bind_recover(m);
   bind_tile(m);
+  bind_omp(m);
   bind_execute(m);
   bind_select(m);
   bind_ffn(m);

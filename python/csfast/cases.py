@@ -118,6 +118,53 @@ def _sparse(g: torch.Generator, rows: int, columns: int, filled: int) -> Tensor:
     return out.scatter_(1, at, _signs(g, rows, filled, 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class PursuitProblem:
+    """A dictionary and signals that few of its atoms make up, in float64."""
+
+    gram: Tensor  # (n_atoms, n_atoms)
+    correlation: Tensor  # (batch, n_atoms)
+    energy: Tensor  # (batch,)
+    support: Tensor  # (batch, n_nonzero) int64: the atoms of each signal, ascending
+
+
+@dataclasses.dataclass(frozen=True)
+class PursuitCase:
+    """Sizes of a problem of `ops.omp`, and how to make one."""
+
+    name: str
+    batch: int
+    m: int  # length of a signal
+    n_atoms: int
+    n_nonzero: int  # atoms in a signal
+
+    def make(self, *, noise_db: float = -20.0, seed: int = 0) -> PursuitProblem:
+        """Make Gaussian atoms of unit norm and signals with Gaussian coefficients and noise.
+
+        Args:
+            noise_db: Energy of the noise over that of the signal, in decibels.
+            seed: Of the random numbers.
+        """
+        g = torch.Generator().manual_seed(seed)
+        atoms = torch.randn(self.m, self.n_atoms, generator=g, dtype=torch.float64)
+        atoms /= atoms.norm(dim=0)
+        order = torch.rand(self.batch, self.n_atoms, generator=g).argsort(dim=1)
+        support = order[:, : self.n_nonzero].sort(dim=1).values
+        coef = torch.zeros(self.batch, self.n_atoms, dtype=torch.float64)
+        drawn = torch.randn(self.batch, self.n_nonzero, generator=g, dtype=torch.float64)
+        coef.scatter_(1, support, drawn)
+        signal = coef @ atoms.T
+        noise = torch.randn(self.batch, self.m, generator=g, dtype=torch.float64)
+        noise *= (signal.norm(dim=1) / noise.norm(dim=1))[:, None] * 10.0 ** (noise_db / 20)
+        signal += noise
+        return PursuitProblem(
+            gram=atoms.T @ atoms,
+            correlation=signal @ atoms,
+            energy=signal.square().sum(dim=1),
+            support=support,
+        )
+
+
 CASES = (
     Case("smallest", batch=1, d=1, n_neurons=1),
     Case("ragged", batch=3, d=33, n_neurons=7),
@@ -127,3 +174,10 @@ CASES = (
     Case("demo_layer_batch", batch=16, d=384, n_neurons=1152),
 )
 LARGE = Case("large", batch=1, d=2048, n_neurons=8192)
+PURSUITS = (
+    PursuitCase("smallest", batch=1, m=1, n_atoms=1, n_nonzero=1),
+    PursuitCase("ragged", batch=3, m=20, n_atoms=33, n_nonzero=4),
+    PursuitCase("off_block", batch=5, m=64, n_atoms=257, n_nonzero=7),
+    PursuitCase("empty_batch", batch=0, m=8, n_atoms=16, n_nonzero=2),
+    PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+)

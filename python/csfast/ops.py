@@ -14,6 +14,7 @@ inside tensors (indices, budgets) are not checked.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,8 @@ from ._native import BackendError, cuda_available, isa
 
 __all__ = [
     "BackendError",
+    "Pursuit",
+    "PursuitStatus",
     "Session",
     "Support",
     "TileList",
@@ -32,6 +35,7 @@ __all__ = [
     "execute",
     "ffn",
     "isa",
+    "omp",
     "recover",
     "select",
     "sense",
@@ -58,6 +62,27 @@ class TileList:
     tile: Tensor  # (batch, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
     n_tiles: Tensor  # (batch,) int32
     tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
+
+
+class PursuitStatus(enum.IntEnum):
+    """Why `omp` took no further atom."""
+
+    CONVERGED = 0  # what is left is within the tolerance, or no atom explains any of it
+    BUDGET = 1  # the budget is spent
+    ZERO = 2  # the signal has no energy
+    DEPENDENT = 3  # the next atom lies in the span of those taken, up to rounding
+    NOT_FINITE = 4  # something is not finite, or an energy is negative: nothing is kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Pursuit:
+    """Which atoms explain each signal of a batch, from `omp`."""
+
+    index: Tensor  # (batch, budget_max) int32, in the order taken, 0 beyond count
+    coef: Tensor  # (batch, budget_max) float32: their least-squares coefficients, 0 beyond count
+    count: Tensor  # (batch,) int32
+    residual: Tensor  # (batch,) float32: norm of what they leave unexplained
+    status: Tensor  # (batch,) int32: a `PursuitStatus`
 
 
 def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +171,55 @@ def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
     _check_ints("tile", tile_rows=tile_rows)
     tiles, n_tiles = torch.ops.csfast.tile.default(index, count, tile_rows)
     return TileList(tiles, n_tiles, tile_rows)
+
+
+def omp(
+    gram: Tensor,
+    correlation: Tensor,
+    energy: Tensor,
+    budget: Tensor,
+    *,
+    budget_max: int,
+    tolerance: float = 0.0,
+) -> Pursuit:
+    """Explain each signal by few atoms of a dictionary, chosen greedily.
+
+    Orthogonal matching pursuit: take the atom that explains most of what is left, refit all taken
+    atoms, repeat until the budget is spent or nothing is left to explain. Ties go to the lower
+    index, so equal inputs give equal supports. Atoms need not be of unit norm; one of norm 0 is
+    never taken. Multiplying a signal by a power of two multiplies coefficients and residual by it
+    and changes nothing else.
+
+    Args:
+        gram: Gram matrix of the dictionary, ``A.T @ A``, ``(n_atoms, n_atoms)``, float32.
+        correlation: Correlation of each signal with the atoms, ``y @ A``, ``(batch, n_atoms)``,
+            float32.
+        energy: Squared norm of each signal, ``(batch,)``, float32.
+        budget: Atoms allowed for each signal, ``(batch,)``, int32, each in ``[0, budget_max]``.
+        budget_max: Atoms to make room for, 1 to `n_atoms`.
+        tolerance: Stop when the squared norm of what is left is at most this share of the energy,
+            0 to 1. Shares below 2^-24 are noise of the float32 energy.
+
+    Returns:
+        The pursuit, with the reason for its end. A signal that is not finite has count 0 and a
+        residual that is not a number.
+
+    Raises:
+        ValueError: The shapes do not fit together, or a budget or the tolerance is out of range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+
+    Source:
+        Rubinstein, Zibulevsky, Elad, "Efficient implementation of the K-SVD algorithm using batch
+        orthogonal matching pursuit", Technion, 2008.
+    """
+    _check_tensors("omp", gram=gram, correlation=correlation, energy=energy, budget=budget)
+    _check_ints("omp", budget_max=budget_max)
+    if not isinstance(tolerance, (int, float)):
+        raise TypeError(f"[omp] tolerance is a {type(tolerance).__name__}: want a float.")
+    return Pursuit(
+        *torch.ops.csfast.omp.default(gram, correlation, energy, budget, budget_max, tolerance)
+    )
 
 
 def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
@@ -536,6 +610,60 @@ def _fake_tile(index: Tensor, count: Tensor, tile_rows: int) -> tuple[Tensor, Te
     )
 
 
+def _omp(
+    gram: Tensor,
+    correlation: Tensor,
+    energy: Tensor,
+    budget: Tensor,
+    budget_max: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = _fake_omp(gram, correlation, energy, budget, budget_max, tolerance)
+    gram, correlation, energy = _plain(gram, correlation, energy)
+    batch, n_atoms = correlation.shape
+    n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, gram.is_cuda)
+    workspace = _workspace(n_bytes, gram)
+    _native.omp(
+        gram,
+        correlation,
+        energy,
+        budget,
+        budget_max,
+        tolerance,
+        workspace,
+        *made,
+        _stream(gram),
+    )
+    return made
+
+
+def _fake_omp(
+    gram: Tensor,
+    correlation: Tensor,
+    energy: Tensor,
+    budget: Tensor,
+    budget_max: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if correlation.dim() != 2:
+        raise ValueError(f"[omp] correlation has {correlation.dim()} axes: want (batch, n_atoms).")
+    batch, n_atoms = correlation.shape
+    if gram.shape != (n_atoms, n_atoms):
+        raise ValueError(
+            f"[omp] gram has shape {tuple(gram.shape)}: want (n_atoms, n_atoms) = "
+            f"({n_atoms}, {n_atoms})."
+        )
+    if not 1 <= budget_max <= n_atoms:
+        raise ValueError(f"[omp] budget_max = {budget_max}: want 1 to n_atoms = {n_atoms}.")
+    return (
+        correlation.new_empty((batch, budget_max), dtype=torch.int32),
+        correlation.new_empty((batch, budget_max), dtype=torch.float32),
+        correlation.new_empty((batch,), dtype=torch.int32),
+        correlation.new_empty((batch,), dtype=torch.float32),
+        correlation.new_empty((batch,), dtype=torch.int32),
+    )
+
+
 def _execute(
     gate: Tensor,
     up: Tensor,
@@ -699,6 +827,12 @@ _register(
     _fake_recover,
 )
 _register("tile(Tensor index, Tensor count, int tile_rows) -> (Tensor, Tensor)", _tile, _fake_tile)
+_register(
+    "omp(Tensor gram, Tensor correlation, Tensor energy, Tensor budget, int budget_max,"
+    " float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _omp,
+    _fake_omp,
+)
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
     " int tile_rows) -> Tensor",

@@ -6,10 +6,17 @@ that integers agree exactly; everything else is float64.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from . import planes
+
+NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
+PIVOT = (
+    2.0**-18
+)  # share of an atom that may not lie in the span of those taken before it, see omp.h
 
 
 def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,3 +84,70 @@ def execute(
         for t in chosen.tolist():
             mask[row, t * tile_rows : (t + 1) * tile_rows] = True
     return torch.where(mask, a, torch.zeros_like(a)) @ down_t.double()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pursuit:
+    """What `omp` does to one signal."""
+
+    index: list[int]  # atoms in the order taken
+    coef: Tensor  # (len(index),) float64
+    energies: list[float]  # squared norm of the residual before every atom and after the last
+    margin: float  # least relative distance of the best and the second best score of any step
+    status: str  # enumerator of OmpStatus, in lower case and without its k
+
+
+def omp(
+    gram: Tensor, correlation: Tensor, energy: float, budget: int, *, tolerance: float = 0.0
+) -> Pursuit:
+    """Run orthogonal matching pursuit on one signal, solving for all atoms anew at every step.
+
+    Args:
+        gram: Gram matrix of the dictionary, ``(n_atoms, n_atoms)``, of any dtype.
+        correlation: Correlation of signal and atoms, ``(n_atoms,)``.
+        energy: Squared norm of the signal.
+        budget: Atoms to take at most.
+        tolerance: Share of the energy at which to stop.
+    """
+    gram, correlation = gram.double(), correlation.double()
+    norm = gram.diagonal().sqrt()
+    weight = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+    chosen: list[int] = []
+    coef = correlation[:0]
+    energies = [energy]
+    margin = float("inf")
+
+    def ended(status: str) -> Pursuit:
+        return Pursuit(chosen, coef, energies, margin, status)
+
+    finite = correlation.isfinite().all() and norm.isfinite().all()
+    if not (finite and 0 <= energy < float("inf")):
+        return ended("not_finite")
+    if energy == 0:
+        return ended("zero")
+    while True:
+        if energies[-1] <= tolerance * energy:
+            return ended("converged")
+        if len(chosen) == budget:
+            return ended("budget")
+        score = (correlation - gram[:, chosen] @ coef).abs() * weight
+        score[chosen] = 0
+        if not score.isfinite().all():
+            return ended("not_finite")
+        best = score.max()
+        if best.square() <= NOTHING * energy:
+            return ended("converged")
+        atom = int((score == best).nonzero()[0])
+        inside = gram[chosen][:, chosen]
+        pivot = gram[atom, atom]
+        if chosen:
+            row = gram[chosen, atom]
+            pivot = pivot - row @ torch.linalg.lstsq(inside, row[:, None]).solution[:, 0]
+        if not pivot > PIVOT * gram[atom, atom]:
+            return ended("dependent")
+        score[atom] = 0
+        margin = min(margin, 1 - float(score.max() / best))
+        chosen.append(atom)
+        inside = gram[chosen][:, chosen]
+        coef = torch.linalg.lstsq(inside, correlation[chosen][:, None]).solution[:, 0]
+        energies.append(max(energy - float(correlation[chosen] @ coef), 0.0))
