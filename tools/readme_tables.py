@@ -61,23 +61,27 @@ def speed(results: list[dict[str, Any]]) -> str:
 
 
 def selection(results: list[dict[str, Any]]) -> str:
-    """Loss over dense at equal bytes: few-bit selection beside the best other rule."""
+    """Loss over dense at equal bytes: every width of few-bit selection beside the best other rule."""
     rows = []
     for result in results:
         for best in result.get("best", ()):
-            if best["few_bit"] is None or best["other"] is None:
+            if best["other"] is None:
                 continue
-            ratio = "-" if best["ratio"] is None else f"{best['ratio']:.2f}"
-            rows.append(
-                (
-                    f"{best['target']:g}",
-                    f"{best['few_bit_delta']:+.4f} ({best['few_bit']})",
-                    f"{best['other_delta']:+.4f} ({best['other']})",
-                    ratio,
+            for row in result["rows"]:
+                if row["family"] != "few-bit" or row["target"] != best["target"]:
+                    continue
+                low, high = row["ci95"]
+                rows.append(
+                    (
+                        f"{best['target']:g}",
+                        row["method"] + (" (chosen)" if row["method"] == best["few_bit"] else ""),
+                        f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]",
+                        f"{best['other_delta']:+.4f} ({best['other']})",
+                        f"{row['delta'] / best['other_delta']:.2f}",
+                    )
                 )
-            )
-    head = ("FFN bytes, of dense", "few-bit selection", "best other selection", "ratio")
-    return table(head, rows)
+    head = ("FFN bytes, of dense", "few-bit selection", "loss over dense, 95 %")
+    return table((*head, "best other selection", "ratio"), rows)
 
 
 def quantised(results: list[dict[str, Any]]) -> str:
@@ -101,6 +105,7 @@ def quality(results: list[dict[str, Any]]) -> str:
             low, high = row["ci95"]
             rows.append(
                 (
+                    f"{result['bits']}",
                     f"{result['density']:.2f}",
                     f"{result['bytes_fraction']:.3f}",
                     task,
@@ -110,7 +115,7 @@ def quality(results: list[dict[str, Any]]) -> str:
                     f"{row['top1_agreement']:.3f}",
                 )
             )
-    head = ("density", "FFN bytes", "task", "dense loss", "csfast loss", "difference, 95 %")
+    head = ("bits", "density", "FFN bytes", "task", "dense loss", "csfast loss", "difference, 95 %")
     return table((*head, "same top-1"), rows)
 
 

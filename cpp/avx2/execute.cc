@@ -16,7 +16,7 @@ namespace csfast::avx2 {
 namespace {
 
 // Neurons that rows are asked for in advance. One core, d = 2048, bfloat16, one neuron in ten: 0,
-// 1, 2 give 10, 20, 20 GB/s (Zen 5, 2026-11-24).
+// 1, 2 give 10, 20, 20 GB/s (AMD EPYC, 2026-11-24).
 constexpr int64_t kAhead = 1;
 
 // Calls f(c, n) for every cache line of a row: its first element and how many it has.

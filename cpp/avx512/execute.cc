@@ -15,7 +15,7 @@ namespace csfast::avx512 {
 namespace {
 
 // Neurons that rows are asked for in advance. One core, d = 2048, bfloat16, one neuron in ten: 0,
-// 1, 2 give 12, 19, 17 GB/s (Zen 5, 2026-11-24); asking for the second-level cache only is no
+// 1, 2 give 12, 19, 17 GB/s (AMD EPYC, 2026-11-24); asking for the second-level cache only is no
 // better.
 constexpr int64_t kAhead = 1;
 
