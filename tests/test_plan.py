@@ -26,7 +26,7 @@ def make_plan(**changes):
     falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3).contiguous()
     values = {
         "model": models.Fingerprint(
-            "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "0a" * 32
+            "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "silu", "0a" * 32
         ),
         "bits": (2, 3),
         "tasks": ("pooled", "math"),
@@ -192,9 +192,21 @@ BAD_PLANS = {
         "data that fit their SHA-256",
     ),
     "other format": (_fields(format="gguf"), "format = 'gguf'"),
-    "next version": (_fields(version="2"), "format version '2': this csfast wants '1'"),
+    "old version": (
+        _fields(version="1"),
+        "format version '1': this csfast wants '2'; calibrate again",
+    ),
+    "next version": (_fields(version="3"), "format version '3': this csfast wants '2'"),
     "model type": (_fields(model_type="../x"), "want a model type"),
     "model dtype": (_fields(model_dtype="float64"), "want one of float32, float16, bfloat16"),
+    "activation": (
+        _fields(model_activation="relu"),
+        "model_activation = 'relu': want one of silu, gelu_tanh",
+    ),
+    "no activation": (
+        lambda raw: rewrite(raw, drop=["model_activation"]),
+        "model_activation = '': want one of",
+    ),
     "model hash": (_fields(model_hash="0A" * 32), "want 64 hexadecimal digits"),
     "shapes": (_fields(shapes="[[8]]"), "want pairs of sizes"),
     "shapes not JSON": (_fields(shapes="[[8"), "shapes: want JSON"),
@@ -357,6 +369,8 @@ def test_check_accepts_its_own_model():
         ({"num_hidden_layers": 3}, "with 3 layers: this plan wants 2"),
         ({"intermediate_size": 96}, "layer 0 has d = 64, n_neurons = 96: this plan wants d = 64,"),
         ({"dtype": torch.bfloat16}, "in bfloat16: this plan wants float32"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "of activation gelu_tanh: this plan wants silu"),
+        ({"mlp_bias": True}, "weights have SHA-256"),
         ({"seed": 1}, "weights have SHA-256"),
     ],
 )

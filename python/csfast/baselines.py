@@ -111,7 +111,7 @@ class NeuronRule(Rule):
         Args:
             layer: Number of the layer.
             x: Inputs, ``(n, d)``.
-            gate: ``silu(x W_gate')``, ``(n, n_neurons)``; for rules that pay for it.
+            gate: ``act(x W_gate')``, ``(n, n_neurons)``; for rules that pay for it.
             a: ``gate * x W_up'``, ``(n, n_neurons)``; for rules that pay for it.
 
         Returns:
@@ -167,15 +167,15 @@ class Planes(NeuronRule):
         self._equal = [e.to(ffn.gate.weight.device) for e, ffn in zip(equal, ffns, strict=True)]
         self._value = []  # odd integers of the gate rows, then of the up rows, (2 n_neurons, d)
         self._row_scale = []  # (n_neurons, 2)
+        self._offset = [ffn.offset() for ffn in ffns]  # (n_neurons, 2), or none
         for ffn, e in zip(ffns, self._equal, strict=True):
             if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
                 raise ValueError(
                     f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
-            weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-            layer = LayerPlan.fit(*weights, e, (bits,))
-            codes = layer.encode(*weights, bits=bits)
+            layer = LayerPlan.fit(*ffn.weights, e, (bits,))
+            codes = layer.encode(*ffn.weights, bits=bits)
             unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
             self._value.append(2 * unpacked.float() - (2**bits - 1))
             self._row_scale.append(layer.row_scale[bits].to(e.device))
@@ -186,7 +186,9 @@ class Planes(NeuronRule):
         y = (q.float() @ self._value[layer].T).unflatten(1, (2, -1))
         row_scale = self._row_scale[layer]
         z = scale[:, None, None] * row_scale.T * y
-        usage: Tensor = (F.silu(z[:, 0]) * z[:, 1]).abs()
+        if (offset := self._offset[layer]) is not None:
+            z = z + offset.T
+        usage: Tensor = (self.ffns[layer].act(z[:, 0]) * z[:, 1]).abs()
         return usage
 
     def sensor_bytes(self, shape: LayerShape) -> float:
@@ -241,8 +243,14 @@ class LowRank(NeuronRule):
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
         """Give the usage of the low-rank estimate."""
         xf = x.float()
-        z_gate, z_up = ((xf @ right.T) @ left.T for left, right in self._factors[layer])
-        return (F.silu(z_gate) * z_up).abs() * self._norm[layer]
+        ffn = self.ffns[layer]
+        z_gate, z_up = (
+            F.linear(xf @ right.T, left, None if bias is None else bias.float())
+            for (left, right), bias in zip(
+                self._factors[layer], (ffn.gate.bias, ffn.up.bias), strict=True
+            )
+        )
+        return (ffn.act(z_gate) * z_up).abs() * self._norm[layer]
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give two pairs of factors at 16 bits."""
@@ -366,9 +374,11 @@ class Rounded(Rule):
 
     def run(self, layer: int, x: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """Run the whole layer with rounded weights."""
+        ffn = self.ffns[layer]
         gate, up, down = self._weights[layer]
-        out = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-        shape = self.ffns[layer].shape
+        a = ffn.act(F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
+        out = F.linear(a, down, ffn.down.bias)
+        shape = ffn.shape
         kept = torch.tensor([shape.d, shape.n_neurons], device=x.device) * x.shape[0]
         return out, kept
 
@@ -504,14 +514,12 @@ def _parse(method: str) -> tuple[str, int]:
 
 def _activations(ffn: Ffn, x: Tensor) -> tuple[Tensor, Tensor]:
     """The activated gate and the intermediate activation, both ``(n, n_neurons)``."""
-    gate = F.silu(ffn.gate(x))
-    return gate, gate * ffn.up(x)
+    return ffn.activations(x)
 
 
 def _down_norm(ffn: Ffn) -> Tensor:
     """Norm of each neuron's down row, ``(n_neurons,)``, float32."""
-    norm: Tensor = ffn.down.weight.detach().float().norm(dim=0)
-    return norm
+    return ffn.down_norm()
 
 
 def _cuts(score: Tensor, densities: Sequence[float]) -> list[float]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import models, planes, reference
 from .models import Encoded, Ffn
 from .plan import LayerPlan, Plan, pack, read_bounded, unpack, write_atomic
-from .types import POOLED, Document, LayerShape, PlanError
+from .types import POOLED, Document, LayerShape, PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,6 +118,10 @@ def calibrate(
     groups = _sorted_samples(samples)
     fingerprint = models.fingerprint(model)
     ffns = models.find_ffns(model)
+    if fingerprint.activation != "silu" or any(ffn.offset() is not None for ffn in ffns):
+        raise UnsupportedModelError(
+            "[calibrate] a model with biases or without SiLU: the kernels do not run it."
+        )
     if any(hasattr(type(ffn.module), "dense_forward") for ffn in ffns):
         raise ValueError("[calibrate] a model that csfast is applied to: call csfast.remove first.")
 
@@ -173,7 +177,8 @@ class _Sensor:
 
     plan: LayerPlan
     codes: tuple[Tensor, ...]  # one a setting, (n_neurons, 2, chunks, 16 * bits)
-    shape: LayerShape
+    ffn: Ffn
+    offset: Tensor | None  # (n_neurons, 2), from the biases
 
 
 Watch = Callable[[int, Tensor], None]  # number of the layer, its input at the sparse positions
@@ -221,10 +226,9 @@ def _sensors(
     for layer, ffn in enumerate(ffns):
         square = state.square[layer, :, : ffn.shape.d]
         mean = (square / torch.tensor(counts, dtype=torch.float64)[:, None]).mean(dim=0)
-        weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-        plan = LayerPlan.fit(*weights, planes.equalizer(mean), bits)
-        codes = tuple(plan.encode(*weights, bits=b) for b in bits)
-        sensors.append(_Sensor(plan, codes, ffn.shape))
+        plan = LayerPlan.fit(*ffn.weights, planes.equalizer(mean), bits)
+        codes = tuple(plan.encode(*ffn.weights, bits=b) for b in bits)
+        sensors.append(_Sensor(plan, codes, ffn, ffn.offset()))
     return sensors
 
 
@@ -234,10 +238,11 @@ def _add_usages(
     def watch(layer: int, x: Tensor) -> None:
         sensor = sensors[layer]
         equal = sensor.plan.equal.to(x.device)
-        rows = _rows(sensor.shape)
+        ffn, offset = sensor.ffn, sensor.offset
+        rows = _rows(ffn.shape)
         for j, b in enumerate(bits):
             row_scale = sensor.plan.row_scale[b].to(x.device)
-            u = planes.unpack(sensor.codes[j].flatten(0, 1), b, sensor.shape.d)
+            u = planes.unpack(sensor.codes[j].flatten(0, 1), b, ffn.shape.d)
             # Integers below 2^24 in float32: exact, as the kernels are.
             value = 2.0 * u.float() - (2**b - 1)
             gate, up = value[0::2].T.contiguous(), value[1::2].T.contiguous()
@@ -245,7 +250,10 @@ def _add_usages(
                 q, scale = reference.quantize(part, equal)
                 g = (q.float() @ gate).mul_(row_scale[:, 0]).mul_(scale[:, None])
                 usage = (q.float() @ up).mul_(row_scale[:, 1]).mul_(scale[:, None])
-                usage = usage.mul_(nn.functional.silu(g, inplace=True)).abs_()
+                if offset is not None:
+                    g.add_(offset[:, 0])
+                    usage.add_(offset[:, 1])
+                usage = usage.mul_(ffn.act(g)).abs_()
                 bins = (usage.view(torch.int32) >> _SHIFT).clamp_(max=_BINS - 1).flatten()
                 count = torch.bincount(bins, minlength=_BINS).cpu()
                 state.histogram[j, layer, batch.task] += count

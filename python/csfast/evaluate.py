@@ -594,7 +594,7 @@ def _planned(ffns: Sequence[Ffn], plan: Plan, *, density: float, bits: int, task
 
     def run(layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         ffn = ffns[layer]
-        a = F.silu(ffn.gate(x)) * ffn.up(x)
+        _, a = ffn.activations(x)
         return baselines.masked_down(ffn, a, supports(layer, x))
 
     return run
@@ -611,8 +611,7 @@ def _supports(
     for layer, (ffn, of_plan) in enumerate(zip(ffns, plan.layers, strict=True)):
         device = ffn.gate.weight.device
         threshold = plan.threshold(layer, bits=bits, density=density, task=task)
-        weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-        codes = of_plan.encode(*weights, bits=bits)
+        codes = of_plan.encode(*ffn.weights, bits=bits)
         row_scale = of_plan.row_scale[bits].to(device).contiguous()
         layers.append(
             (codes, of_plan.equal.to(device), row_scale, torch.tensor(threshold, device=device))
@@ -730,9 +729,7 @@ def _capture(
 
     def forward(layer: int, x: Tensor) -> Tensor:
         seen[layer].setdefault(group, []).append(x.detach()[0])
-        ffn = ffns[layer]
-        out: Tensor = ffn.down(F.silu(ffn.gate(x)) * ffn.up(x))
-        return out
+        return ffns[layer].dense(x)
 
     for count, piece in enumerate(pieces, 1):
         cache = _prefill(model, piece)
@@ -838,9 +835,7 @@ def _prefill_observed(
     def forward(layer: int, x: Tensor) -> Tensor:
         for rule in observers:
             rule.observe(layer, x[0])
-        ffn = ffns[layer]
-        out: Tensor = ffn.down(F.silu(ffn.gate(x)) * ffn.up(x))
-        return out
+        return ffns[layer].dense(x)
 
     with _patched(ffns, forward):
         return _prefill(model, piece)
@@ -955,7 +950,7 @@ def _spent(rule: Rule, ffns: Sequence[Ffn], read: Sequence[tuple[float, float]])
 
 def _rest_bytes(model: nn.Module, ffns: Sequence[Ffn]) -> float:
     """16-bit bytes of all other linear layers: attention and the language-model head."""
-    inside = {id(linear) for ffn in ffns for linear in (ffn.gate, ffn.up, ffn.down)}
+    inside = {id(linear) for ffn in ffns for linear in ffn.linears}
     return float(
         sum(
             module.weight.numel() * baselines.BYTES

@@ -28,7 +28,7 @@ from .models import Fingerprint
 from .types import POOLED, LayerShape, PlanError
 
 FORMAT = "csfast-plan"
-VERSION = "1"
+VERSION = "2"
 HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
 TENSORS_MAX = 65_536
 FILE_BYTES_MAX = 1 << 30  # a plan of 80 layers of 28,672 neurons at three settings has 60 MB
@@ -219,6 +219,8 @@ class Plan:
             )
         elif given.dtype != wanted.dtype:
             difference = f"in {given.dtype}", wanted.dtype
+        elif given.activation != wanted.activation:
+            difference = f"of activation {given.activation}", wanted.activation
         elif given.model_hash != wanted.model_hash:
             difference = (
                 f"whose feed-forward weights have SHA-256 {given.model_hash[:12]}...",
@@ -391,6 +393,7 @@ def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
         "version": VERSION,
         "model_type": plan.model.model_type,
         "model_dtype": plan.model.dtype,
+        "model_activation": plan.model.activation,
         "model_hash": plan.model.model_hash,
         "shapes": _canonical([[s.d, s.n_neurons] for s in plan.model.shapes]),
         "bits": _canonical(plan.bits),
@@ -418,6 +421,7 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         model_type=fields.get("model_type", ""),
         shapes=tuple(LayerShape(d=s[0], n_neurons=s[1]) for s in shapes),
         dtype=fields.get("model_dtype", ""),
+        activation=fields.get("model_activation", ""),
         model_hash=fields.get("model_hash", ""),
     )
     bits = tuple(_field(fields, "bits", list))
@@ -469,6 +473,9 @@ def _validate(plan: Plan) -> None:
     _want(bool(_NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
     dtypes = ("float32", "float16", "bfloat16")
     _want(m.dtype in dtypes, f"model_dtype = {m.dtype!r}", f"one of {_list(dtypes)}")
+    known = m.activation in models.ACTIVATIONS
+    wanted = f"one of {_list(models.ACTIVATIONS)}"
+    _want(known, f"model_activation = {m.activation!r}", wanted)
     _want(bool(_HASH.fullmatch(m.model_hash)), "model_hash", "64 hexadecimal digits")
     sizes_fit = all(s.d > 0 and s.n_neurons > 0 for s in m.shapes)
     _want(len(m.shapes) > 0 and sizes_fit, "shapes", "at least one layer, sizes above 0")
