@@ -426,7 +426,7 @@ BAD_FOLDERS = {
     "cut": (_cut, "want a whole model folder"),
     "no tokenizer": (
         lambda f: [p.unlink() for p in f.glob("tokenizer*")],
-        "want a whole model folder",
+        "want a tokenizer beside the weights",
     ),
 }
 

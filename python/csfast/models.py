@@ -33,6 +33,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)  # by the names that the kernels know
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of their files
 _EXPERTS = ("experts", "expert", "shared_expert", "block_sparse_moe")
 _HASH_BYTES = 1 << 24  # hashed at a time, so that a copy from a GPU stays small and Ctrl-C works
 
@@ -265,6 +266,8 @@ def load(
         )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"[load] {path}: want weights in .safetensors files.")
+    if folder.is_dir() and not any(path for n in _TOKENIZERS for path in folder.glob(n)):
+        raise UnsupportedModelError(f"[load] {path}: want a tokenizer beside the weights.")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _without_bars():
