@@ -247,9 +247,12 @@ def sanitize_target() -> int:
         top = ops.recover(y, scale, row_scale, budget=budget.cuda())
         assert torch.equal(top.count.cpu(), budget), case
         threshold = top.usage.median(dim=1).values.contiguous()
-        support = ops.recover(y, scale, row_scale, threshold=threshold)
-        tiles = ops.tile(support.index, support.count, tile_rows=tile_rows)
+        support = ops.recover(y, scale, row_scale, threshold=threshold, group_rows=tile_rows)
+        tiles = ops.TileList(support.index, support.count, tile_rows)
         out = ops.execute(gate, up, down_t, x, tiles)
+        held = ops.tile(top.index, top.count, tile_rows=tile_rows)
+        on_cpu = ops.tile(top.index.cpu(), top.count.cpu(), tile_rows=tile_rows)
+        assert torch.equal(held.tile.cpu(), on_cpu.tile), case
 
         listed, missed = ops.select(
             codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows
