@@ -92,21 +92,24 @@ Layer random_layer(const Sizes& s, std::mt19937& random) {
 }
 
 csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace) {
-  return {layer.codes.data(),
-          layer.equal.data(),
-          layer.row_scale.data(),
-          &layer.threshold,
-          layer.x.data(),
-          workspace,
-          layer.tile.data(),
-          &layer.n_tiles,
-          nullptr,
-          1,
-          s.d,
-          s.n_neurons,
-          kBits,
-          1,
-          csfast::DType::kBF16};
+  return {.codes = layer.codes.data(),
+          .equal = layer.equal.data(),
+          .row_scale = layer.row_scale.data(),
+          .offset = nullptr,
+          .weight = nullptr,
+          .threshold = &layer.threshold,
+          .x = layer.x.data(),
+          .workspace = workspace,
+          .tile = layer.tile.data(),
+          .n_tiles = &layer.n_tiles,
+          .missed = nullptr,
+          .batch = 1,
+          .d = s.d,
+          .n_neurons = s.n_neurons,
+          .bits = kBits,
+          .tile_rows = 1,
+          .dtype = csfast::DType::kBF16,
+          .activation = csfast::Activation::kSilu};
 }
 
 // Sets the threshold that keeps `density` of the neurons, and the tile list that goes with it.
@@ -120,8 +123,24 @@ void set_density(const Sizes& s, Layer& layer, double density, void* workspace) 
   csfast::sense({layer.codes.data(), layer.equal.data(), layer.x.data(), q.data(), y.data(), &scale,
                  1, s.d, s.n_neurons, kBits, csfast::DType::kBF16},
                 Device::kCpu, nullptr);
-  csfast::recover({y.data(), &scale, layer.row_scale.data(), nullptr, &budget, usage.data(),
-                   index.data(), &count, &missed, 1, s.n_neurons, csfast::Rule::kTopK},
+  csfast::recover({.y = y.data(),
+                   .y_float = nullptr,
+                   .scale = &scale,
+                   .row_scale = layer.row_scale.data(),
+                   .offset = nullptr,
+                   .weight = nullptr,
+                   .threshold = nullptr,
+                   .budget = &budget,
+                   .usage = usage.data(),
+                   .index = index.data(),
+                   .count = &count,
+                   .missed = &missed,
+                   .batch = 1,
+                   .n_neurons = s.n_neurons,
+                   .columns = 2,
+                   .group_rows = 1,
+                   .rule = csfast::Rule::kTopK,
+                   .activation = csfast::Activation::kSilu},
                   Device::kCpu, nullptr);
   layer.threshold = INFINITY;
   for (int32_t i = 0; i < count; ++i) layer.threshold = std::min(layer.threshold, usage[index[i]]);
@@ -182,10 +201,25 @@ void measure(const Sizes& s, std::vector<Layer>& layers, double density, double 
   for (Layer& layer : layers) set_density(s, layer, density, select_space.data());
 
   const auto execute = [&](const Layer& layer, const int32_t* tile, const int32_t* n_tiles) {
-    csfast::execute(
-        {layer.gate.data(), layer.up.data(), layer.down_t.data(), layer.x.data(), tile, n_tiles,
-         execute_space.data(), out.data(), 1, s.d, s.n_neurons, 1, csfast::DType::kBF16},
-        Device::kCpu, nullptr);
+    csfast::execute({.gate = layer.gate.data(),
+                     .up = layer.up.data(),
+                     .down_t = layer.down_t.data(),
+                     .gate_bias = nullptr,
+                     .up_bias = nullptr,
+                     .down_bias = nullptr,
+                     .x = layer.x.data(),
+                     .tile = tile,
+                     .n_tiles = n_tiles,
+                     .workspace = execute_space.data(),
+                     .out = out.data(),
+                     .batch = 1,
+                     .d = s.d,
+                     .n_neurons = s.n_neurons,
+                     .tile_rows = 1,
+                     .shared = false,
+                     .dtype = csfast::DType::kBF16,
+                     .activation = csfast::Activation::kSilu},
+                    Device::kCpu, nullptr);
   };
   double kept = 0;
   for (const Layer& layer : layers) kept += layer.n_tiles;
@@ -196,10 +230,29 @@ void measure(const Sizes& s, std::vector<Layer>& layers, double density, double 
   std::vector<Variant> variants = {
       {"complete", sensed + kept * row,
        [&](Layer& layer) {
-         csfast::ffn({layer.codes.data(), layer.equal.data(), layer.row_scale.data(),
-                      &layer.threshold, layer.gate.data(), layer.up.data(), layer.down_t.data(),
-                      layer.x.data(), ffn_space.data(), out.data(), nullptr, 1, s.d, s.n_neurons,
-                      kBits, 1, csfast::DType::kBF16},
+         csfast::ffn({.codes = layer.codes.data(),
+                      .equal = layer.equal.data(),
+                      .row_scale = layer.row_scale.data(),
+                      .offset = nullptr,
+                      .weight = nullptr,
+                      .threshold = &layer.threshold,
+                      .gate = layer.gate.data(),
+                      .up = layer.up.data(),
+                      .down_t = layer.down_t.data(),
+                      .gate_bias = nullptr,
+                      .up_bias = nullptr,
+                      .down_bias = nullptr,
+                      .x = layer.x.data(),
+                      .workspace = ffn_space.data(),
+                      .out = out.data(),
+                      .stats = nullptr,
+                      .batch = 1,
+                      .d = s.d,
+                      .n_neurons = s.n_neurons,
+                      .bits = kBits,
+                      .tile_rows = 1,
+                      .dtype = csfast::DType::kBF16,
+                      .activation = csfast::Activation::kSilu},
                      Device::kCpu, nullptr);
        }},
       {"execute", kept * row,

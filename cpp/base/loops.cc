@@ -5,6 +5,7 @@ namespace csfast::base {
 constinit const Loops kLoops{.name = "base",
                              .quantize = quantize,
                              .measure = measure,
+                             .usage = usage,
                              .keep = keep,
                              .gather = gather,
                              .finish = finish};
