@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": set(),
     "planes": set(),
     "timing": set(),
+    "blocks": set(),
     "reference": {"planes"},
     "documents": {"types"},
     "ops": {"_native", "types"},
