@@ -33,9 +33,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": {"models", "planes", "types"},
     "calibrate": {"models", "ops", "plan", "planes", "reference", "types"},
     "engine": {"models", "ops", "plan", "planes", "types"},
-    "baselines": {"models", "ops", "plan", "planes", "reference", "types"},
-    "evaluate": {"baselines", "documents", "engine", "models", "ops", "plan", "planes", "tasks"}
+    "blocks": set(),
+    "quantize": set(),
+    "judge": {"models", "tasks", "types"},
+    "rules": {"blocks", "judge", "models", "planes", "types"},
+    "oracles": {"judge", "models", "rules", "types"},
+    "baselines": {"judge", "models", "oracles", "plan", "planes", "quantize", "reference", "rules"}
     | {"types"},
+    "evaluate": {"engine", "judge", "models", "ops", "plan", "rules", "tasks", "types"},
+    "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
     "report": {"types", "plan", "_version"},
     "doctor": {"_version", "models", "ops", "planes", "reference"},
     "bench": {"cases", "doctor", "ops", "planes", "timing"},
@@ -43,7 +49,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"bench", "calibrate", "doctor", "documents", "engine", "evaluate", "models", "plan"}
     | {"report", "tables", "timing", "types"},
     "__init__": {"_version", "calibrate", "documents", "engine", "models", "ops", "plan", "types"},
-    "cli": {"_version", "bench", "calibrate", "demo", "doctor", "documents", "engine", "evaluate"}
+    "cli": {
+        "_version",
+        "ablate",
+        "bench",
+        "calibrate",
+        "demo",
+        "doctor",
+        "documents",
+        "engine",
+        "evaluate",
+    }
     | {"models", "ops", "plan", "report", "tables", "timing", "types"},
     "__main__": {"cli"},
 }

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tiny
-from csfast import baselines, models, ops, planes, reference
-from csfast.types import LayerShape
+from csfast import baselines, judge, models, ops, planes, quantize, reference, rules
+from csfast.plan import LayerPlan
+from csfast.types import TASKS, LayerShape
 
 SHAPE = LayerShape(d=384, n_neurons=1152)
 METHODS = (
@@ -41,43 +42,71 @@ def inputs():
     return [torch.randn(200, 64, generator=draw) for _ in range(2)]
 
 
+def make_where(n_rows=4, n_columns=50, n_prompt=5):
+    """Documents of equal length, of one task after the other."""
+    return judge.Where(
+        n_rows,
+        n_columns,
+        torch.arange(n_rows).repeat_interleave(n_columns),
+        torch.arange(n_columns).repeat(n_rows),
+        torch.arange(n_rows).repeat_interleave(n_prompt),
+        torch.arange(n_rows) % len(TASKS),
+    )
+
+
+WHERE = make_where()
+
+
 @pytest.fixture(scope="module")
-def rules(ffns, inputs):
-    built = dict(zip(METHODS, baselines.build(METHODS, ffns, inputs), strict=True))
+def fit(model, ffns, inputs):
+    return rules.Fit(model, ffns, judge.Sample(inputs, WHERE, {}))
+
+
+@pytest.fixture(scope="module")
+def built(fit, inputs):
+    found = {method: baselines.build(method, fit) for method in METHODS}
     for layer, x in enumerate(inputs):
-        built["griffin"].observe(layer, x[:20])
-    return built
+        found["griffin"].observe(layer, x[:20], WHERE)
+    return found
+
+
+def thresholds_of(rule, layer, fit, density):
+    with torch.no_grad():
+        (found,) = rule.calibrate(fit.sample, [density])
+    return found[layer]
 
 
 @torch.no_grad()
-def run(rule, layer, x, density):
-    (thresholds,) = rule.thresholds(layer, x, [density])
-    return rule.run(layer, x, thresholds)
+def run(rule, layer, fit, density):
+    x = fit.sample.inputs[layer]
+    return rule.run(layer, x, thresholds_of(rule, layer, fit, density), WHERE)
 
 
 @pytest.mark.parametrize("method", SELECTING)
-def test_full_density_is_the_dense_layer(rules, ffns, inputs, method):
-    for layer, (ffn, x) in enumerate(zip(ffns, inputs, strict=True)):
-        out, read = run(rules[method], layer, x, 1.0)
+def test_full_density_is_the_dense_layer(built, fit, method):
+    rule = built[method]
+    for layer, (ffn, x) in enumerate(zip(fit.ffns, fit.sample.inputs, strict=True)):
+        out, read = run(rule, layer, fit, 1.0)
         with torch.no_grad():
             assert torch.equal(out, ffn.module(x))
-        assert read.tolist() == [len(x) * 64, len(x) * 160]
+        assert read.tolist() == [list(rule.full(ffn.shape))] * len(x)
+        assert read.dtype == torch.int64
 
 
 @pytest.mark.parametrize("method", SELECTING)
-def test_the_density_asked_for_is_kept_on_the_calibration_inputs(rules, inputs, method):
+def test_the_density_asked_for_is_kept_on_the_calibration_inputs(built, fit, method):
     for density in (0.1, 0.5):
-        _, read = run(rules[method], 0, inputs[0], density)
-        kept = rules[method].density(LayerShape(64, 160), *(read / len(inputs[0])).tolist())
+        _, read = run(built[method], 0, fit, density)
+        kept = built[method].density(LayerShape(64, 160), read.double().mean(dim=0).tolist())
         # A quantile of 200 tokens; one neuron's share where a rule keeps neurons for all tokens.
         assert kept == pytest.approx(density, abs=1 / 160)
 
 
-def test_the_oracle_beats_every_rule_that_keeps_neurons(rules, ffns, inputs):
+def test_the_oracle_beats_every_rule_that_keeps_neurons(built, fit, ffns, inputs):
     with torch.no_grad():
         dense = ffns[0].module(inputs[0])
     error = {
-        method: (run(rules[method], 0, inputs[0], 0.3)[0] - dense).square().sum().item()
+        method: (run(built[method], 0, fit, 0.3)[0] - dense).square().sum().item()
         for method in SELECTING
         if method != "teal"
     }
@@ -87,33 +116,33 @@ def test_the_oracle_beats_every_rule_that_keeps_neurons(rules, ffns, inputs):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_planes_estimate_what_the_reference_estimates(rules, ffns, inputs, bits):
-    rule, x, ffn = rules[f"planes-b{bits}"], inputs[1], ffns[1]
+def test_planes_estimate_what_the_reference_estimates(built, ffns, inputs, bits):
+    rule, x, ffn = built[f"planes-b{bits}"], inputs[1], ffns[1]
     equal = planes.equalizer(x.square().mean(dim=0))
     weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = baselines.LayerPlan.fit(*weights, equal, (bits,))
+    layer = LayerPlan.fit(*weights, equal, (bits,))
     codes = layer.encode(*weights, bits=bits)
     y, scale = reference.sense(codes, equal, x, bits=bits)
     expected = reference.usage(y, scale, layer.row_scale[bits])
     with torch.no_grad():
-        usage = rule.score(1, x, x, x)
+        usage = rule.score(1, x, x, x, WHERE)
     # Six float32 roundings of a product of three factors, and the exponential of silu.
     assert torch.allclose(usage.double(), expected, rtol=16 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_planes_keep_what_the_native_operation_keeps(rules, ffns, inputs, bits):
-    rule, x, ffn = rules[f"planes-b{bits}"], inputs[0], ffns[0]
+def test_planes_keep_what_the_native_operation_keeps(built, fit, ffns, inputs, bits):
+    rule, x, ffn = built[f"planes-b{bits}"], inputs[0], ffns[0]
     equal = planes.equalizer(x.square().mean(dim=0))
     weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = baselines.LayerPlan.fit(*weights, equal, (bits,))
+    layer = LayerPlan.fit(*weights, equal, (bits,))
     codes = layer.encode(*weights, bits=bits)
-    ((threshold,),) = rule.thresholds(0, x, [0.4])
+    (threshold,) = thresholds_of(rule, 0, fit, 0.4)
     tiles, _ = ops.select(
         codes, equal, layer.row_scale[bits], torch.full((len(x),), threshold), x, bits=bits
     )
     with torch.no_grad():
-        usage = rule.score(0, x, x, x)
+        usage = rule.score(0, x, x, x, WHERE)
     for row, n, scores in zip(tiles.tile, tiles.n_tiles, usage, strict=True):
         clear = (scores - threshold).abs() > 1e-5 * threshold
         keep = torch.zeros(160, dtype=torch.bool)
@@ -122,53 +151,60 @@ def test_planes_keep_what_the_native_operation_keeps(rules, ffns, inputs, bits):
         assert clear.sum() > 150
 
 
-def test_teal_reads_nothing_of_what_it_skips(rules, ffns, inputs):
+def test_teal_reads_nothing_of_what_it_skips(built, fit, inputs):
     x = inputs[0].clone()
-    ((channel, neuron),) = rules["teal"].thresholds(0, x, [0.5])
+    channel, neuron = thresholds_of(built["teal"], 0, fit, 0.5)
     with torch.no_grad():
-        out, read = rules["teal"].run(0, x, (channel, neuron))
+        out, read = built["teal"].run(0, x, (channel, neuron), WHERE)
         small = torch.where(x.abs() < channel, torch.randn_like(x) * 1e-6, x)
-        again, _ = rules["teal"].run(0, small, (channel, neuron))
+        again, _ = built["teal"].run(0, small, (channel, neuron), WHERE)
     assert torch.equal(out, again)
-    assert read.tolist()[0] == (x.abs() >= channel).sum()
+    assert torch.equal(read[:, 0], (x.abs() >= channel).sum(dim=1))
 
 
-def test_cats_looks_at_the_gate_alone(rules, ffns, inputs):
+def test_cats_looks_at_the_gate_alone(built, fit, ffns, inputs):
     x = inputs[0]
-    ((threshold,),) = rules["cats"].thresholds(0, x, [0.5])
+    (threshold,) = thresholds_of(built["cats"], 0, fit, 0.5)
     with torch.no_grad():
         gate = torch.nn.functional.silu(ffns[0].gate(x))
-        _, read = rules["cats"].run(0, x, (threshold,))
-    assert read[1] == (gate.abs() >= threshold).sum()
+        _, read = built["cats"].run(0, x, (threshold,), WHERE)
+    assert torch.equal(read[:, 0], (gate.abs() >= threshold).sum(dim=1))
 
 
-def test_low_rank_of_full_rank_is_the_oracle(ffns, inputs):
-    full, oracle = baselines.build(["lowrank-64", "oracle-neuron"], ffns, inputs)
+def test_low_rank_of_full_rank_is_the_oracle(fit, ffns, inputs):
+    full, oracle = (baselines.build(name, fit) for name in ("lowrank-64", "oracle-neuron"))
     with torch.no_grad():
         gate = torch.nn.functional.silu(ffns[0].gate(inputs[0]))
         a = gate * ffns[0].up(inputs[0])
-        expected = oracle.score(0, inputs[0], gate, a)
+        expected = oracle.score(0, inputs[0], gate, a, WHERE)
         # Whitening and its inverse in float64, factors rounded to float32: a few hundred roundings.
-        assert torch.allclose(full.score(0, inputs[0], gate, a), expected, atol=1e-5)
+        assert torch.allclose(full.score(0, inputs[0], gate, a, WHERE), expected, atol=1e-5)
 
 
-def test_low_rank_knows_the_inputs_it_was_fitted_to(ffns):
+def test_low_rank_knows_the_inputs_it_was_fitted_to(model, ffns):
     draw = torch.Generator().manual_seed(0)
     basis = torch.randn(8, 64, generator=draw)
     x = torch.randn(400, 8, generator=draw) @ basis  # inputs in eight dimensions
-    rule, oracle = baselines.build(["lowrank-8", "oracle-neuron"], ffns, [x, x])
+    fit = rules.Fit(model, ffns, judge.Sample([x, x], make_where(4, 100), {}))
+    rule, oracle = (baselines.build(name, fit) for name in ("lowrank-8", "oracle-neuron"))
     with torch.no_grad():
         gate = torch.nn.functional.silu(ffns[0].gate(x))
         a = gate * ffns[0].up(x)
-        assert torch.allclose(rule.score(0, x, gate, a), oracle.score(0, x, gate, a), atol=1e-4)
+        found, expected = (of.score(0, x, gate, a, WHERE) for of in (rule, oracle))
+        assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_griffin_keeps_the_same_neurons_for_every_token(rules, inputs):
-    rule = rules["griffin"]
-    ((threshold,),) = rule.thresholds(0, inputs[0], [0.25])
-    keep = ~(rule.score(0, inputs[0], inputs[0], inputs[0]) < threshold)
-    assert torch.equal(keep, keep[:1].expand_as(keep))
-    assert keep[0].sum() == 40
+def test_griffin_keeps_what_each_prompt_used(built, fit, ffns, inputs):
+    (threshold,) = thresholds_of(built["griffin"], 0, fit, 0.25)
+    keep = ~(built["griffin"].score(0, inputs[0], inputs[0], inputs[0], WHERE) < threshold)
+    with torch.no_grad():
+        a = torch.nn.functional.silu(ffns[0].gate(inputs[0][:20])) * ffns[0].up(inputs[0][:20])
+    for row in range(4):
+        part = a[5 * row : 5 * row + 5].double()
+        most = (part / part.norm(dim=1, keepdim=True)).norm(dim=0).topk(40).indices
+        expected = torch.zeros(160, dtype=torch.bool)
+        expected[most] = True
+        assert torch.equal(keep[WHERE.row == row], expected.expand(50, -1))
 
 
 # Bytes, by hand for d = 384, F = 1152: dense 3 * 384 * 1152 * 2 = 2,654,208.
@@ -177,8 +213,8 @@ def test_griffin_keeps_the_same_neurons_for_every_token(rules, inputs):
 def rule_of(name):
     model = tiny.make_model(hidden_size=384, intermediate_size=1152, num_hidden_layers=1)
     draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(16, 384, generator=draw)]
-    return baselines.build([name], models.find_ffns(model), inputs)[0]
+    sample = judge.Sample([torch.randn(16, 384, generator=draw)], make_where(4, 4), {})
+    return baselines.build(name, rules.Fit(model, models.find_ffns(model), sample))
 
 
 @pytest.mark.parametrize(
@@ -202,14 +238,15 @@ def rule_of(name):
 )
 def test_bytes_are_those_counted_by_hand(method, sensor, half):
     rule = rule_of(method)
-    assert baselines.dense_bytes(SHAPE) == 2_654_208
+    counts = [count / 2 for count in rule.full(SHAPE)]
+    assert rule.dense_bytes(SHAPE) == 2_654_208
     assert rule.sensor_bytes(SHAPE) == sensor
-    assert rule.n_bytes(SHAPE, 192, 576) == half
-    assert rule.density(SHAPE, 192, 576) == 0.5
+    assert rule.n_bytes(SHAPE, counts) == half
+    assert rule.density(SHAPE, counts) == 0.5
 
 
 def test_bytes_of_planes_are_those_of_the_formula():
-    assert baselines.planes_bytes(SHAPE, 2, 576) == 231_936 + 1_329_408
+    assert rules.planes_bytes(SHAPE, 2, 576) == 231_936 + 1_329_408
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -217,25 +254,25 @@ def test_rounding_counts_codes_and_scales(bits):
     rule = rule_of(f"rtn-int{bits}")
     n_weights = 3 * 384 * 1152
     one, two = (n_weights * bits / 8 + n_weights / 64 * 2 * scales for scales in (1, 2))
-    assert one <= rule.n_bytes(SHAPE, 384, 1152) <= two
+    assert one <= rule.n_bytes(SHAPE, [1152.0]) <= two
 
 
 def test_rounding_errs_by_half_a_step():
     draw = torch.Generator().manual_seed(0)
     weight = torch.rand(10, 100, generator=draw) * 2 - 1
     for bits in (8, 4):
-        rounded, n_bytes = baselines.round_to_nearest(weight, bits)
+        rounded, n_bytes = quantize.round_to_nearest(weight, bits)
         # The largest step is 2 / (2^bits - 1); scales and minima are rounded to 11 bits.
         assert (rounded - weight).abs().max() <= 1 / (2**bits - 1) + 2**-10
         assert n_bytes in (1000 * bits / 8 + 40, 1000 * bits / 8 + 80)
         assert rounded.shape == weight.shape
 
 
-def test_rounding_is_better_with_more_bits(rules, ffns, inputs):
+def test_rounding_is_better_with_more_bits(built, fit, ffns, inputs):
     with torch.no_grad():
         dense = ffns[0].module(inputs[0])
     errors = [
-        (run(rules[name], 0, inputs[0], 1.0)[0] - dense).norm() / dense.norm()
+        (run(built[name], 0, fit, 1.0)[0] - dense).norm() / dense.norm()
         for name in ("rtn-int8", "rtn-int2")
     ]
     assert errors[0] < 0.02 < errors[1]
@@ -243,7 +280,7 @@ def test_rounding_is_better_with_more_bits(rules, ffns, inputs):
 
 def test_two_levels_of_equal_weights_are_exact():
     weight = torch.full((3, 130), 0.25)
-    rounded, _ = baselines.round_to_nearest(weight, 2)
+    rounded, _ = quantize.round_to_nearest(weight, 2)
     assert torch.equal(rounded, weight)
 
 
@@ -253,9 +290,9 @@ def test_default_methods_have_a_family(name):
 
 
 @pytest.mark.parametrize("name", ["", "omp", "planes-b", "planes-bx", "lowrank-1.5", "rtn-int-4"])
-def test_an_unknown_method_is_refused(ffns, inputs, name):
+def test_an_unknown_method_is_refused(fit, name):
     with pytest.raises(ValueError, match=r"^\[ablate\] method .*: want one of .*\.$"):
-        baselines.build([name], ffns, inputs)
+        baselines.build(name, fit)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +305,6 @@ def test_an_unknown_method_is_refused(ffns, inputs, name):
         ("rtn-int1", r"^\[ablate\] rtn-int1: want 2 to 8 bits\.$"),
     ],
 )
-def test_a_number_out_of_range_is_refused(ffns, inputs, name, message):
+def test_a_number_out_of_range_is_refused(fit, name, message):
     with pytest.raises(ValueError, match=message):
-        baselines.build([name], ffns, inputs)
+        baselines.build(name, fit)

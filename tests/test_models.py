@@ -28,7 +28,8 @@ def test_finds_layers_by_structure(kind):
     for ffn, layer in zip(ffns, model.model.layers, strict=True):
         mlp = layer.mlp
         assert ffn.module is mlp and ffn.linears == (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        for projection, linear in zip((ffn.gate, ffn.up, ffn.down), ffn.linears, strict=True):
+        assert ffn.down is mlp.down_proj
+        for projection, linear in ((ffn.gate, mlp.gate_proj), (ffn.up, mlp.up_proj)):
             assert projection.weight is linear.weight and projection.bias is linear.bias
         assert (ffn.gate.bias is not None) == (kind == "llama-bias")
         assert ffn.activation == ("gelu_tanh" if kind.startswith("gemma") else "silu")
@@ -46,7 +47,7 @@ def test_finds_fused_layers(kind):
         # Read where they are.
         assert ffn.gate.weight.data_ptr() == fused.data_ptr()
         assert ffn.up.weight.data_ptr() == fused[160:].data_ptr()
-        assert ffn.down.weight is mlp.down_proj.weight
+        assert ffn.down is mlp.down_proj
         assert ffn.activation == "silu" and ffn.shape == LayerShape(d=64, n_neurons=160)
 
 

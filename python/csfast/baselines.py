@@ -1,154 +1,39 @@
-"""Rules that choose what a feed-forward layer reads: ours, and published ones to compare with.
+"""Rules that choose what a layer reads: ours, and published ones to compare with.
 
 Every rule is written here again from its publication, for comparison only, and gets the same
-treatment as ours: one threshold per layer (`Teal` has two), a quantile of the rule's own score
-over the same calibration positions. Execution is masked dense, so these rules measure quality and
-count bytes; they are not fast.
+treatment as ours: thresholds per layer are quantiles of the rule's own score over the same
+calibration positions, and all that it has to read is counted.
 """
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import planes, reference
+from . import oracles, planes, quantize, reference
+from .judge import BYTES, Rule, Sample, Thresholds, Where
 from .models import Ffn
 from .plan import LayerPlan
+from .rules import (
+    INDEX_BYTES,
+    ROWS,
+    Fit,
+    NeuronRule,
+    activate,
+    activations,
+    channel_bytes,
+    channel_density,
+    cuts,
+    keep_large,
+)
 from .types import LayerShape
 
-BYTES = 2  # of a dense weight
-INDEX_BYTES = 4  # of the number of one neuron or channel that is read
-GROUP = 64  # weights that share a scale in round-to-nearest quantisation
-ROWS = 4096  # positions whose scores give a quantile: a density is met to about .0005
-_CLIPS = (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)  # fractions of a group's maximum, tried in turn
 _METHODS = (
     "oracle-neuron, planes-b<bits>, teal, cats, griffin, static, lowrank-<rank>, rtn-int<bits>"
 )
-
-
-def dense_bytes(shape: LayerShape) -> float:
-    """Give the bytes of one layer's three matrices at 16 bits a weight."""
-    return 3.0 * shape.d * shape.n_neurons * BYTES
-
-
-class Rule(abc.ABC):
-    """One way to run a feed-forward layer on part of its weights, with what it costs.
-
-    A rule owns the operators that it was fitted with. Thresholds are given to every call, so one
-    rule serves many densities.
-    """
-
-    observes = False  # whether the rule wants to see prompts
-
-    def __init__(self, name: str, ffns: Sequence[Ffn]) -> None:
-        """Keep the layers that the rule runs."""
-        self.name = name
-        self.ffns = ffns
-
-    @abc.abstractmethod
-    def thresholds(
-        self, layer: int, x: Tensor, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
-        """Calibrate one layer.
-
-        Args:
-            layer: Number of the layer.
-            x: Inputs of the layer at positions that would run sparse, ``(n, d)``.
-            densities: Fractions to keep on average, each in (0, 1].
-
-        Returns:
-            The thresholds of each density.
-        """
-
-    @abc.abstractmethod
-    def run(self, layer: int, x: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """Run one layer.
-
-        Args:
-            layer: Number of the layer.
-            x: Inputs, ``(n, d)``, in the dtype of the weights.
-            thresholds: From `thresholds`.
-
-        Returns:
-            The output ``(n, d)``, and how many input channels and how many neurons were read,
-            summed over the ``n`` positions, ``(2,)`` int64.
-        """
-
-    @abc.abstractmethod
-    def n_bytes(self, shape: LayerShape, channels: float, neurons: float) -> float:
-        """Give all bytes that one position reads of one layer, what choosing costs included.
-
-        Args:
-            shape: Sizes of the layer.
-            channels: Input channels read, a mean may be fractional.
-            neurons: Neurons read.
-        """
-
-    def sensor_bytes(self, shape: LayerShape) -> float:
-        """Give the bytes that choosing costs before anything can be skipped."""
-        return 0.0
-
-    def density(self, shape: LayerShape, channels: float, neurons: float) -> float:
-        """Give the fraction of the layer that was executed, in the rule's own unit."""
-        return neurons / shape.n_neurons
-
-    def observe(self, layer: int, x: Tensor) -> None:  # noqa: B027 (most have no use for it)
-        """Look at the inputs ``(n, d)`` that one layer gets from a new prompt, if `observes`."""
-
-
-class NeuronRule(Rule):
-    """A rule that keeps the neurons whose score reaches the threshold of the layer."""
-
-    @abc.abstractmethod
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
-        """Score the neurons.
-
-        Args:
-            layer: Number of the layer.
-            x: Inputs, ``(n, d)``.
-            gate: ``act(x W_gate')``, ``(n, n_neurons)``; for rules that pay for it.
-            a: ``gate * x W_up'``, ``(n, n_neurons)``; for rules that pay for it.
-
-        Returns:
-            ``(n, n_neurons)``, the larger the more wanted; not-a-number is kept.
-        """
-
-    def thresholds(
-        self, layer: int, x: Tensor, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
-        """Calibrate one layer: a quantile of its scores for each density."""
-        x = _thinned(x)
-        score = self.score(layer, x, *_activations(self.ffns[layer], x))
-        return [(threshold,) for threshold in _cuts(score, densities)]
-
-    def run(self, layer: int, x: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        """Run one layer on the neurons whose score is not below the threshold."""
-        ffn = self.ffns[layer]
-        gate, a = _activations(ffn, x)
-        keep = ~(self.score(layer, x, gate, a) < thresholds[0])
-        return masked_down(ffn, a, keep)
-
-    def n_bytes(self, shape: LayerShape, channels: float, neurons: float) -> float:
-        """Give the sensor's bytes and three rows and an index for each neuron."""
-        return self.sensor_bytes(shape) + neurons * _neuron_bytes(shape)
-
-
-class Oracle(NeuronRule):
-    """Keep by the true usage, known by magic: the limit of every rule that skips neurons."""
-
-    def __init__(self, name: str, ffns: Sequence[Ffn]) -> None:
-        """Take the norms of the down rows."""
-        super().__init__(name, ffns)
-        self._norm = [_down_norm(ffn) for ffn in ffns]
-
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
-        """Give ``|a| ||w_down||``."""
-        return a.float().abs() * self._norm[layer]
 
 
 class Planes(NeuronRule):
@@ -158,37 +43,36 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(
-        self, name: str, ffns: Sequence[Ffn], equal: Sequence[Tensor], *, bits: int
-    ) -> None:
-        """Code the rows of every layer; `equal` holds an equaliser ``(d,)`` for each."""
-        super().__init__(name, ffns)
+    def __init__(self, name: str, fit: Fit, *, bits: int) -> None:
+        """Code the rows of every layer, with the channels evened out over the sample."""
+        super().__init__(name, fit.ffns)
         self.bits = bits
-        self._equal = [e.to(ffn.gate.weight.device) for e, ffn in zip(equal, ffns, strict=True)]
+        self._equal = []
         self._value = []  # odd integers of the gate rows, then of the up rows, (2 n_neurons, d)
         self._row_scale = []  # (n_neurons, 2)
-        self._offset = [ffn.offset() for ffn in ffns]  # (n_neurons, 2), or none
-        for ffn, e in zip(ffns, self._equal, strict=True):
+        self._offset = [ffn.offset() for ffn in fit.ffns]  # (n_neurons, 2), or none
+        for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True):
             if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
                 raise ValueError(
                     f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
-            layer = LayerPlan.fit(*ffn.weights, e, (bits,))
+            equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
+            layer = LayerPlan.fit(*ffn.weights, equal, (bits,))
             codes = layer.encode(*ffn.weights, bits=bits)
             unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
+            self._equal.append(equal)
             self._value.append(2 * unpacked.float() - (2**bits - 1))
-            self._row_scale.append(layer.row_scale[bits].to(e.device))
+            self._row_scale.append(layer.row_scale[bits].to(x.device))
 
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the estimated usage; a scale that is not finite makes all of it not-a-number."""
         q, scale = reference.quantize(x, self._equal[layer])
         y = (q.float() @ self._value[layer].T).unflatten(1, (2, -1))
-        row_scale = self._row_scale[layer]
-        z = scale[:, None, None] * row_scale.T * y
+        z = scale[:, None, None] * self._row_scale[layer].T * y
         if (offset := self._offset[layer]) is not None:
             z = z + offset.T
-        usage: Tensor = (self.ffns[layer].act(z[:, 0]) * z[:, 1]).abs()
+        usage: Tensor = (activate(self.ffns[layer], z[:, 0]) * z[:, 1]).abs()
         return usage
 
     def sensor_bytes(self, shape: LayerShape) -> float:
@@ -204,7 +88,7 @@ class Cats(NeuronRule):
         2024.
     """
 
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the magnitude of the activated gate."""
         return gate.float().abs()
 
@@ -212,9 +96,9 @@ class Cats(NeuronRule):
         """Give the bytes of the gate matrix, which is read whole."""
         return float(shape.d * shape.n_neurons * BYTES)
 
-    def n_bytes(self, shape: LayerShape, channels: float, neurons: float) -> float:
+    def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
         """Give the gate matrix and, for each neuron, its up and down rows and its index."""
-        return self.sensor_bytes(shape) + neurons * (2 * shape.d * BYTES + INDEX_BYTES)
+        return self.sensor_bytes(shape) + counts[0] * (2 * shape.d * BYTES + INDEX_BYTES)
 
 
 class LowRank(NeuronRule):
@@ -228,19 +112,19 @@ class LowRank(NeuronRule):
         whitening is Wang et al., "SVD-LLM", 2024.
     """
 
-    def __init__(
-        self, name: str, ffns: Sequence[Ffn], factors: Sequence[Sequence[Factors]], rank: int
-    ) -> None:
-        """Cut factors of higher rank, a gate and an up pair for each layer, to `rank`."""
-        super().__init__(name, ffns)
+    def __init__(self, name: str, fit: Fit, rank: int) -> None:
+        """Cut the factors of every layer to `rank`."""
+        super().__init__(name, fit.ffns)
+        _check_rank(name, fit.ffns, rank)
         self.rank = rank
-        self._norm = [_down_norm(ffn) for ffn in ffns]
-        self._factors = [
-            [(left[:, :rank].contiguous(), right[:rank].contiguous()) for left, right in pair]
-            for pair in factors
-        ]
+        self._factors = []
+        for layer in range(len(fit.ffns)):
+            pair = [fit.right_factors(layer, up=up) for up in (False, True)]
+            self._factors.append(
+                [(left[:, :rank].contiguous(), right[:rank].contiguous()) for left, right in pair]
+            )
 
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the usage of the low-rank estimate."""
         xf = x.float()
         ffn = self.ffns[layer]
@@ -250,7 +134,7 @@ class LowRank(NeuronRule):
                 self._factors[layer], (ffn.gate.bias, ffn.up.bias), strict=True
             )
         )
-        return (ffn.act(z_gate) * z_up).abs() * self._norm[layer]
+        return (activate(ffn, z_gate) * z_up).abs() * self.norm[layer]
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give two pairs of factors at 16 bits."""
@@ -260,20 +144,30 @@ class LowRank(NeuronRule):
 class Static(NeuronRule):
     """Keep the same neurons for every token: those used most over the calibration positions."""
 
-    def __init__(self, name: str, ffns: Sequence[Ffn], inputs: Sequence[Tensor]) -> None:
-        """Average the usage over the `inputs` ``(n, d)`` of each layer."""
-        super().__init__(name, ffns)
-        self._usage = []
-        for ffn, x in zip(ffns, inputs, strict=True):
-            _, a = _activations(ffn, x)
-            self._usage.append(a.float().square().mean(dim=0).sqrt() * _down_norm(ffn))
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Average the usage over the sample."""
+        super().__init__(name, fit.ffns)
+        self._usage = [
+            fit.usage(layer).square().mean(dim=0).sqrt() for layer in range(len(fit.ffns))
+        ]
 
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the mean usage, whatever the token."""
-        return self._usage[layer].expand(x.shape[0], -1)
+        return self._usage[layer].expand(len(x), -1)
 
 
-class Griffin(NeuronRule):
+class RankedRule(NeuronRule):
+    """A rule that ranks the neurons for whole documents: each keeps the same number of them."""
+
+    def thresholds(
+        self, layer: int, x: Tensor, where: Where, densities: Sequence[float]
+    ) -> list[tuple[float, ...]]:
+        """Give the least score of the first neurons; nothing to calibrate."""
+        n_neurons = self.ffns[layer].shape.n_neurons
+        return [(1.0 - round(density * n_neurons),) for density in densities]
+
+
+class Griffin(RankedRule):
     """Keep for the whole response the neurons that the prompt used most.
 
     The neurons are ranked by the norm over the prompt of their activation relative to the token's;
@@ -286,173 +180,151 @@ class Griffin(NeuronRule):
 
     observes = True
 
-    def __init__(self, name: str, ffns: Sequence[Ffn]) -> None:
+    def __init__(self, name: str, fit: Fit) -> None:
         """Start without a prompt."""
-        super().__init__(name, ffns)
-        self._rank: list[Tensor | None] = [None] * len(ffns)
+        super().__init__(name, fit.ffns)
+        self._rank: list[Tensor | None] = [None] * len(fit.ffns)
 
-    def observe(self, layer: int, x: Tensor) -> None:
-        """Rank the neurons of one layer by what the prompt did with them."""
-        _, a = _activations(self.ffns[layer], x)
+    def observe(self, layer: int, x: Tensor, where: Where) -> None:
+        """Rank the neurons of one layer by what every prompt did with them."""
+        _, a = activations(self.ffns[layer], x)
         a = a.float()
-        relative = a / a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        order = relative.norm(dim=0).argsort(descending=True, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(order.numel(), device=order.device)
-        self._rank[layer] = rank
+        tiny = torch.finfo(torch.float32).tiny
+        square = (a / a.norm(dim=1, keepdim=True).clamp_min(tiny)).square()
+        length = torch.bincount(where.prompt_row, minlength=where.n_rows)
+        self._rank[layer] = ranks(torch.segment_reduce(square, "sum", lengths=length))
 
-    def thresholds(
-        self, layer: int, x: Tensor, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
-        """Give the least score of the first neurons; nothing to calibrate."""
-        n_neurons = self.ffns[layer].shape.n_neurons
-        return [(1.0 - round(density * n_neurons),) for density in densities]
-
-    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the negative rank of each neuron on the prompt."""
         rank = self._rank[layer]
         assert rank is not None, "observe comes first"
-        return (-rank.float()).expand(x.shape[0], -1)
+        return -rank.index_select(0, where.row)
 
 
 class Teal(Rule):
     """Skip input channels of gate and up, and neurons of down, by their magnitude alone.
 
-    Densities are uniform over layers and matrices; the publication also searches them greedily.
+    Densities are uniform over layers and matrices; `GreedyTeal` searches them.
 
     Source:
         Liu et al., "Training-free activation sparsity in large language models" (TEAL), 2024.
     """
 
-    def thresholds(
-        self, layer: int, x: Tensor, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
+    def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
         """Calibrate the input first, then the intermediate activation that it leaves."""
-        x = _thinned(x)
-        found = []
-        for density, channel in zip(densities, _cuts(x.abs(), densities), strict=True):
-            _, a = _activations(self.ffns[layer], _keep(x, channel))
-            found.append((channel, *_cuts(a.abs(), [density])))
-        return found
+        some = sample.some(ROWS)
+        layers = []
+        for layer, x in enumerate(some.inputs):
+            found = []
+            for density, channel in zip(densities, cuts(x.abs(), densities), strict=True):
+                a = self.inner(layer, x, keep_large(x, channel)[1])
+                found.append((channel, *cuts(a.abs(), [density])))
+            layers.append(found)
+        return [tuple(of_layer[i] for of_layer in layers) for i in range(len(densities))]
 
-    def run(self, layer: int, x: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, layer: int, x: Tensor, thresholds: tuple[float, ...], where: Where
+    ) -> tuple[Tensor, Tensor]:
         """Run one layer on the channels and the neurons of large magnitude."""
-        ffn = self.ffns[layer]
-        used = ~(x.float().abs() < thresholds[0])
-        _, a = _activations(ffn, torch.where(used, x, torch.zeros_like(x)))
-        out, kept = masked_down(ffn, a, ~(a.float().abs() < thresholds[1]))
-        return out, torch.stack([used.sum(), kept[1]])
+        used, kept_x = keep_large(x, thresholds[0])
+        a = self.inner(layer, x, kept_x)
+        keep, kept_a = keep_large(a, thresholds[1])
+        counts = torch.stack([used.sum(dim=1), keep.sum(dim=1)], dim=1)
+        return self.outer(layer, a, kept_a), counts
 
-    def n_bytes(self, shape: LayerShape, channels: float, neurons: float) -> float:
+    def inner(self, layer: int, x: Tensor, kept: Tensor) -> Tensor:
+        """Give the intermediate activation of an input of which some channels were kept."""
+        return activations(self.ffns[layer], kept)[1]
+
+    def outer(self, layer: int, a: Tensor, kept: Tensor) -> Tensor:
+        """Give the output of an intermediate activation of which some neurons were kept."""
+        out: Tensor = self.ffns[layer].down(kept)
+        return out
+
+    def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
         """Give the columns of gate and up, the rows of down and the indices of both."""
-        column = 2 * shape.n_neurons * BYTES + INDEX_BYTES
-        return channels * column + neurons * (shape.d * BYTES + INDEX_BYTES)
+        return self.sensor_bytes(shape) + channel_bytes(shape, counts)
 
-    def density(self, shape: LayerShape, channels: float, neurons: float) -> float:
+    def density(self, shape: LayerShape, counts: Sequence[float]) -> float:
         """Give the fraction of the weights that was read."""
-        return (2 * channels / shape.d + neurons / shape.n_neurons) / 3
+        return channel_density(shape, counts)
 
 
 class Rounded(Rule):
-    """Read everything, at fewer bits: plain round-to-nearest with one scale for 64 weights."""
+    """Read everything, at fewer bits: plain round-to-nearest."""
 
-    def __init__(self, name: str, ffns: Sequence[Ffn], *, bits: int) -> None:
+    counts = ("neurons",)
+
+    def __init__(self, name: str, fit: Fit, *, bits: int) -> None:
         """Round all three matrices of every layer."""
-        super().__init__(name, ffns)
-        self._weights = []
-        self._bytes = {}
-        for ffn in ffns:
-            pairs = [round_to_nearest(m.weight, bits) for m in (ffn.gate, ffn.up, ffn.down)]
+        super().__init__(name, fit.ffns)
+        self._weights: list[list[Tensor]] = []
+        self._n_bytes: dict[LayerShape, list[float]] = {}
+        for layer, ffn in enumerate(fit.ffns):
+            pairs = self.rounded(fit, layer, bits)
             self._weights.append([weight for weight, _ in pairs])
-            self._bytes[ffn.shape] = sum(n_bytes for _, n_bytes in pairs)
+            n_bytes = sum(n_bytes for _, n_bytes in pairs)
+            self._n_bytes.setdefault(ffn.shape, []).append(n_bytes)
 
-    def thresholds(
-        self, layer: int, x: Tensor, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
+    def rounded(self, fit: Fit, layer: int, bits: int) -> list[tuple[Tensor, float]]:
+        """Give gate, up and down of one layer, rounded, each with its bytes."""
+        ffn = fit.ffns[layer]
+        return [quantize.round_to_nearest(m.weight, bits) for m in (ffn.gate, ffn.up, ffn.down)]
+
+    def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
         """Give no thresholds: there is nothing to choose."""
-        return [() for _ in densities]
+        return [((),) * len(self.ffns) for _ in densities]
 
-    def run(self, layer: int, x: Tensor, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    def run(
+        self, layer: int, x: Tensor, thresholds: tuple[float, ...], where: Where
+    ) -> tuple[Tensor, Tensor]:
         """Run the whole layer with rounded weights."""
-        ffn = self.ffns[layer]
         gate, up, down = self._weights[layer]
-        a = ffn.act(F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
+        ffn = self.ffns[layer]
+        a = activate(ffn, F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
         out = F.linear(a, down, ffn.down.bias)
-        shape = ffn.shape
-        kept = torch.tensor([shape.d, shape.n_neurons], device=x.device) * x.shape[0]
-        return out, kept
+        return out, where.row.new_full((len(x), 1), ffn.shape.n_neurons)
 
-    def n_bytes(self, shape: LayerShape, channels: float, neurons: float) -> float:
-        """Give the bytes of all codes and scales."""
-        return self._bytes[shape]
-
-
-def round_to_nearest(weight: Tensor, bits: int) -> tuple[Tensor, float]:
-    """Round a matrix to few bits, in groups of 64 weights of a row.
-
-    Two usual codes are tried and the better one (least squared error over the matrix) is taken:
-    symmetric with the best of six clipping points (one 16-bit scale a group), and from minimum to
-    maximum (a 16-bit scale and a 16-bit minimum).
-
-    Args:
-        weight: ``(n, d)``, floating.
-        bits: 2 to 8.
-
-    Returns:
-        The rounded matrix in the shape and dtype of `weight`, and its size in bytes.
-
-    Raises:
-        ValueError: `bits` is out of range.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"[ablate] rtn-int{bits}: want 2 to 8 bits.")
-    n, d = weight.shape
-    groups = -(-d // GROUP)
-    w = F.pad(weight.detach().float(), (0, groups * GROUP - d), mode="replicate")
-    w = w.view(n, groups, GROUP)
-    symmetric, affine = _symmetric(w, bits), _affine(w, bits)
-    error = [(rounded - w).square().sum().item() for rounded in (symmetric, affine)]
-    best, scales = (symmetric, 1) if error[0] <= error[1] else (affine, 2)
-    n_bytes = n * d * bits / 8 + n * groups * 2.0 * scales
-    return best.flatten(1)[:, :d].to(weight.dtype).contiguous(), n_bytes
+    def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
+        """Give the bytes of all codes and scales, the mean over layers of this size."""
+        members = self._n_bytes[shape]
+        return sum(members) / len(members)
 
 
-def build(methods: Iterable[str], ffns: Sequence[Ffn], inputs: Sequence[Tensor]) -> list[Rule]:
-    """Fit the named rules to a model.
+def ranks(score: Tensor) -> Tensor:
+    """Give the place of every entry in its row, the largest first; ties to the lower index."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device, dtype=torch.float32)
+    return torch.empty_like(score, dtype=torch.float32).scatter_(1, order, place.expand_as(order))
+
+
+def build(method: str, fit: Fit) -> Rule:
+    """Fit the named rule to a model.
 
     Args:
-        methods: Names, see `default_methods`.
-        ffns: The layers, from `models.find_ffns`.
-        inputs: Inputs of each layer at calibration positions, ``(n, d)``, every task with equal
-            weight.
-
-    Returns:
-        One rule a name, in order.
+        method: A name, see `default_methods`.
+        fit: The model's layers, and the inputs to fit to.
 
     Raises:
-        ValueError: A name is unknown, or its number is out of range.
+        ValueError: The name is unknown, or its number is out of range.
     """
-    parsed = [_parse(name) for name in methods]
-    ranks = [number for kind, number in parsed if kind == "lowrank"]
-    for rank in ranks:
-        limit = min(ffn.shape.d for ffn in ffns)
-        if not 1 <= rank <= limit:
-            raise ValueError(f"[ablate] lowrank-{rank}: want a rank from 1 to {limit}.")
-    factors = [_factors(ffn, x, max(ranks)) for ffn, x in _zip(ffns, inputs)] if ranks else []
-    equal = [planes.equalizer(x.float().square().mean(dim=0)) for x in inputs]
-    makers: dict[str, Callable[[str, int], Rule]] = {
-        "oracle-neuron": lambda name, _: Oracle(name, ffns),
-        "teal": lambda name, _: Teal(name, ffns),
-        "cats": lambda name, _: Cats(name, ffns),
-        "griffin": lambda name, _: Griffin(name, ffns),
-        "static": lambda name, _: Static(name, ffns, inputs),
-        "planes": lambda name, bits: Planes(name, ffns, equal, bits=bits),
-        "lowrank": lambda name, rank: LowRank(name, ffns, factors, rank),
-        "rtn": lambda name, bits: Rounded(name, ffns, bits=bits),
+    kind, number = _parse(method)
+    with torch.no_grad():
+        return _makers(method, number, fit)[kind]()
+
+
+def _makers(method: str, number: int, fit: Fit) -> dict[str, Callable[[], Rule]]:
+    """What makes a rule of each kind."""
+    return {
+        "oracle-neuron": lambda: oracles.Oracle(method, fit.ffns),
+        "teal": lambda: Teal(method, fit.ffns),
+        "cats": lambda: Cats(method, fit.ffns),
+        "griffin": lambda: Griffin(method, fit),
+        "static": lambda: Static(method, fit),
+        "planes": lambda: Planes(method, fit, bits=number),
+        "lowrank": lambda: LowRank(method, fit, number),
+        "rtn": lambda: Rounded(method, fit, bits=number),
     }
-    return [
-        makers[kind](name, number) for name, (kind, number) in zip(methods, parsed, strict=True)
-    ]
 
 
 def default_methods(shape: LayerShape) -> tuple[str, ...]:
@@ -480,27 +352,6 @@ def family(method: str) -> str:
     )
 
 
-def planes_bytes(shape: LayerShape, bits: int, neurons: float) -> float:
-    """Give all bytes that the few-bit rule reads of one layer for one position."""
-    return planes.n_bytes(shape.n_neurons, shape.d, bits) + neurons * _neuron_bytes(shape)
-
-
-def masked_down(ffn: Ffn, a: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Project the kept activations down; give the output and ``(channels, neurons)`` read."""
-    out: Tensor = ffn.down(torch.where(keep, a, torch.zeros_like(a)))
-    return out, torch.stack(
-        [keep.new_tensor(a.shape[0] * ffn.shape.d, dtype=torch.int64), keep.sum()]
-    )
-
-
-Factors = tuple[Tensor, Tensor]  # left (n_neurons, rank), right (rank, d)
-
-
-def _neuron_bytes(shape: LayerShape) -> int:
-    """Three rows of one neuron, and its number."""
-    return 3 * shape.d * BYTES + INDEX_BYTES
-
-
 def _parse(method: str) -> tuple[str, int]:
     """Split a method's name in its kind and its number, 0 where it has none."""
     if method in ("oracle-neuron", "teal", "cats", "griffin", "static"):
@@ -512,78 +363,7 @@ def _parse(method: str) -> tuple[str, int]:
     raise ValueError(f"[ablate] method {method!r}: want one of {_METHODS}.")
 
 
-def _activations(ffn: Ffn, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The activated gate and the intermediate activation, both ``(n, n_neurons)``."""
-    return ffn.activations(x)
-
-
-def _down_norm(ffn: Ffn) -> Tensor:
-    """Norm of each neuron's down row, ``(n_neurons,)``, float32."""
-    return ffn.down_norm()
-
-
-def _cuts(score: Tensor, densities: Sequence[float]) -> list[float]:
-    """The threshold that keeps each fraction of the scores, ties included."""
-    flat = score.detach().float().cpu().numpy().ravel()
-    places = [flat.size - round(density * flat.size) for density in densities]
-    inside = sorted({place for place in places if 0 < place < flat.size})
-    # Linear in time whatever repeats, unlike torch.kthvalue on the CPU.
-    parted = np.partition(flat, inside) if inside else flat
-    edges = {0: float("-inf"), flat.size: float("inf")}
-    return [edges[place] if place in edges else float(parted[place]) for place in places]
-
-
-def _thinned(x: Tensor) -> Tensor:
-    """Evenly spaced rows, few enough for a quantile of their scores."""
-    return x[:: max(1, -(-x.shape[0] // ROWS))]
-
-
-def _keep(x: Tensor, threshold: float) -> Tensor:
-    """The entries whose magnitude reaches the threshold, zeros elsewhere."""
-    return torch.where(x.float().abs() < threshold, torch.zeros_like(x), x)
-
-
-def _factors(ffn: Ffn, x: Tensor, rank: int) -> list[Factors]:
-    """The activation-aware factors of gate and up, float32, largest singular values first."""
-    xd = x.double()
-    moment = xd.T @ xd / max(1, x.shape[0])
-    # A ten-thousandth of the mean keeps directions that the sample never showed invertible.
-    ridge = 1e-4 * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    eigen, basis = torch.linalg.eigh(moment + ridge * torch.eye(len(moment)).to(moment))
-    root = (basis * eigen.clamp_min(0).sqrt()) @ basis.T
-    inverse = (basis / eigen.clamp_min(ridge).sqrt()) @ basis.T
-    pair = []
-    for linear in (ffn.gate, ffn.up):
-        u, s, vh = torch.linalg.svd(linear.weight.detach().double() @ root, full_matrices=False)
-        pair.append(((u[:, :rank] * s[:rank]).float(), (vh[:rank] @ inverse).float()))
-    return pair
-
-
-def _symmetric(w: Tensor, bits: int) -> Tensor:
-    """Levels at odd multiples of half a step, so that none is wasted on a zero."""
-    half = 2 ** (bits - 1)
-    peak = w.abs().amax(dim=-1, keepdim=True)
-    best = torch.zeros_like(w)
-    least = torch.full_like(peak, float("inf"))
-    for clip in _CLIPS:
-        step = (peak * clip / half).half().float()
-        code = torch.floor(w / torch.where(step > 0, step, torch.ones_like(step)))
-        rounded = (code.clamp(-half, half - 1) + 0.5) * step
-        error = (rounded - w).square().sum(dim=-1, keepdim=True)
-        better = error < least
-        best, least = torch.where(better, rounded, best), torch.where(better, error, least)
-    return best
-
-
-def _affine(w: Tensor, bits: int) -> Tensor:
-    """Levels from the group's minimum to its maximum."""
-    low, high = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / (2**bits - 1)).half().float()
-    code = torch.round((w - low) / torch.where(step > 0, step, torch.ones_like(step)))
-    rounded: Tensor = code.clamp(0, 2**bits - 1) * step + low
-    return rounded
-
-
-def _zip(ffns: Sequence[Ffn], inputs: Sequence[Tensor]) -> Iterable[tuple[Ffn, Tensor]]:
-    return zip(ffns, inputs, strict=True)
+def _check_rank(method: str, ffns: Iterable[Ffn], rank: int) -> None:
+    limit = min(ffn.shape.d for ffn in ffns)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"[ablate] {method}: want a rank from 1 to {limit}.")

@@ -24,9 +24,9 @@ from . import demo as demo_
 from . import doctor as doctor_
 from . import documents, engine, models, ops, report, tables, timing
 from ._version import __version__
+from .ablate import ablate as ablate_
 from .calibrate import TOKENS_MAX
 from .calibrate import calibrate as calibrate_
-from .evaluate import ablate as ablate_
 from .evaluate import evaluate
 from .plan import Plan, write_atomic
 from .types import POOLED, Document

@@ -40,7 +40,7 @@ _HASH_BYTES = 1 << 24  # hashed at a time, so that a copy from a GPU stays small
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
-    """A linear map of a feed-forward layer: a whole `nn.Linear`, or neighbouring rows of one.
+    """The gate or up map of a layer: a whole `nn.Linear`, or neighbouring rows of one.
 
     Attributes:
         linear: The module whose weight it is.
@@ -96,7 +96,7 @@ class Ffn:
     module: nn.Module
     gate: Projection
     up: Projection
-    down: Projection
+    down: nn.Linear
     act: Callable[[Tensor], Tensor]
     activation: str
     shape: LayerShape
@@ -109,7 +109,7 @@ class Ffn:
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """Give the modules that hold the weights, each once."""
-        return tuple(dict.fromkeys(p.linear for p in (self.gate, self.up, self.down)))
+        return tuple(dict.fromkeys((self.gate.linear, self.up.linear, self.down)))
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Give what the module computes before its down projection, bit for bit.
@@ -129,7 +129,7 @@ class Ffn:
 
     def dense(self, x: Tensor) -> Tensor:
         """Give the output ``(..., d)`` of the module for ``x (..., d)``, bit for bit."""
-        return self.down(self.activations(x)[1])
+        return cast(Tensor, self.down(self.activations(x)[1]))
 
     def down_norm(self) -> Tensor:
         """Give the norm of every neuron's down row, ``(n_neurons,)``, float32."""
@@ -535,7 +535,8 @@ def _ffn(name: str, module: nn.Module) -> Ffn:
             "want the original module."
         )
     linears = [_linear(f"{where}.{n}", children[n]) for n in names]
-    gate, up, down = _projections(where, linears)
+    gate, up = _gate_and_up(where, linears)
+    down = linears[-1]
     n_neurons, d = gate.weight.shape
     fits = tuple(up.weight.shape) == (n_neurons, d) and tuple(down.weight.shape) == (d, n_neurons)
     if not fits:
@@ -549,23 +550,18 @@ def _ffn(name: str, module: nn.Module) -> Ffn:
     return ffn
 
 
-def _projections(where: str, linears: list[nn.Linear]) -> list[Projection]:
-    """Gate, up and down, the first two cut apart where they are fused."""
-    if len(linears) == len(FUSED):
-        fused, down = linears
-        rows = fused.weight.shape[0]
-        if rows % 2:
-            raise UnsupportedModelError(
-                f"{where}.{FUSED[0]}: a weight of {rows} rows; want those of gate and of up, as "
-                "many each."
-            )
-        half = rows // 2
-        return [
-            Projection(fused, 0, half),
-            Projection(fused, half, rows),
-            Projection(down, 0, down.weight.shape[0]),
-        ]
-    return [Projection(linear, 0, linear.weight.shape[0]) for linear in linears]
+def _gate_and_up(where: str, linears: list[nn.Linear]) -> tuple[Projection, Projection]:
+    """Gate and up, cut apart where they are fused."""
+    first, rows = linears[0], linears[0].weight.shape[0]
+    if len(linears) == len(APART):
+        second = linears[1]
+        return Projection(first, 0, rows), Projection(second, 0, second.weight.shape[0])
+    if rows % 2:
+        raise UnsupportedModelError(
+            f"{where}.{FUSED[0]}: a weight of {rows} rows; want those of gate and of up, as many "
+            "each."
+        )
+    return Projection(first, 0, rows // 2), Projection(first, rows // 2, rows)
 
 
 def _linear(where: str, module: nn.Module) -> nn.Linear:
