@@ -196,11 +196,6 @@ TABLE = {
     "applied twice": (lambda s: s.apply(s.applied()), E, "call csfast.remove first"),
     "apply while training": (lambda s: s.apply(s.model.train()), M, "call model.eval()"),
     "apply to compiled": (lambda s: s.apply(torch.compile(s.model)), M, "compile after apply"),
-    "calibrate biased": (
-        lambda s: s.calibrate(model=tiny.make_model(mlp_bias=True)),
-        M,
-        "[calibrate] a model with biases or without SiLU",
-    ),
     "changed weights": (changed_weights, csfast.StaleWeightsError, "down_proj was written to"),
     "remove without apply": (lambda s: csfast.remove(s.model), E, "[remove] a model without cs"),
     "stats without apply": (lambda s: csfast.stats(s.model), E, "[stats] a model without csfast"),

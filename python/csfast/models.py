@@ -133,7 +133,8 @@ class Ffn:
 
     def down_norm(self) -> Tensor:
         """Give the norm of every neuron's down row, ``(n_neurons,)``, float32."""
-        norm: Tensor = torch.linalg.vector_norm(self.down.weight.detach().float(), dim=0)
+        down = self.down.weight.detach()
+        norm: Tensor = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32)
         return norm
 
     def offset(self) -> Tensor | None:

@@ -35,6 +35,7 @@ __all__ = [
     "cuda_available",
     "execute",
     "ffn",
+    "ffn_workspace",
     "isa",
     "omp",
     "recover",
@@ -621,6 +622,18 @@ class Session:
             )
         stream = _stream(x) if self._cuda else 0
         self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream)
+
+
+def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
+    """Give the bytes of workspace that a `Session` keeps for layers of one size.
+
+    Raises:
+        ValueError: The device is neither the CPU nor CUDA, or a size is out of range.
+        BackendError: There are no kernels for the device.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"[session] device = {device}: want cpu or cuda.")
+    return _native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")
 
 
 def backend_info() -> dict[str, str]:
