@@ -13,6 +13,7 @@ inside tensors (indices, budgets) are not checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable
@@ -483,6 +484,9 @@ class Session:
         self._bound: list[tuple[Tensor | None, ...]] = []
         self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
         self._workspaces: dict[int, Tensor] = {}
+        self._place: torch.device | None = None  # of what is bound
+        # Made once: a step of decoding enters it for every layer.
+        self._current: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def bind(
         self,
@@ -558,15 +562,17 @@ class Session:
         )
         _check_ints("session", bits=bits, tile_rows=tile_rows, max_batch=max_batch)
         _check_activation("session", activation)
-        if gate.device.type != self._device.type:
-            raise ValueError(f"[session] gate is on {gate.device}: want {self._device}.")
+        if gate.device.type != self._device.type or self._place not in (None, gate.device):
+            raise ValueError(
+                f"[session] gate is on {gate.device}: want {self._place or self._device}."
+            )
         if gate.dim() != 2 or threshold.shape != (max_batch,):
             raise ValueError(
                 f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
                 f"(n_neurons, d) and (max_batch = {max_batch},)."
             )
         _check_total("session", max_batch, gate.shape[0])
-        n_bytes = _native.ffn_workspace(max_batch, gate.shape[1], gate.shape[0], self._cuda)
+        n_bytes = ffn_workspace(max_batch, gate.shape[1], gate.shape[0], gate.device)
         workspace = self._workspaces.get(n_bytes)
         if workspace is None:
             workspace = torch.empty(n_bytes, dtype=torch.uint8, device=gate.device)
@@ -591,6 +597,9 @@ class Session:
             self._cuda,
         )
         self._workspaces[n_bytes] = workspace
+        self._place = gate.device
+        if self._cuda:
+            self._current = torch.cuda.device(gate.device)
         layer_tensors = (codes, equal, row_scale, threshold, gate, up, down_t, stats)
         self._bound.append((*layer_tensors, offset, gate_bias, up_bias, down_bias, weight))
         self._rows.append((gate.dtype, gate.shape[1]))
@@ -616,12 +625,13 @@ class Session:
             raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
         if not (x.is_contiguous() and out.is_contiguous()):
             raise TypeError("[session] x or out has other strides: want contiguous tensors.")
-        if x.device.type != self._device.type or out.device != x.device:
-            raise ValueError(
-                f"[session] x on {x.device}, out on {out.device}: want {self._device}."
-            )
-        stream = _stream(x) if self._cuda else 0
-        self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream)
+        if x.device != self._place or out.device != x.device:
+            raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
+        if not self._cuda:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, 0)
+            return
+        with self._current:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, _stream(x))
 
 
 def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
@@ -1061,11 +1071,21 @@ def _workspace(n_bytes: int, like: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-call]
 
 
+def _on_its_device(run: Callable[..., object]) -> Callable[..., object]:
+    """The same with the CUDA device of the first tensor made current: kernels start on that one."""
+
+    def guarded(first: Tensor, *rest: object) -> object:
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
+
 def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    for key, implementation in (("CPU", run), ("CUDA", _on_its_device(run))):
+        _LIBRARY.impl(name, implementation, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"csfast::{name}", fake, lib=_LIBRARY)
 
 
