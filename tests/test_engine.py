@@ -682,6 +682,28 @@ def test_votes_of_beams_are_everyone(plans):
     assert len(found) == 3 and csfast.stats(model).fallbacks == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        lambda m: csfast.set_density(m, 0.01),
+        lambda m: csfast.set_density(m, 0.75, task="x"),
+        lambda m: csfast.set_votes(m, [True] * 17),
+        lambda m: csfast.set_votes(m, [0, 1, 1]),
+        lambda m: csfast.apply(m, calibrated(tiny.make_model())),
+    ],
+)
+def test_refused_changes_change_nothing(attempt, plans):
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.25, joint=True)
+    csfast.set_votes(model, [True, False, True])
+    x = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = layers_of(model)[0](x)
+        with pytest.raises((ValueError, TypeError)):
+            attempt(model)
+        assert torch.equal(layers_of(model)[0](x), wanted)
+
+
 @pytest.mark.gpu
 def test_votes_on_the_gpu_are_not_waited_for():
     if not ops.cuda_available():

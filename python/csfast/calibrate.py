@@ -20,7 +20,7 @@ import pathlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .plan import (
     BLOCK_MAX,
     FILE_BYTES_MAX,
     JOINT,
+    NAME,
     LayerPlan,
     Plan,
     Setting,
@@ -70,6 +71,7 @@ _BINS = 255 << (23 - _SHIFT)
 
 Progress = Callable[[int, int], None]
 Sample = Document | str | Tensor
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,6 +159,10 @@ def calibrate(
         KeyboardInterrupt: At once on Ctrl-C; the resume file holds all whole batches.
     """
     bits, blocks = _bits(bits), _block_sizes(blocks)
+    if not isinstance(joint, bool):
+        raise TypeError(f"[calibrate] joint = {joint!r}: want True or False.")
+    if type(max_tokens) is not int:
+        raise TypeError(f"[calibrate] max_tokens = {max_tokens!r}: want a whole number.")
     batches = (1, *JOINT) if joint else (1,)
     settings = [Setting(*s) for s in itertools.product(bits, blocks, batches)]
     grid = _grid(densities)
@@ -167,6 +173,12 @@ def calibrate(
     ffns = models.find_ffns(model)
     if any(hasattr(type(ffn.module), "dense_forward") for ffn in ffns):
         raise ValueError("[calibrate] a model that csfast is applied to: call csfast.remove first.")
+
+    for ffn in ffns:
+        for linear in ffn.linears:
+            for tensor in linear.parameters():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ValueError(f"[calibrate] weights of {ffn.name}: want them finite.")
 
     few = _batches(_draw(groups, model, tokenizer, max_tokens // _SCALE_SHARE, seed))
     chosen = _batches(_draw(groups, model, tokenizer, max_tokens, seed))
@@ -493,13 +505,21 @@ def _thresholds(histogram: Tensor, densities: tuple[float, ...]) -> Tensor:
 
 
 def _bits(bits: Sequence[int]) -> tuple[int, ...]:
-    if not bits or len(set(bits)) != len(bits) or any(b not in planes.BITS for b in bits):
-        raise ValueError(f"[calibrate] bits = {tuple(bits)}: want some of 1, 2, 3, 4, each once.")
-    return tuple(sorted(bits))
+    settings = _listed("bits", bits)
+    known = all(type(b) is int and b in planes.BITS for b in settings)
+    if not settings or not known or len(set(settings)) != len(settings):
+        raise ValueError(f"[calibrate] bits = {settings}: want some of 1, 2, 3, 4, each once.")
+    return tuple(sorted(settings))
+
+
+def _listed(name: str, values: Iterable[T]) -> tuple[T, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"[calibrate] {name} = {values!r}: want a sequence.")
+    return tuple(values)
 
 
 def _block_sizes(blocks: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(blocks)
+    sizes = _listed("blocks", blocks)
     fit = all(type(n) is int and 1 <= n <= BLOCK_MAX for n in sizes)
     if not sizes or not fit or len(set(sizes)) != len(sizes):
         raise ValueError(
@@ -509,17 +529,22 @@ def _block_sizes(blocks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _grid(densities: Sequence[float]) -> tuple[float, ...]:
-    grid = tuple(float(rho) for rho in densities)
+    given = _listed("densities", densities)
+    if not all(isinstance(rho, (int, float)) for rho in given):
+        raise TypeError(f"[calibrate] densities = {given}: want numbers.")
+    grid = tuple(float(rho) for rho in given)
     grid += () if grid[-1:] == (1.0,) else (1.0,)
     rising = all(a < b for a, b in itertools.pairwise(grid))
-    if not rising or not 0 < grid[0] <= 1 or not densities:
-        raise ValueError(f"[calibrate] densities = {densities}: want rising fractions in (0, 1].")
+    if not given or not rising or not 0 < grid[0] <= 1:
+        raise ValueError(f"[calibrate] densities = {given}: want rising fractions in (0, 1].")
     return grid
 
 
 def _sorted_samples(samples: Sample | Iterable[Sample]) -> dict[str, list[Sample]]:
     """Samples by task, each checked as far as that goes without a tokenizer."""
-    listed = [samples] if isinstance(samples, (str, Document, Tensor)) else list(samples)
+    if isinstance(samples, (str, Document, Tensor)):
+        samples = [samples]
+    listed = _listed("samples", samples)
     if not listed:
         raise ValueError("[calibrate] no samples: want at least one.")
     groups: dict[str, list[Sample]] = {}
@@ -540,6 +565,8 @@ def _sorted_samples(samples: Sample | Iterable[Sample]) -> dict[str, list[Sample
         group = sample.group if isinstance(sample, Document) else PLAIN
         if group == POOLED:
             raise ValueError(f"{where}: task {group!r} is taken; want another name.")
+        if not NAME.fullmatch(group):
+            raise ValueError(f"{where}: task {group[:80]!r}; want letters, digits and any of _.-")
         groups.setdefault(group, []).append(sample)
     return dict(sorted(groups.items()))
 

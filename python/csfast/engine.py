@@ -162,9 +162,9 @@ def needed_bytes(model: nn.Module, *, bits: int = 2, block: int = 1) -> int:
         ValueError: There is no such sensor or block.
     """
     if bits not in planes.BITS:
-        raise ValueError(f"[needed_bytes] bits = {bits}: want 1, 2, 3 or 4.")
+        raise ValueError(f"[needed_bytes] bits = {bits!r}: want 1, 2, 3 or 4.")
     if type(block) is not int or not 1 <= block <= BLOCK_MAX:
-        raise ValueError(f"[needed_bytes] block = {block}: want 1 to {BLOCK_MAX}.")
+        raise ValueError(f"[needed_bytes] block = {block!r}: want 1 to {BLOCK_MAX}.")
     return _needed_bytes(models.find_ffns(model), bits, block)
 
 
@@ -205,11 +205,18 @@ def apply(
 
     Raises:
         ValueError: csfast is applied already, or the plan does not hold what was asked for.
+        TypeError: An argument is of another type.
         ResourceLimitError: It would take more than ``limit_bytes``.
         PlanError: The plan belongs to another model.
         UnsupportedModelError: csfast does not run on the model, or on its present state.
         BackendError: There are no kernels for the model's device.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"[apply] plan of type {type(plan).__name__}: want a csfast.Plan.")
+    if not isinstance(joint, bool):
+        raise TypeError(f"[apply] joint = {joint!r}: want True or False.")
+    if limit_bytes is not None and type(limit_bytes) is not int:
+        raise TypeError(f"[apply] limit_bytes = {limit_bytes!r}: want a whole number.")
     ffns = models.find_ffns(model)
     if any(_layer_of(ffn.module) for ffn in ffns):
         raise ValueError("[apply] csfast is applied to this model: call csfast.remove first.")
@@ -318,7 +325,8 @@ def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
         of.are_given, of.n_rows = False, 0
         return
     if not isinstance(votes, Tensor):
-        if isinstance(votes, str) or not all(isinstance(vote, bool) for vote in votes):
+        booleans = isinstance(votes, Sequence) and all(isinstance(v, bool) for v in votes)
+        if not booleans or isinstance(votes, str):
             raise TypeError(f"[set_votes] votes = {votes!r}: want booleans.")
         votes = torch.tensor(votes, dtype=torch.bool)
     if votes.dtype != torch.bool:
@@ -669,6 +677,8 @@ def _layer_of(module: nn.Module) -> _Layer | None:
 
 def _patched_modules(model: nn.Module, verb: str) -> list[nn.Module]:
     """The patched modules of a model, in order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[{verb}] model of type {type(model).__name__}: want an nn.Module.")
     found = [m for m in model.modules() if _layer_of(m)]
     if not found:
         raise ValueError(f"[{verb}] a model without csfast: want one it is applied to.")

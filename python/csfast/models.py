@@ -415,9 +415,17 @@ def stream_text(
     Raises:
         ValueError: The prompt is empty, or does not fit into the context with what is to come, or
             a number is out of range. Raised by the call, not by the iterator.
+        TypeError: An argument is of another type; likewise.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"[generate] prompt of type {type(prompt).__name__}: want text.")
     if not prompt:
         raise ValueError("[generate] an empty prompt: want text.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if type(value) is not int:
+            raise TypeError(f"[generate] {name} = {value!r}: want a whole number.")
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"[generate] temperature = {temperature!r}: want a number.")
     if max_new_tokens < 1:
         raise ValueError(f"[generate] max_new_tokens = {max_new_tokens}: want at least 1.")
     if not 0 <= temperature < float("inf"):

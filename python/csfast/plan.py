@@ -36,7 +36,7 @@ FILE_BYTES_MAX = 1 << 30  # 80 layers of 28,672 neurons, three codes, four block
 BLOCK_MAX = 128  # neurons of a block: a tile of the tensor cores, and quality is gone before that
 JOINT = (2, 4, 8, 16)  # sizes of batches with one support that have thresholds, where any have
 _DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a task or model type
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LIST_MAX = 400  # characters of a list in a message
 _ROWS = 1024  # neurons fitted or coded at a time: a float32 copy at d = 8192 has 32 MiB
@@ -242,13 +242,18 @@ class Plan:
 
         Raises:
             ValueError: The plan does not hold what was asked for.
+            TypeError: A number is of another type.
         """
+        for name, value in (("layer", layer), ("batch", batch), ("density", density)):
+            kinds = (int, float) if name == "density" else (int,)
+            if not isinstance(value, kinds):
+                raise TypeError(f"[threshold] {name} = {value!r}: want a number.")
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"[threshold] layer = {layer}: want 0 to {len(self.layers) - 1}.")
         if bits not in self.bits:
-            raise ValueError(f"[threshold] bits = {bits}: want one of {_list(self.bits)}.")
+            raise ValueError(f"[threshold] bits = {bits!r}: want one of {_list(self.bits)}.")
         if block not in self.blocks:
-            raise ValueError(f"[threshold] block = {block}: want one of {_list(self.blocks)}.")
+            raise ValueError(f"[threshold] block = {block!r}: want one of {_list(self.blocks)}.")
         if not 1 <= batch <= self.batches[-1]:
             raise ValueError(
                 f"[threshold] batch = {batch}: want 1 to {self.batches[-1]}, as far as this plan "
@@ -583,7 +588,7 @@ def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
 def _validate(plan: Plan) -> None:
     """Refuse a plan whose parts are out of range or do not fit together."""
     m = plan.model
-    _want(bool(_NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
+    _want(bool(NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
     dtypes = ("float32", "float16", "bfloat16")
     _want(m.dtype in dtypes, f"model_dtype = {m.dtype!r}", f"one of {_list(dtypes)}")
     known = m.activation in models.ACTIVATIONS
@@ -602,7 +607,7 @@ def _validate(plan: Plan) -> None:
     _want(bool(plan.blocks) and sizes_fit and rising, f"blocks = {plan.blocks}", wanted)
     wanted = f"(1,) or {(1, *JOINT)}"
     _want(plan.batches in ((1,), (1, *JOINT)), f"batches = {plan.batches}", wanted)
-    tasks_fit = all(isinstance(t, str) and _NAME.fullmatch(t) for t in plan.tasks)
+    tasks_fit = all(isinstance(t, str) and NAME.fullmatch(t) for t in plan.tasks)
     first = plan.tasks[:1] == (POOLED,)
     distinct = tasks_fit and len(set(plan.tasks)) == len(plan.tasks)
     _want(first and distinct, f"tasks = {plan.tasks}", f"distinct names, {POOLED!r} first")
