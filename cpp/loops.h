@@ -24,11 +24,12 @@ struct Kept {
 struct Loops {
   const char* name;
 
-  // One row of x (d) to q (chunks * 128), see sense.h. Returns its scale.
+  // One row of x (d) to q (q_width), see sense.h. Returns its scale.
   float (*quantize)(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 
-  // y[b * y_stride + r] of `rows` neighbouring rows of codes, r in [0, rows).
-  void (*measure)(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+  // y[b * y_stride + r] of `rows` neighbouring rows of codes, r in [0, rows), and q (batch,
+  // q_width).
+  void (*measure)(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
                   int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 
   // usage (n) of n <= kBlock neurons from y (n, 2) and row_scale (n, 2), see recover.h.
@@ -46,7 +47,7 @@ struct Loops {
 namespace base {
 extern const Loops kLoops;
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
@@ -59,7 +60,7 @@ namespace avx2 {
 // Null where the processor lacks one of AVX2, FMA and F16C.
 const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
@@ -72,7 +73,7 @@ namespace avx512 {
 // Null where the processor lacks one of AVX-512 F, BW, DQ, VL, VNNI and BF16.
 const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from csfast import bench, cases, ops, planes, reference, timing
+from csfast import bench, cases, ops, planes, reference, timing, types
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "timings")
@@ -48,12 +48,12 @@ class Case:
     batch: int
     d: int
     n_neurons: int
-    bits: int
+    bits: types.Code
     tile_rows: int
     dtype: torch.dtype
 
 
-# Every width of a code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
+# Every code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
 # more than one panel of x, whole groups of a batch and single rows.
 SANITIZED = (
     Case(batch=1, d=256, n_neurons=96, bits=2, tile_rows=1, dtype=torch.bfloat16),
@@ -61,6 +61,7 @@ SANITIZED = (
     Case(batch=3, d=33, n_neurons=7, bits=1, tile_rows=1, dtype=torch.float32),
     Case(batch=2, d=4104, n_neurons=40, bits=4, tile_rows=64, dtype=torch.bfloat16),
     Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
+    Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
 )
 
 # One atom, fewer atoms than lanes, more than threads; more atoms taken than a block has warps.

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .types import Code
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The tensors of one feed-forward layer, its codes, and a batch of activations."""
 
-    codes: Tensor  # (n_neurons, 2, chunks, 16 * bits) uint8
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes) uint8
     equal: Tensor  # (d,) float32
     row_scale: Tensor  # (n_neurons, 2) float32, the norm of the down row folded into [:, 1]
     gate: Tensor  # (n_neurons, d) T
     up: Tensor  # (n_neurons, d) T
     down_t: Tensor  # (n_neurons, d) T
     x: Tensor  # (batch, d) T
-    bits: int
+    bits: Code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Case:
     d: int
     n_neurons: int
 
-    def make(self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0) -> Problem:
+    def make(self, dtype: torch.dtype, device: str, *, bits: Code = 2, seed: int = 0) -> Problem:
         """Make a layer like a trained one: its channels differ in size by factors of up to 8.
 
         Args:
             dtype: T, of the weights and the activations.
             device: Where the tensors shall be.
-            bits: Width of the codes, 1 to 4.
+            bits: Code of the weights, 1 to 4 or "ternary".
             seed: Of the random numbers.
         """
         g = torch.Generator().manual_seed(seed)
@@ -56,7 +57,7 @@ class Case:
         return _problem((gate, up, down_t, x), planes.equalizer(gain.square()), dtype, device, bits)
 
     def make_exact(
-        self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0
+        self, dtype: torch.dtype, device: str, *, bits: Code = 2, seed: int = 0
     ) -> Problem:
         """Make a layer of small integers, on which `execute` has nothing to round but its output.
 
@@ -73,7 +74,7 @@ class Case:
         down_t = _signs(g, self.n_neurons, self.d, 1)
         return _problem((gate, up, down_t, x), torch.ones(self.d), dtype, device, bits)
 
-    def sense_bytes(self, bits: int) -> int:
+    def sense_bytes(self, bits: Code) -> int:
         """Least bytes that `sense` and `select` read."""
         return planes.n_bytes(self.n_neurons, self.d, bits)
 
@@ -87,7 +88,7 @@ def _problem(
     equal: Tensor,
     dtype: torch.dtype,
     device: str,
-    bits: int,
+    bits: Code,
 ) -> Problem:
     gate, up, down_t, x = (t.to(dtype) for t in tensors)
     scales = [planes.fit_scale(w, equal, bits) for w in (gate, up)]
