@@ -7,6 +7,7 @@
 
 #include "csfast/execute.h"
 #include "csfast/planes.h"
+#include "csfast/project.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
 #include "csfast/types.h"
@@ -32,6 +33,9 @@ struct Loops {
   void (*measure)(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
                   int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 
+  // Measurements first .. first + n - 1 of every row of the batch, see project.h.
+  void (*project)(const ProjectParams& p, int64_t first, int64_t n) noexcept;
+
   // usage (n) of n <= kBlock neurons from y (n, 2) and row_scale (n, 2), see recover.h.
   Kept (*keep)(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
                float* usage) noexcept;
@@ -49,6 +53,7 @@ extern const Loops kLoops;
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
@@ -62,6 +67,7 @@ const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
@@ -75,6 +81,7 @@ const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,

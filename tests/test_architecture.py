@@ -53,6 +53,7 @@ MAY_INCLUDE = {
     "recover": set(),
     "tile": set(),
     "omp": set(),
+    "project": set(),
     "execute": {"tile"},  # reads a tile list
     "select": {"sense", "recover", "tile"},
     "ffn": {"select", "execute", "tile"},
@@ -236,7 +237,9 @@ def test_operations_include_only_what_they_compose(verb):
             assert found <= MAY_INCLUDE[verb] | ALL_MAY_INCLUDE | {verb}, path
 
 
-@pytest.mark.parametrize("verb", ["sense", "recover", "tile", "omp", "execute", "select", "ffn"])
+@pytest.mark.parametrize(
+    "verb", ["sense", "recover", "tile", "omp", "project", "execute", "select", "ffn"]
+)
 def test_an_operation_is_the_same_word_everywhere(verb):
     for path in (
         f"cpp/include/csfast/{verb}.h",

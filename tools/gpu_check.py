@@ -64,6 +64,13 @@ SANITIZED = (
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
 )
 
+# One of everything, sizes off every load and block, more channels than a warp has in flight.
+SANITIZED_PROJECTS = (
+    (cases.ProjectCase("one", batch=1, d=1, m=1), torch.float32),
+    (cases.ProjectCase("ragged", batch=6, d=203, m=13), torch.bfloat16),
+    (cases.ProjectCase("aligned", batch=5, d=2056, m=9), torch.float16),
+)
+
 # One atom, fewer atoms than lanes, more than threads; more atoms taken than a block has warps.
 SANITIZED_PURSUITS = (
     cases.PursuitCase("one", batch=1, m=1, n_atoms=1, n_nonzero=1),
@@ -273,6 +280,11 @@ def sanitize_target() -> int:
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
+    for measured, dtype in SANITIZED_PROJECTS:
+        phi, x = measured.make_exact(dtype, "cpu")
+        for rows in (measured.m, 1):
+            y = ops.project(phi.cuda(), x.cuda(), rows=rows)
+            assert torch.equal(y.cpu().double(), reference.project(phi, x, rows=rows)), measured
     for pursuit in SANITIZED_PURSUITS:
         made = pursuit.make()
         tensors = [t.float() for t in (made.gram, made.correlation, made.energy)]
@@ -284,7 +296,7 @@ def sanitize_target() -> int:
         want = ops.omp(*given, budget_max=pursuit.n_nonzero)
         for name in ("index", "count", "status"):
             assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (pursuit, name)
-    print(f"{len(SANITIZED) + len(SANITIZED_PURSUITS)} cases")
+    print(f"{len(SANITIZED) + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)} cases")
     return 0
 
 

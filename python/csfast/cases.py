@@ -120,6 +120,35 @@ def _sparse(g: torch.Generator, rows: int, columns: int, filled: int) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProjectCase:
+    """Sizes of a problem of `ops.project`, and how to make one."""
+
+    name: str
+    batch: int
+    d: int
+    m: int
+
+    def make(self, dtype: torch.dtype, device: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Make Gaussian ``phi (m, d)``, rows of about unit norm, and ``x (batch, d)``, both T."""
+        g = torch.Generator().manual_seed(seed)
+        phi = torch.randn(self.m, self.d, generator=g) / self.d**0.5
+        x = torch.randn(self.batch, self.d, generator=g)
+        return phi.to(device, dtype), x.to(device, dtype)
+
+    def make_exact(
+        self, dtype: torch.dtype, device: str, *, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Make integers of magnitude 1 to 8: no sum reaches 2^24 below d = 262,144."""
+        g = torch.Generator().manual_seed(seed)
+        phi, x = _signs(g, self.m, self.d, 8), _signs(g, self.batch, self.d, 8)
+        return phi.to(device, dtype), x.to(device, dtype)
+
+    def project_bytes(self, itemsize: int) -> int:
+        """Least bytes that `project` reads and writes."""
+        return (self.m + self.batch) * self.d * itemsize + self.batch * self.m * 4
+
+
+@dataclasses.dataclass(frozen=True)
 class PursuitProblem:
     """A dictionary and signals that few of its atoms make up, in float64."""
 
@@ -175,6 +204,14 @@ CASES = (
     Case("demo_layer_batch", batch=16, d=384, n_neurons=1152),
 )
 LARGE = Case("large", batch=1, d=2048, n_neurons=8192)
+PROJECTS = (
+    ProjectCase("smallest", batch=1, d=1, m=1),
+    ProjectCase("ragged", batch=3, d=33, m=7),
+    ProjectCase("off_line", batch=5, d=200, m=77),
+    ProjectCase("empty_batch", batch=0, d=64, m=8),
+    ProjectCase("sketch", batch=1, d=4096, m=512),
+    ProjectCase("sketch_batch", batch=16, d=1000, m=96),
+)
 PURSUITS = (
     PursuitCase("smallest", batch=1, m=1, n_atoms=1, n_nonzero=1),
     PursuitCase("ragged", batch=3, m=20, n_atoms=33, n_nonzero=4),

@@ -37,6 +37,7 @@ __all__ = [
     "ffn",
     "isa",
     "omp",
+    "project",
     "recover",
     "select",
     "sense",
@@ -221,6 +222,34 @@ def omp(
     return Pursuit(
         *torch.ops.csfast.omp.default(gram, correlation, energy, budget, budget_max, tolerance)
     )
+
+
+def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
+    """Measure activations by the rows of a dense matrix: ``x @ phi[:rows].T``, summed in float32.
+
+    For random operators (`csfast.operators`), composed ones, and those of low rank, which are two
+    in a row. Deterministic: a measurement depends on its row of `phi` and its activation alone, so
+    fewer rows give a prefix of the measurements of more, bit for bit.
+
+    Args:
+        phi: Sensing matrix, ``(m, d)``, T.
+        x: Activations, ``(batch, d)``, T.
+        rows: Rows of `phi` that measure, the first, 1 to `m`; all if left out.
+
+    Returns:
+        Measurements ``(batch, rows)``, float32.
+
+    Raises:
+        ValueError: The shapes do not fit together, or `rows` is out of range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors("project", phi=phi, x=x)
+    if rows is None:
+        rows = phi.shape[0] if phi.dim() == 2 else 0
+    _check_ints("project", rows=rows)
+    y: Tensor = torch.ops.csfast.project.default(phi, x, rows)
+    return y
 
 
 def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
@@ -678,6 +707,28 @@ def _fake_omp(
     )
 
 
+def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    y = _fake_project(phi, x, rows)
+    phi, x = _plain(phi, x)
+    _native.project(phi, x, y, _stream(x))
+    return y
+
+
+def _fake_project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    if phi.dim() != 2 or x.dim() != 2:
+        raise ValueError(
+            f"[project] phi of {phi.dim()} axes and x of {x.dim()}: want (m, d) and (batch, d)."
+        )
+    m, batch = phi.shape[0], x.shape[0]
+    if not 1 <= rows <= m:
+        raise ValueError(f"[project] rows = {rows}: want 1 to m = {m}.")
+    if batch * rows > _INT32_MAX:
+        raise ValueError(
+            f"[project] batch = {batch} rows of {rows} measurements: want fewer than 2^31 in all."
+        )
+    return x.new_empty((batch, rows), dtype=torch.float32)
+
+
 def _execute(
     gate: Tensor,
     up: Tensor,
@@ -847,6 +898,7 @@ _register(
     _omp,
     _fake_omp,
 )
+_register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_project)
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
     " int tile_rows) -> Tensor",

@@ -43,6 +43,11 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
     return y.to(torch.int32).view(-1, n_neurons, 2), scale
 
 
+def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
+    """Give the measurements ``(batch, rows)`` by the first rows of `phi`, float64."""
+    return x.double() @ phi[:rows].double().T
+
+
 def usage(y: Tensor, scale: Tensor, row_scale: Tensor) -> Tensor:
     """Give the usage ``(batch, n_neurons)`` that the measurements promise, float64."""
     z = scale.double()[:, None, None] * row_scale.double() * y.double()
