@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "tasks": set(),
     "planes": {"types"},
+    "operators": set(),
     "timing": set(),
     "reference": {"planes", "types"},
     "documents": {"types"},
