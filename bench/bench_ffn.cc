@@ -32,7 +32,7 @@ struct Sizes {
   int runs;    // measurements of every variant
 };
 
-constexpr int kBits = 2;
+constexpr csfast::Code kCode = csfast::Code::kBits2;
 constexpr int kBlockRows = 16;  // neurons of a block, for the variant that executes blocks
 constexpr int64_t kSliceBytes = 32 << 20;
 constexpr int kSlices = 16;  // take turns: 512 MB, more than any cache holds
@@ -62,7 +62,7 @@ class Lines {
 };
 
 struct Layer {
-  Lines<uint8_t> codes;          // (n_neurons, 2, chunks, 16 * bits)
+  Lines<uint8_t> codes;          // (n_neurons, 2, groups, group_bytes)
   std::vector<float> equal;      // (d)
   std::vector<float> row_scale;  // (n_neurons, 2)
   Lines<uint16_t> gate;          // (n_neurons, d), bf16
@@ -79,7 +79,7 @@ struct Layer {
 Layer random_layer(const Sizes& s, std::mt19937& random) {
   std::normal_distribution<float> normal;
   Layer layer;
-  layer.codes = Lines<uint8_t>(s.n_neurons * 2 * csfast::row_bytes(s.d, kBits));
+  layer.codes = Lines<uint8_t>(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
   for (uint8_t& byte : layer.codes) byte = static_cast<uint8_t>(random());
   layer.equal.assign(s.d, 1.0f);
   layer.row_scale.assign(s.n_neurons * 2, 1.0f / std::sqrt(static_cast<float>(s.d)));
@@ -116,7 +116,7 @@ csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace
           .batch = 1,
           .d = s.d,
           .n_neurons = s.n_neurons,
-          .bits = kBits,
+          .code = kCode,
           .tile_rows = 1,
           .dtype = csfast::DType::kBF16,
           .activation = csfast::Activation::kSilu};
@@ -124,13 +124,13 @@ csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace
 
 // Sets the threshold that keeps `density` of the neurons, and the tile list that goes with it.
 void set_density(const Sizes& s, Layer& layer, double density, void* workspace) {
-  std::vector<int8_t> q(csfast::chunks_of(s.d) * csfast::kChunk);
+  std::vector<int8_t> q(csfast::q_width(s.d));
   std::vector<int32_t> y(s.n_neurons * 2), index(s.n_neurons);
   std::vector<float> usage(s.n_neurons);
   float scale = 0, missed = 0;
   int32_t count = 0;
   csfast::sense({layer.codes.data(), layer.equal.data(), layer.x.data(), q.data(), y.data(), &scale,
-                 1, s.d, s.n_neurons, kBits, csfast::DType::kBF16},
+                 1, s.d, s.n_neurons, kCode, csfast::DType::kBF16},
                 Device::kCpu, nullptr);
   const auto keep_top = [&](int group_rows) {
     const double n_groups = static_cast<double>(csfast::n_groups(s.n_neurons, group_rows));
@@ -248,7 +248,7 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
   blocks /= static_cast<double>(layers.size());
   const double row = 3.0 * 2.0 * static_cast<double>(s.d);
   const double sensed =
-      static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kBits) + 8) + s.d * (4 + 2));
+      static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kCode) + 8) + s.d * (4 + 2));
   // The last two are what the others are measured by.
   std::vector<Variant> variants = {
       {"complete", "", sensed + kept * row,
@@ -272,7 +272,7 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
                       .batch = 1,
                       .d = s.d,
                       .n_neurons = s.n_neurons,
-                      .bits = kBits,
+                      .code = kCode,
                       .tile_rows = 1,
                       .dtype = csfast::DType::kBF16,
                       .activation = csfast::Activation::kSilu},

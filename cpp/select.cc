@@ -19,14 +19,14 @@ constexpr int64_t kRowsAtOnce = 8;  // of the batch: their measurements of a blo
 void check(const SelectParams& p, Device device) {
   check_neurons("select", p.batch, p.n_neurons);
   check_width("select", p.d);
-  check_bits("select", p.d, p.bits);
+  check_code("select", p.d, p.code);
   check_group_rows("select", "tile_rows", p.tile_rows);
   if (device == Device::kCpu && p.weight != nullptr) check_weights("select", p.weight, p.batch);
 }
 
 // The parts of the workspace.
 struct Parts {
-  int8_t* q;       // (batch, chunks * 128)
+  int8_t* q;       // (batch, q_width)
   float* scale;    // (batch)
   float* usage;    // (batch, n_neurons), where tiles are of several neurons or rows decide together
   uint64_t* mask;  // (lists, n_blocks)
@@ -47,7 +47,7 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
     at += line_up(bytes);
     return part;
   };
-  return {.q = reinterpret_cast<int8_t*>(take(batch * chunks_of(d) * kChunk)),
+  return {.q = reinterpret_cast<int8_t*>(take(batch * q_width(d))),
           .scale = reinterpret_cast<float*>(take(batch * 4)),
           .usage = reinterpret_cast<float*>(take(batch * n_neurons * 4)),
           .mask = reinterpret_cast<uint64_t*>(take(lists * n_blocks * 8)),
@@ -62,7 +62,6 @@ bool is_pooled(const SelectParams& p) {
 // Sense and recover one block of neurons for every row of the batch, as far as the block goes.
 void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
   const Loops& loop = loops();
-  const int64_t chunks = chunks_of(p.d);
   const int64_t n_blocks = blocks_of(p.n_neurons);
   const int64_t first = block * kBlock;
   const int64_t n = std::min(kBlock, p.n_neurons - first);
@@ -70,8 +69,8 @@ void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
   float alone[kBlock];
   for (int64_t b0 = 0; b0 < p.batch; b0 += kRowsAtOnce) {
     const int64_t rows = std::min(kRowsAtOnce, p.batch - b0);
-    loop.measure(p.codes + first * 2 * row_bytes(p.d, p.bits), 2 * n, chunks, p.bits,
-                 parts.q + b0 * chunks * kChunk, rows, y, 2 * kBlock);
+    loop.measure(p.codes + first * 2 * row_bytes(p.d, p.code), 2 * n, p.d, p.code,
+                 parts.q + b0 * q_width(p.d), rows, y, 2 * kBlock);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = b0 + i;
       float* usage = is_pooled(p) ? parts.usage + b * p.n_neurons + first : alone;
@@ -146,9 +145,8 @@ void list_tiles(const SelectParams& p, const Parts& parts, int64_t list) {
 int64_t host::select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t lists = std::max<int64_t>(batch, 1);
   const int64_t n_blocks = blocks_of(n_neurons);
-  return line_up(batch * chunks_of(d) * kChunk) + line_up(batch * 4) +
-         line_up(batch * n_neurons * 4) + line_up(lists * n_blocks * 8) +
-         line_up(lists * n_blocks * 4);
+  return line_up(batch * q_width(d)) + line_up(batch * 4) + line_up(batch * n_neurons * 4) +
+         line_up(lists * n_blocks * 8) + line_up(lists * n_blocks * 4);
 }
 
 void host::select(const SelectParams& p) {
@@ -157,10 +155,10 @@ void host::select(const SelectParams& p) {
   const int64_t x_bytes = p.d * (p.dtype == DType::kF32 ? 4 : 2);
   for (int64_t b = 0; b < p.batch; ++b) {
     parts.scale[b] = loop.quantize(static_cast<const char*>(p.x) + b * x_bytes, p.equal, p.d,
-                                   p.dtype, parts.q + b * chunks_of(p.d) * kChunk);
+                                   p.dtype, parts.q + b * q_width(p.d));
   }
   const int64_t n_blocks = blocks_of(p.n_neurons);
-#pragma omp parallel for schedule(dynamic) if (p.n_neurons * 2 * row_bytes(p.d, p.bits) > \
+#pragma omp parallel for schedule(dynamic) if (p.n_neurons * 2 * row_bytes(p.d, p.code) > \
                                                    kBytesAlone)
   for (int64_t block = 0; block < n_blocks; ++block) select_block(p, parts, block);
 

@@ -22,7 +22,7 @@ constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there m
 
 // Where the parts of the workspace begin, and its size.
 struct Layout {
-  int64_t q;       // (batch, chunks * 128), int8
+  int64_t q;       // (batch, q_width), int8
   int64_t scale;   // (batch), float
   int64_t usage;   // (batch, n_neurons), float
   int64_t pooled;  // (lists, n_tiles_max), and room for tiles of one neuron, float
@@ -31,7 +31,7 @@ struct Layout {
 
 constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t lists = batch > 0 ? batch : 1;
-  const int64_t scale = padded(batch * chunks_of(d) * kChunk);
+  const int64_t scale = padded(batch * q_width(d));
   const int64_t usage = scale + padded(batch * int64_t{sizeof(float)});
   const int64_t pooled = usage + padded(batch * n_neurons * int64_t{sizeof(float)});
   return {.q = 0,
@@ -46,13 +46,13 @@ __host__ __device__ __forceinline__ bool is_pooled(const SelectParams& p) {
   return p.tile_rows > 1 || p.weight != nullptr;
 }
 
-template <int kBits>
+template <Code kCode>
 __global__ void __launch_bounds__(kMeasureWarps* kWarp) usage_kernel(const SelectParams p) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   const float* scale = at<float>(p.workspace, layout.scale);               // (batch)
   const float2* row_scale = reinterpret_cast<const float2*>(p.row_scale);  // (n_neurons)
   float* usage = at<float>(p.workspace, layout.usage);                     // (batch, n_neurons)
-  measure_neurons<kBits>(
+  measure_neurons<kCode>(
       p.codes, at<int8_t>(p.workspace, layout.q), p.batch, p.d, p.n_neurons,
       [&](int64_t b, int64_t j, int y_gate, int y_up) {
         const float2 scales = row_scale[j];
@@ -127,8 +127,8 @@ void select(const SelectParams& p, Stream stream) {
                    .d = p.d},
                   p.batch, stream);
     });
-    dispatch_bits(p.bits, "select", [&]<int kBits>() {
-      launch("select", "usage", usage_kernel<kBits>,
+    dispatch_code(p.code, "select", [&]<Code kCode>() {
+      launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),
              dim3(kMeasureWarps * kWarp), stream, p);
     });

@@ -197,7 +197,11 @@ TABLE = {
         E,
         "task 'pooled' is taken",
     ),
-    "five bits": (lambda s: s.calibrate(bits=(5,)), E, "bits = (5,): want some of 1, 2, 3, 4"),
+    "five bits": (
+        lambda s: s.calibrate(bits=(5,)),
+        E,
+        'bits = (5,): want some of 1, 2, 3, 4 and "ternary"',
+    ),
     "no bits": (lambda s: s.calibrate(bits=()), E, "bits = (): want some of"),
     "bits twice": (lambda s: s.calibrate(bits=(2, 2)), E, "each once"),
     "density above 1": (lambda s: s.calibrate(densities=(0.5, 2.0)), E, "want rising fractions"),
@@ -249,6 +253,32 @@ TABLE = {
     "bits a number": (lambda s: s.calibrate(bits=2), TypeError, "bits = 2: want a sequence"),
     "bits a string": (lambda s: s.calibrate(bits="2"), TypeError, "bits = '2': want a sequence"),
     "bits a float": (lambda s: s.calibrate(bits=(2.0,)), E, "bits = (2.0,): want some of 1, 2"),
+    "trits": (
+        lambda s: s.calibrate(bits=("trits",)),
+        E,
+        "bits = ('trits',): want some of 1, 2, 3, 4 and \"ternary\", each once",
+    ),
+    "ternary twice": (lambda s: s.calibrate(bits=("ternary",) * 2), E, "each once"),
+    "ternary not calibrated": (
+        lambda s: s.apply(bits="ternary"),
+        E,
+        "bits = 'ternary': want one of 2, 3",
+    ),
+    "command for no code": (
+        lambda s: s.command("generate", "demo", "{plan}", "--prompt", "x", "--bits", "trits"),
+        P,
+        "this plan wants 2",
+    ),
+    "command for strange blocks": (
+        lambda s: s.command("calibrate", "demo", "--blocks", "1,x"),
+        E,
+        "[calibrate] blocks = 'x': want whole numbers, such as 1,16",
+    ),
+    "command for strange bits": (
+        lambda s: s.command("calibrate", "demo", "--bits", "2,x"),
+        E,
+        "[calibrate] bits = (2, 'x'): want some of",
+    ),
     "bits nested": (lambda s: s.calibrate(bits=([2],)), E, "bits = ([2],): want some of 1, 2"),
     "no blocks": (lambda s: s.calibrate(blocks=()), E, "blocks = (): want sizes from 1 to 128"),
     "block 0": (lambda s: s.calibrate(blocks=(0, 4)), E, "blocks = (0, 4): want sizes from 1"),
@@ -406,7 +436,7 @@ TABLE = {
     "needed bytes of five bits": (
         lambda s: csfast.needed_bytes(s.model, bits=5),
         E,
-        "[needed_bytes] bits = 5: want 1, 2, 3 or 4",
+        '[needed_bytes] bits = 5: want 1, 2, 3, 4 or "ternary"',
     ),
     "needed bytes of block 0": (
         lambda s: csfast.needed_bytes(s.model, block=0),

@@ -60,7 +60,7 @@ def kept_fraction(model, plan, ids, *, bits, density, task="pooled", block=1, ba
     return fractions
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, "ternary"])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -73,7 +73,7 @@ def kept_fraction(model, plan, ids, *, bits, density, task="pooled", block=1, ba
 )
 def test_thresholds_keep_the_wanted_fraction(bits, kind, dtype):
     model, ids = tiny.make_model(kind, dtype=dtype), tiny.make_ids(30, 80)
-    plan = run(model, ids)
+    plan = run(model, ids, bits=(bits,))
     for density in DENSITIES[:-1]:
         for found in kept_fraction(model, plan, ids, bits=bits, density=density):
             # The same positions as in calibration, counted by the kernels' arithmetic in float64: a
@@ -106,7 +106,8 @@ def test_joint_supports_keep_the_wanted_fraction(block, batch):
 
 def test_own_thresholds_do_not_depend_on_what_else_is_asked_for():
     alone = run(bits=(2,))
-    more = run(bits=(2, 3), blocks=(1, 16), joint=True)
+    more = run(bits=("ternary", 2), blocks=(1, 16), joint=True)
+    assert more.bits == (2, "ternary")
     assert torch.equal(alone.thresholds[2, 1, 1], more.thresholds[2, 1, 1])
     assert alone.settings == ((2, 1, 1),) and len(more.settings) == 2 * 2 * 5
 
@@ -283,12 +284,13 @@ def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, more):
         {"model": tiny.make_model(seed=1)},
         {"samples": tiny.make_ids(30, 80, seed=1)},
         {"bits": (2,)},
+        {"bits": (2, 3, "ternary")},
         {"blocks": (1, 4)},
         {"joint": True},
         {"seed": 1},
         {"max_tokens": 1000},
     ],
-    ids=["model", "samples", "bits", "blocks", "joint", "seed", "max_tokens"],
+    ids=["model", "samples", "bits", "ternary", "blocks", "joint", "seed", "max_tokens"],
 )
 def test_resume_of_other_arguments_is_refused(tmp_path, change):
     run(resume=tmp_path / "a.resume")

@@ -33,7 +33,8 @@ def plans():
     def plan(kind="llama", dtype=torch.float32):
         if (kind, dtype) not in made:
             model = tiny.make_model(kind, dtype=dtype)
-            made[kind, dtype] = calibrated(model, blocks=BLOCKS, joint=kind == "llama")
+            bits = (2, 3, "ternary")
+            made[kind, dtype] = calibrated(model, bits=bits, blocks=BLOCKS, joint=kind == "llama")
         return made[kind, dtype]
 
     return plan
@@ -110,24 +111,24 @@ def test_full_support_agrees_with_float64(kind, dtype, batch, block, plans):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_runs_the_neurons_that_the_plan_chooses(kind, block, plans):
+@pytest.mark.parametrize(("bits", "block"), [(3, 1), (2, 16), ("ternary", 1), ("ternary", 16)])
+def test_runs_the_neurons_that_the_plan_chooses(kind, bits, block, plans):
     model, plan = tiny.make_model(kind), plans(kind)
-    csfast.apply(model, plan, density=0.25, bits=3, block=block, task="text")
+    csfast.apply(model, plan, density=0.25, bits=bits, block=block, task="text")
     x = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0))
     for i, ffn in enumerate(models.find_ffns(model)):
         layer = plan.layers[i]
         order = torch.arange(160) if block == 1 else layer.order[block]
         gate, up, down = (w.detach() for w in ffn.weights)
-        threshold = plan.threshold(i, bits=3, density=0.25, task="text", block=block)
+        threshold = plan.threshold(i, bits=bits, density=0.25, task="text", block=block)
         wanted = ops.ffn(
             # The codes of the neurons as they are, put in order.
-            layer.encode(gate, up, down, bits=3)[order],
+            layer.encode(gate, up, down, bits=bits)[order],
             layer.equal,
-            layer.row_scale[3][order],
+            layer.row_scale[bits][order],
             torch.full((4,), threshold),
             *(gate[order], up[order], down.T[order], x[:, 0]),
-            bits=3,
+            bits=bits,
             tile_rows=block,
             offset=None if ffn.offset() is None else ffn.offset()[order],
             gate_bias=None if ffn.gate.bias is None else ffn.gate.bias.detach()[order],
@@ -137,7 +138,8 @@ def test_runs_the_neurons_that_the_plan_chooses(kind, block, plans):
         )
         with torch.no_grad():
             assert torch.equal(ffn.module(x)[:, 0], wanted)
-    assert 0.1 < csfast.stats(model).density < 0.5
+    # These inputs are no hidden states of the model: what matters is that something is skipped.
+    assert 0 < csfast.stats(model).density < 0.8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,12 +209,12 @@ def test_remove_frees_what_csfast_owned(plans):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-bias", "phi3"])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_bytes_are_named_and_are_what_is_owned(kind, block, plans, caplog):
+@pytest.mark.parametrize(("bits", "block"), [(3, 1), (3, 16), ("ternary", 1)])
+def test_bytes_are_named_and_are_what_is_owned(kind, bits, block, plans, caplog):
     model = tiny.make_model(kind, dtype=torch.bfloat16)
-    wanted = csfast.needed_bytes(model, bits=3, block=block)
+    wanted = csfast.needed_bytes(model, bits=bits, block=block)
     with caplog.at_level(logging.INFO, logger="csfast"):
-        done = csfast.apply(model, plans(kind, torch.bfloat16), bits=3, block=block)
+        done = csfast.apply(model, plans(kind, torch.bfloat16), bits=bits, block=block)
     assert f"2 layers take {wanted} bytes" in caplog.text
     theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shared = shared_of(model)

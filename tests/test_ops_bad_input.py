@@ -50,6 +50,8 @@ def good():
         gate_bias=torch.zeros(N, dtype=torch.bfloat16),
         up_bias=torch.zeros(N, dtype=torch.bfloat16),
         down_bias=torch.zeros(D, dtype=torch.bfloat16),
+        phi=p.gate[:9],
+        rows=5,
     )
 
 
@@ -63,6 +65,8 @@ def call(op, a):
     a = {**a, "threshold": a["threshold"][:1]} if how == "joint" and op != "session" else a
     if op == "sense":
         return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
+    if op == "project":
+        return ops.project(a["phi"], a["x"], rows=a["rows"])
     if op == "recover":
         limit = "budget" if how == "top" else "threshold"
         recovery = {**recovery, "group_rows": a["group_rows"], limit: a[limit]}
@@ -110,6 +114,8 @@ ROWS = [
     ("ffn joint", "weight", lambda t: t.to("meta"), ValueError, "weight is on meta: want cpu or"),
     ("execute", "down_bias", lambda t: 0.5, TypeError, "down_bias is a float: want a torch.Tens"),
     ("execute", "tile", lambda t: t.to("meta"), ValueError, "tile is on meta: want cpu or cuda"),
+    ("project", "phi", lambda t: t.tolist(), TypeError, "phi is a list: want a torch.Tensor"),
+    ("project", "phi", lambda t: t.to("meta"), ValueError, "phi is on meta: want cpu or cuda"),
     # Dtype
     ("sense", "codes", lambda t: t.char(), TypeError, "codes is int8: want uint8"),
     ("sense", "equal", lambda t: t.double(), TypeError, "equal is float64: want float32"),
@@ -133,9 +139,14 @@ ROWS = [
     ("ffn", "down_t", lambda t: t.float(), TypeError, "down_t is float32: want bfloat16"),
     ("ffn", "stats", lambda t: t.int(), TypeError, "stats is int32: want int64"),
     ("session", "row_scale", lambda t: t.bfloat16(), TypeError, "row_scale is bfloat16: want"),
+    ("project", "phi", lambda t: t.double(), TypeError, "phi is float64: want float32, float16 or"),
+    ("project", "phi", lambda t: t.float(), TypeError, "x is bfloat16: want float32"),
+    ("project", "x", lambda t: t.half(), TypeError, "x is float16: want bfloat16"),
     # Strides
     ("recover", "offset", lambda t: t.T.contiguous().T, TypeError, "offset of shape"),
     ("ffn", "down_bias", lambda t: t[:1].expand(D), TypeError, "down_bias of shape"),
+    ("project", "phi", lambda t: t.T.contiguous().T, TypeError, r"phi of shape \(9, 200\)"),
+    ("project", "x", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "x of shape"),
     ("sense", "codes", lambda t: t.mT.contiguous().mT, TypeError, "other strides"),
     ("sense", "x", lambda t: t.T.contiguous().T, TypeError, r"x of shape \(2, 200\) has other"),
     ("execute", "down_t", lambda t: t.T.contiguous().T, TypeError, "want a contiguous tensor"),
@@ -177,12 +188,17 @@ ROWS = [
     ("ffn joint", "weight", lambda t: t[:1], ValueError, r"weight has shape .* \(batch = 2,\)"),
     ("session joint", "weight", lambda t: t[:1], ValueError, "weight has shape"),
     ("session", "gate_bias", lambda t: t[:-1], ValueError, "gate_bias has shape"),
+    ("project", "phi", lambda t: t[0], ValueError, "phi of 1 axes and x of 2: want"),
+    ("project", "x", lambda t: t[None], ValueError, "phi of 2 axes and x of 3: want"),
+    ("project", "x", lambda t: t[:, :-1].contiguous(), ValueError, r"x has shape \(2, 199\): want"),
     # Nothing there
+    ("project", "phi", lambda t: t[:0], ValueError, "rows = 5: want 1 to m = 0"),
     ("sense", "x", lambda t: t[:, :0], ValueError, "d = 0|chunks = 0"),
     ("execute", "gate", lambda t: t[:0], ValueError, "n_neurons = 0|up has shape"),
     ("recover", "y", lambda t: t[:, :0], ValueError, "n_neurons = 0|row_scale has shape"),
     ("tile", "index", lambda t: t[:, :0], ValueError, "n_neurons = 0"),
     # Absurd sizes, refused before any memory is touched
+    ("project", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows of 5"),
     ("sense", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("execute", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("ffn", "x", lambda t: huge(65536, D), ValueError, "batch = 65536 rows"),
@@ -196,8 +212,15 @@ ROWS = [
     ("sense", "bits", lambda v: 3, ValueError, r"codes has shape .* 16 \* bits = 48"),
     ("sense", "bits", lambda v: -1, ValueError, "bits = -1"),
     ("sense", "bits", lambda v: 1 << 40, ValueError, "bits = 1099511627776"),
-    ("sense", "bits", lambda v: "2", TypeError, "bits is a str: want an int"),
-    ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int"),
+    ("sense", "bits", lambda v: "2", ValueError, "bits = '2': want 1 to 4 or \"ternary\""),
+    ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int or \"ternary\""),
+    ("session", "bits", lambda v: [2], TypeError, "bits is a list: want an int or"),
+    ("session", "bits", lambda v: 5, ValueError, "bits = 5: want 1 to 4 or"),
+    ("select", "bits", lambda v: "ternary", ValueError, r"want .* groups = 3, 16\)"),
+    ("project", "rows", lambda v: 0, ValueError, "rows = 0: want 1 to m = 9"),
+    ("project", "rows", lambda v: 10, ValueError, "rows = 10: want 1 to m = 9"),
+    ("project", "rows", lambda v: -1, ValueError, "rows = -1: want"),
+    ("project", "rows", lambda v: 2.0, TypeError, "rows is a float: want an int"),
     ("tile", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0: want at least 1"),
     ("select", "tile_rows", lambda v: -3, ValueError, "tile_rows = -3"),
     ("execute", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0|tile has shape"),
@@ -241,7 +264,7 @@ def test_refuses(good, op, name, change, error, message):
     assert re.search(message, text), text
 
 
-OPS = ("sense", "recover", "recover top", "recover joint", "tile", "execute", "select")
+OPS = ("sense", "project", "recover", "recover top", "recover joint", "tile", "execute", "select")
 OPS += ("select joint", "ffn", "ffn joint", "session", "session joint")
 
 

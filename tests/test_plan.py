@@ -20,18 +20,19 @@ from csfast.plan import JOINT, LayerPlan, Plan, Setting
 from csfast.types import LayerShape, PlanError
 
 D, N_NEURONS, N_LAYERS = 8, 12, 2
+CODES = (2, 3, "ternary")
 DENSITIES = (0.1, 0.5, 1.0)
 
 
 def make_plan(**changes):
     draw = torch.Generator().manual_seed(0)
     falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3)
-    settings = [Setting(*s) for s in itertools.product((2, 3), (1, 4, 16), (1, *JOINT))]
+    settings = [Setting(*s) for s in itertools.product(CODES, (1, 4, 16), (1, *JOINT))]
     values = {
         "model": models.Fingerprint(
             "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "silu", "0a" * 32
         ),
-        "bits": (2, 3),
+        "bits": CODES,
         "blocks": (1, 4, 16),
         "batches": (1, *JOINT),
         "tasks": ("pooled", "math"),
@@ -39,12 +40,14 @@ def make_plan(**changes):
         "layers": tuple(
             LayerPlan(
                 torch.rand(D, generator=draw) + 0.5,
-                {b: torch.rand(N_NEURONS, 2, generator=draw) for b in (2, 3)},
+                {b: torch.rand(N_NEURONS, 2, generator=draw) for b in CODES},
                 {n: torch.randperm(N_NEURONS, generator=draw) for n in (4, 16)},
             )
             for _ in range(N_LAYERS)
         ),
-        "thresholds": {s: (2 / s.bits) * s.block * s.batch * falling for s in settings},
+        "thresholds": {
+            s: (1 + CODES.index(s.bits)) * s.block * s.batch * falling for s in settings
+        },
         "n_tokens": {"math": 100},
         "seed": 3,
     }
@@ -94,7 +97,7 @@ def test_round_trip_keeps_everything(tmp_path):
     plain = ("model", "bits", "blocks", "batches", "tasks", "densities", "n_tokens", "seed")
     for name in (*plain, "settings", "plan_hash"):
         assert getattr(found, name) == getattr(plan, name), name
-    assert len(plan.settings) == 2 * 3 * 5
+    assert len(plan.settings) == 3 * 3 * 5
     for setting in plan.settings:
         assert torch.equal(found.thresholds[setting], plan.thresholds[setting])
     for mine, theirs in zip(plan.layers, found.layers, strict=True):
@@ -118,9 +121,13 @@ def test_file_is_plain_safetensors(tmp_path, raw):
         for name, setting in (
             ("thresholds.b2.block1", (2, 1, 1)),
             ("thresholds.b3.block16.joint8", (3, 16, 8)),
+            ("thresholds.bternary.block4", ("ternary", 4, 1)),
         ):
             assert torch.equal(file.get_tensor(name), make_plan().thresholds[setting])
-        assert torch.equal(file.get_tensor("layers.1.order.block4"), make_plan().layers[1].order[4])
+        layer = make_plan().layers[1]
+        assert torch.equal(file.get_tensor("layers.1.order.block4"), layer.order[4])
+        found = file.get_tensor("layers.1.row_scale.bternary")
+        assert torch.equal(found, layer.row_scale["ternary"])
 
 
 def test_every_truncation_is_refused(tmp_path, raw):
@@ -240,9 +247,21 @@ BAD_PLANS = {
     "shapes not a list": (_fields(shapes="{}"), "shapes: want a JSON list"),
     "fewer layers": (_fields(shapes="[[8,12]]"), "want exactly those of 1 layers"),
     "other sizes": (_fields(shapes="[[8,12],[8,13]]"), r"row_scale.* want \(13, 2\)"),
-    "bits": (_fields(bits="[2,5]"), "bits = 2, 5: want some of 1, 2, 3, 4"),
-    "unhashable bits": (_fields(bits="[[2],3]"), "want some of 1, 2, 3, 4"),
-    "bits falling": (_fields(bits="[3,2]"), "rising"),
+    "bits": (_fields(bits='[2,5,"ternary"]'), "bits = 2, 5, ternary: want some of 1, 2, 3, 4, ter"),
+    "unhashable bits": (_fields(bits="[[2],3]"), "want some of 1, 2, 3, 4, ternary"),
+    "bits falling": (_fields(bits='[3,2,"ternary"]'), "4, ternary, in this order"),
+    "ternary first": (_fields(bits='["ternary",2,3]'), "4, ternary, in this order"),
+    "ternary twice": (_fields(bits='[2,3,"ternary","ternary"]'), "ternary, in this order"),
+    "ternary misspelt": (_fields(bits='[2,3,"Ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits as text": (_fields(bits='["2",3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits as a float": (_fields(bits='[2.0,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits true": (_fields(bits='[true,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "ternary unsaid": (_fields(bits="[2,3]"), "row_scale.bternary.*: want exactly those"),
+    "ternary without thresholds": (
+        lambda raw: rewrite(raw, drop=["thresholds.bternary.block16.joint2"]),
+        "thresholds.bternary.block16.joint2",
+    ),
+    "ternary scale": (_with("layers.1.row_scale.bternary", (3, 0), NAN), "want finite numbers"),
     "no bits": (_fields(bits="[]"), "want"),
     "too many bits": (_fields(bits=f"[{'2,' * 128}2]"), "129 bits: want at most 128"),
     "too many blocks": (_fields(blocks=f"[{'4,' * 9999}4]"), "10000 blocks: want at most 128"),
@@ -262,7 +281,7 @@ BAD_PLANS = {
         lambda raw: rewrite(
             *(raw,),
             fields={"batches": "[2,4,8,16]"},
-            drop=[f"thresholds.b{b}.block{n}" for b in (2, 3) for n in (1, 4, 16)],
+            drop=[f"thresholds.b{b}.block{n}" for b in CODES for n in (1, 4, 16)],
         ),
         r"batches = \(2, 4, 8, 16\): want \(1,\) or \(1, 2, 4, 8, 16\)",
     ),
@@ -270,7 +289,7 @@ BAD_PLANS = {
         lambda raw: rewrite(
             *(raw,),
             fields={"batches": "[1,2,4,8]"},
-            drop=[f"thresholds.b{b}.block{n}.joint16" for b in (2, 3) for n in (1, 4, 16)],
+            drop=[f"thresholds.b{b}.block{n}.joint16" for b in CODES for n in (1, 4, 16)],
         ),
         r"want \(1,\) or \(1, 2, 4, 8, 16\)",
     ),
@@ -392,7 +411,8 @@ def test_threshold_interpolates_logarithms():
     plan = make_plan()
     assert plan.threshold(0, bits=2, density=0.1) == 4
     assert plan.threshold(0, bits=2, density=0.3) == pytest.approx(2)  # sqrt(4 * 1)
-    assert plan.threshold(1, bits=3, density=0.5, task="math") == pytest.approx(2 / 3)
+    assert plan.threshold(1, bits=3, density=0.5, task="math") == 2
+    assert plan.threshold(1, bits="ternary", density=0.5, task="math") == 3
     assert plan.threshold(0, bits=2, density=0.1, block=16) == 64
     assert plan.threshold(0, bits=2, density=0.75) == 0.5  # towards 0, linear
     assert plan.threshold(0, bits=2, density=1) == 0
@@ -423,7 +443,8 @@ def test_threshold_refuses_joint_batches_it_does_not_hold():
     [
         ({"layer": 2}, "layer = 2: want 0 to 1"),
         ({"layer": -1}, "layer = -1"),
-        ({"bits": 4}, "bits = 4: want one of 2, 3"),
+        ({"bits": 4}, "bits = 4: want one of 2, 3, ternary"),
+        ({"bits": "4"}, "bits = '4': want one of 2, 3, ternary"),
         ({"block": 8}, "block = 8: want one of 1, 4, 16"),
         ({"batch": 17}, "batch = 17: want 1 to 16"),
         ({"batch": 0}, "batch = 0: want 1 to 16"),
@@ -452,7 +473,9 @@ def fingerprint_plan(model):
         LayerPlan(torch.ones(s.d), {b: torch.ones(s.n_neurons, 2) for b in (2, 3)}) for s in sizes
     )
     thresholds = {Setting(b, 1, 1): torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
-    return make_plan(model=found, blocks=(1,), batches=(1,), layers=layers, thresholds=thresholds)
+    return make_plan(
+        model=found, bits=(2, 3), blocks=(1,), batches=(1,), layers=layers, thresholds=thresholds
+    )
 
 
 def test_check_accepts_its_own_model():
@@ -490,8 +513,8 @@ def test_encoded_rows_are_those_that_were_fitted():
     draw = torch.Generator().manual_seed(0)
     gate, up, down_t = (torch.randn(96, 40, generator=draw) for _ in range(3))
     equal = planes.equalizer(torch.rand(40, generator=draw) + 0.01)
-    layer = LayerPlan.fit(gate, up, down_t.T, equal, (2, 3))
-    for bits in (2, 3):
+    layer = LayerPlan.fit(gate, up, down_t.T, equal, CODES)
+    for bits in CODES:
         found = planes.unpack(layer.encode(gate, up, down_t.T, bits=bits).flatten(0, 1), bits, 40)
         for r, weight in enumerate((gate, up)):
             scale = planes.fit_scale(weight, equal, bits)
@@ -507,10 +530,10 @@ def test_blocks_are_encoded_in_their_order():
     draw = torch.Generator().manual_seed(0)
     n = 2000  # more than are coded at a time
     gate, up, down_t = (torch.randn(n, 40, generator=draw) for _ in range(3))
-    fitted = LayerPlan.fit(gate, up, down_t.T, torch.ones(40), (2, 3))
+    fitted = LayerPlan.fit(gate, up, down_t.T, torch.ones(40), CODES)
     order = torch.randperm(n, generator=draw)
     layer = dataclasses.replace(fitted, order={16: order})
-    for bits in (2, 3):
+    for bits in CODES:
         plain = layer.encode(gate, up, down_t.T, bits=bits)
         assert torch.equal(layer.encode(gate, up, down_t.T, bits=bits, block=16), plain[order])
 

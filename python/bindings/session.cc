@@ -1,13 +1,14 @@
 #include "csfast/session.h"
 
 #include "call.h"
+#include "codes.h"
 
 using namespace nb::literals;
 
 namespace {
 
 int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::handle row_scale,
-             nb::handle threshold, nb::handle gate, nb::handle up, nb::handle down_t, int bits,
+             nb::handle threshold, nb::handle gate, nb::handle up, nb::handle down_t, int code,
              int tile_rows, nb::handle offset, nb::handle gate_bias, nb::handle up_bias,
              nb::handle down_bias, nb::handle weight, const char* activation, nb::handle stats,
              nb::handle workspace, bool cuda) {
@@ -17,8 +18,9 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.gate = call.in_type(gate, "gate", {&n, &d});
   p.up = call.in_type(up, "up", {&n, &d});
   p.down_t = call.in_type(down_t, "down_t", {&n, &d});
-  Size chunks{"chunks", csfast::chunks_of(d)}, bytes{"16 * bits", 16 * int64_t{bits}};
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &chunks, &bytes});
+  p.code = code_of(code);
+  CodeSizes sizes(p.code, d);
+  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
   p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
@@ -35,7 +37,6 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
-  p.bits = bits;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   p.activation = call.activation(activation);
@@ -61,12 +62,12 @@ void bind_session(nb::module_& m) {
           },
           "cuda"_a)
       .def("bind", &bind, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
-           "down_t"_a, "bits"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
+           "down_t"_a, "code"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
            "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a,
            "stats"_a.none(), "workspace"_a, "cuda"_a,
            nb::sig("def bind(self, codes: torch.Tensor, equal: torch.Tensor, "
                    "row_scale: torch.Tensor, threshold: torch.Tensor, gate: torch.Tensor, "
-                   "up: torch.Tensor, down_t: torch.Tensor, bits: int, tile_rows: int, "
+                   "up: torch.Tensor, down_t: torch.Tensor, code: int, tile_rows: int, "
                    "offset: torch.Tensor | None, gate_bias: torch.Tensor | None, "
                    "up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, "
                    "weight: torch.Tensor | None, activation: str, "

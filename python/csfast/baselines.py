@@ -29,10 +29,11 @@ from .rules import (
     cuts,
     keep_large,
 )
-from .types import LayerShape
+from .types import TERNARY, Code, LayerShape
 
 _METHODS = (
-    "oracle-neuron, planes-b<bits>, teal, cats, griffin, static, lowrank-<rank>, rtn-int<bits>"
+    "oracle-neuron, planes-b<bits>, ternary, teal, cats, griffin, static, lowrank-<rank>, "
+    "rtn-int<bits>"
 )
 
 
@@ -43,18 +44,18 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(self, name: str, fit: Fit, *, bits: int) -> None:
+    def __init__(self, name: str, fit: Fit, *, bits: Code) -> None:
         """Code the rows of every layer, with the channels evened out over the sample."""
         super().__init__(name, fit.ffns)
         self.bits = bits
         self._equal = []
-        self._value = []  # odd integers of the gate rows, then of the up rows, (2 n_neurons, d)
+        self._value = []  # levels of the gate rows, then of the up rows, (2 n_neurons, d)
         self._row_scale = []  # (n_neurons, 2)
         self._offset = [ffn.offset() for ffn in fit.ffns]  # (n_neurons, 2), or none
         for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True):
-            if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
+            if 127 * planes.level_max(bits) * ffn.shape.d >= 2**24:
                 raise ValueError(
-                    f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
+                    f"[ablate] {name} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
             equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
@@ -62,13 +63,13 @@ class Planes(NeuronRule):
             codes = layer.encode(*ffn.weights, bits=bits)
             unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
             self._equal.append(equal)
-            self._value.append(2 * unpacked.float() - (2**bits - 1))
+            self._value.append(planes.levels_of(unpacked, bits))
             self._row_scale.append(layer.row_scale[bits].to(x.device))
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the estimated usage; a scale that is not finite makes all of it not-a-number."""
         q, scale = reference.quantize(x, self._equal[layer])
-        y = (q.float() @ self._value[layer].T).unflatten(1, (2, -1))
+        y = (q.float() @ self._value[layer].T).view(x.shape[0], 2, self.ffns[layer].shape.n_neurons)
         z = scale[:, None, None] * self._row_scale[layer].T * y
         if (offset := self._offset[layer]) is not None:
             z = z + offset.T
@@ -322,6 +323,7 @@ def _makers(method: str, number: int, fit: Fit) -> dict[str, Callable[[], Rule]]
         "griffin": lambda: Griffin(method, fit),
         "static": lambda: Static(method, fit),
         "planes": lambda: Planes(method, fit, bits=number),
+        "ternary": lambda: Planes(method, fit, bits=TERNARY),
         "lowrank": lambda: LowRank(method, fit, number),
         "rtn": lambda: Rounded(method, fit, bits=number),
     }
@@ -332,6 +334,7 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
     ranks = sorted({max(1, shape.d // part) for part in (16, 8, 4)})
     return (
         "oracle-neuron",
+        "ternary",
         "planes-b2",
         "planes-b3",
         "planes-b4",
@@ -347,14 +350,13 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
 def family(method: str) -> str:
     """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
     kind, _ = _parse(method)
-    return {"oracle-neuron": "oracle", "planes": "few-bit", "rtn": "quantised"}.get(
-        kind, "selection"
-    )
+    families = {"oracle-neuron": "oracle", "planes": "few-bit", "ternary": "few-bit"}
+    return {**families, "rtn": "quantised"}.get(kind, "selection")
 
 
 def _parse(method: str) -> tuple[str, int]:
     """Split a method's name in its kind and its number, 0 where it has none."""
-    if method in ("oracle-neuron", "teal", "cats", "griffin", "static"):
+    if method in ("oracle-neuron", "ternary", "teal", "cats", "griffin", "static"):
         return method, 0
     for kind, prefix in (("planes", "planes-b"), ("lowrank", "lowrank-"), ("rtn", "rtn-int")):
         number = method.removeprefix(prefix)

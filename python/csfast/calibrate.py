@@ -41,7 +41,7 @@ from .plan import (
     unpack,
     write_atomic,
 )
-from .types import POOLED, Document, PlanError
+from .types import POOLED, TERNARY, Code, Document, PlanError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +117,7 @@ def calibrate(
     samples: Sample | Iterable[Sample],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    bits: Sequence[int] = (2, 3),
+    bits: Sequence[Code] = (2, 3),
     blocks: Sequence[int] = (1,),
     joint: bool = False,
     densities: Sequence[float] = DENSITIES,
@@ -137,7 +137,7 @@ def calibrate(
         samples: Documents, strings (plain texts of the task ``"text"``) or token ids ``(1, T)``,
             int64 (likewise); or one of these.
         tokenizer: Of the model; needed unless all samples are token ids.
-        bits: Settings of the sensor to fit.
+        bits: Codes of the sensor to fit: 1 to 4 bits a weight, ``"ternary"``.
         blocks: Sizes of block to order the neurons for, 1 to 128; 1 is single neurons.
         joint: Find thresholds for batches that share one support as well.
         densities: Fractions to find thresholds for, rising; 1 is added if it is missing.
@@ -368,7 +368,7 @@ def _order(
 
 
 def _sensors(
-    ffns: list[Ffn], state: _State, counts: list[int], bits: tuple[int, ...]
+    ffns: list[Ffn], state: _State, counts: list[int], bits: tuple[Code, ...]
 ) -> list[_Sensor]:
     """Fit every layer to the mean squares, each task weighted equally."""
     sensors = []
@@ -431,20 +431,20 @@ def _usages(
                 yield j, grouped
 
 
-def _usage(sensor: _Sensor, x: Tensor, bits: int) -> Tensor:
+def _usage(sensor: _Sensor, x: Tensor, bits: Code) -> Tensor:
     """The estimated usage of every neuron, ``(n, n_neurons)``, float32."""
     ffn, offset = sensor.ffn, sensor.offset
     d, n_neurons = ffn.shape.d, ffn.shape.n_neurons
     row_scale = sensor.plan.row_scale[bits].to(x.device)
     q, scale = reference.quantize(x, sensor.plan.equal.to(x.device))
     # Integers below 2^24 in float32, or below 2^53 in float64: exact, as the kernels are.
-    dtype = torch.float32 if 127 * (2**bits - 1) * d < 2**24 else torch.float64
+    dtype = torch.float32 if 127 * planes.level_max(bits) * d < 2**24 else torch.float64
     usage = torch.empty(len(x), n_neurons, device=x.device)
     step = max(1, _STEP_OPERATIONS // (4 * d * _STEP_NEURONS))
     for start in range(0, n_neurons, _STEP_NEURONS):
         rows = slice(start, start + _STEP_NEURONS)
         codes = sensor.plan.encode_rows(*ffn.weights[:2], sensor.norm, rows, bits=bits)
-        level = 2 * planes.unpack(codes.flatten(0, 1), bits, d).to(dtype) - (2**bits - 1)
+        level = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).to(dtype)
         gate, up = level[0::2].T.contiguous(), level[1::2].T.contiguous()
         for first in range(0, len(x), step):
             part = slice(first, first + step)
@@ -504,12 +504,14 @@ def _thresholds(histogram: Tensor, densities: tuple[float, ...]) -> Tensor:
     return torch.cat(columns, dim=2).float()
 
 
-def _bits(bits: Sequence[int]) -> tuple[int, ...]:
+def _bits(bits: Sequence[Code]) -> tuple[Code, ...]:
     settings = _listed("bits", bits)
-    known = all(type(b) is int and b in planes.BITS for b in settings)
+    known = all(type(b) in (int, str) and b in planes.CODES for b in settings)
     if not settings or not known or len(set(settings)) != len(settings):
-        raise ValueError(f"[calibrate] bits = {settings}: want some of 1, 2, 3, 4, each once.")
-    return tuple(sorted(settings))
+        raise ValueError(
+            f'[calibrate] bits = {settings}: want some of 1, 2, 3, 4 and "{TERNARY}", each once.'
+        )
+    return tuple(sorted(settings, key=planes.CODES.index))
 
 
 def _listed(name: str, values: Iterable[T]) -> tuple[T, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import models, ops, planes
 from .models import Ffn
 from .plan import BLOCK_MAX, LayerPlan, Plan
-from .types import POOLED
+from .types import POOLED, TERNARY, Code
 
 BATCH_MAX = 16  # sequences that decode together; a larger batch runs dense
 _MEMORY_SHARE = 0.8  # of the free memory: the cache of keys and values needs some too
@@ -48,7 +48,7 @@ class Applied:
         n_layers: Layers that were patched.
         n_bytes: Memory that csfast owns for them: codes, scales, transposed down projections,
             reordered copies of gate and up for blocks, the kernels' workspace.
-        bits: Of the sensor.
+        bits: Code of the sensor.
         block: Neurons that are kept or skipped together.
         joint: Whether the sequences of a batch share a support.
         density: Fraction of neurons that the thresholds were calibrated for.
@@ -57,7 +57,7 @@ class Applied:
 
     n_layers: int
     n_bytes: int
-    bits: int
+    bits: Code
     block: int
     joint: bool
     density: float
@@ -117,7 +117,7 @@ class _Shared:
 
     session: ops.Session
     plan: Plan
-    bits: int
+    bits: Code
     block: int
     activation: str
     threshold: Tensor  # (n_layers, BATCH_MAX), float32; joint: the first of a layer counts
@@ -134,7 +134,7 @@ class _Layer:
 
     shared: _Shared
     number: int  # in the session
-    codes: Tensor  # (n_neurons, 2, chunks, 16 * bits), uint8
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
     equal: Tensor  # (d,), float32
     row_scale: Tensor  # (n_neurons, 2), float32
     offset: Tensor | None  # (n_neurons, 2), float32: what the biases add to readings
@@ -150,19 +150,19 @@ class _Layer:
     fallbacks: int = 0
 
 
-def needed_bytes(model: nn.Module, *, bits: int = 2, block: int = 1) -> int:
+def needed_bytes(model: nn.Module, *, bits: Code = 2, block: int = 1) -> int:
     """Give the bytes that `apply` would allocate and keep.
 
     Args:
         model: As `models.find_ffns` wants it.
-        bits: Of the sensor.
+        bits: Code of the sensor.
         block: Neurons a block; above 1 csfast keeps a copy of gate and up as well.
 
     Raises:
         ValueError: There is no such sensor or block.
     """
-    if bits not in planes.BITS:
-        raise ValueError(f"[needed_bytes] bits = {bits!r}: want 1, 2, 3 or 4.")
+    if bits not in planes.CODES:
+        raise ValueError(f'[needed_bytes] bits = {bits!r}: want 1, 2, 3, 4 or "{TERNARY}".')
     if type(block) is not int or not 1 <= block <= BLOCK_MAX:
         raise ValueError(f"[needed_bytes] block = {block!r}: want 1 to {BLOCK_MAX}.")
     return _needed_bytes(models.find_ffns(model), bits, block)
@@ -173,7 +173,7 @@ def apply(
     plan: Plan,
     *,
     density: float = 0.5,
-    bits: int = 2,
+    bits: Code = 2,
     block: int = 1,
     joint: bool = False,
     task: str = POOLED,
@@ -191,7 +191,7 @@ def apply(
         plan: Made by `calibrate` on this very model.
         density: Fraction of neurons to run, within the plan's densities; 1 runs the original
             modules, bit for bit.
-        bits: Of the sensor, one of the plan's settings.
+        bits: Code of the sensor, one of the plan's.
         block: Neurons to keep or skip together, one of the plan's sizes. Above 1 csfast keeps a
             copy of gate and up in the plan's order.
         joint: Whether the sequences of a batch share one support, chosen by the mean of what they
@@ -601,7 +601,7 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
 
 
 def _thresholds(
-    plan: Plan, *, bits: int, block: int, joint: bool, density: float, task: str
+    plan: Plan, *, bits: Code, block: int, joint: bool, density: float, task: str
 ) -> Tensor:
     """Thresholds by the number of votes, ``(1 + BATCH_MAX or 1, n_layers)``, on the CPU.
 
@@ -639,7 +639,7 @@ def _no_votes(n_layers: int, device: torch.device) -> _Votes:
     )
 
 
-def _needed_bytes(ffns: Sequence[Ffn], bits: int, block: int) -> int:
+def _needed_bytes(ffns: Sequence[Ffn], bits: Code, block: int) -> int:
     """Bytes that csfast keeps for some layers, those of votes not counted, a kilobyte or two."""
     workspaces = {
         ops.ffn_workspace(BATCH_MAX, f.shape.d, f.shape.n_neurons, f.gate.weight.device)
@@ -648,7 +648,7 @@ def _needed_bytes(ffns: Sequence[Ffn], bits: int, block: int) -> int:
     return sum(_layer_bytes(ffn, bits, block) for ffn in ffns) + sum(workspaces)
 
 
-def _layer_bytes(ffn: Ffn, bits: int, block: int) -> int:
+def _layer_bytes(ffn: Ffn, bits: Code, block: int) -> int:
     """Bytes that csfast keeps for one layer."""
     d, n_neurons = ffn.shape.d, ffn.shape.n_neurons
     n_biases = sum(bias is not None for bias in (ffn.gate.bias, ffn.up.bias))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import BackendError, cuda_available, isa
+from .types import TERNARY, Code
 
 __all__ = [
     "BackendError",
@@ -39,6 +40,7 @@ __all__ = [
     "ffn_workspace",
     "isa",
     "omp",
+    "project",
     "recover",
     "select",
     "sense",
@@ -47,6 +49,7 @@ __all__ = [
 
 _INT32_MAX = 2**31 - 1
 _OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
+_CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +99,14 @@ class Pursuit:
     status: Tensor  # (batch,) int32: a `PursuitStatus`
 
 
-def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Measure every neuron's gate and up row by few-bit codes, exactly in integers.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8, see `planes.pack`.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8, see `planes.pack`.
         equal: Channel equaliser, ``(d,)``, float32.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
 
     Returns:
         Measurements ``(batch, n_neurons, 2)``, int32, gate then up, and the scale of each row,
@@ -115,8 +118,7 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor
         BackendError: The device has no csfast backend, or it failed.
     """
     _check_tensors("sense", codes=codes, equal=equal, x=x)
-    _check_ints("sense", bits=bits)
-    y, scale = torch.ops.csfast.sense.default(codes, equal, x, bits)
+    y, scale = torch.ops.csfast.sense.default(codes, equal, x, _code("sense", bits))
     return y, scale
 
 
@@ -257,6 +259,34 @@ def omp(
     )
 
 
+def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
+    """Measure activations by the rows of a dense matrix: ``x @ phi[:rows].T``, summed in float32.
+
+    For random operators (`csfast.operators`), composed ones, and those of low rank, which are two
+    in a row. Deterministic: a measurement depends on its row of `phi` and its activation alone, so
+    fewer rows give a prefix of the measurements of more, bit for bit.
+
+    Args:
+        phi: Sensing matrix, ``(m, d)``, T.
+        x: Activations, ``(batch, d)``, T.
+        rows: Rows of `phi` that measure, the first, 1 to `m`; all if left out.
+
+    Returns:
+        Measurements ``(batch, rows)``, float32.
+
+    Raises:
+        ValueError: The shapes do not fit together, or `rows` is out of range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors("project", phi=phi, x=x)
+    if rows is None:
+        rows = phi.shape[0] if phi.dim() == 2 else 0
+    _check_ints("project", rows=rows)
+    y: Tensor = torch.ops.csfast.project.default(phi, x, rows)
+    return y
+
+
 def execute(
     gate: Tensor,
     up: Tensor,
@@ -331,7 +361,7 @@ def select(
     threshold: Tensor,
     x: Tensor,
     *,
-    bits: int,
+    bits: Code,
     tile_rows: int = 1,
     offset: Tensor | None = None,
     weight: Tensor | None = None,
@@ -340,13 +370,13 @@ def select(
     """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
         threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
             `weight`, otherwise `batch`.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
         offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
         weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
@@ -372,10 +402,11 @@ def select(
         offset=offset,
         weight=weight,
     )
-    _check_ints("select", bits=bits, tile_rows=tile_rows)
+    code = _code("select", bits)
+    _check_ints("select", tile_rows=tile_rows)
     _check_activation("select", activation)
     tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, bits, tile_rows, offset, weight, activation
+        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
     )
     return TileList(tiles, n_tiles, tile_rows), missed
 
@@ -390,7 +421,7 @@ def ffn(
     down_t: Tensor,
     x: Tensor,
     *,
-    bits: int,
+    bits: Code,
     tile_rows: int = 1,
     offset: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -403,7 +434,7 @@ def ffn(
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
         threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
@@ -412,7 +443,7 @@ def ffn(
         up: Up projection, ``(n_neurons, d)``, T.
         down_t: Transposed down projection, ``(n_neurons, d)``, T.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
         offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
         gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
@@ -449,16 +480,17 @@ def ffn(
         weight=weight,
         stats=stats,
     )
-    _check_ints("ffn", bits=bits, tile_rows=tile_rows)
+    code = _code("ffn", bits)
+    _check_ints("ffn", tile_rows=tile_rows)
     _check_activation("ffn", activation)
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
     out: Tensor
     if stats is None:
-        out = torch.ops.csfast.ffn.default(*layer, x, bits, tile_rows, *biases, weight, activation)
+        out = torch.ops.csfast.ffn.default(*layer, x, code, tile_rows, *biases, weight, activation)
     else:
         out = torch.ops.csfast.ffn.counted(
-            *layer, x, bits, tile_rows, stats, *biases, weight, activation
+            *layer, x, code, tile_rows, stats, *biases, weight, activation
         )
     return out
 
@@ -498,7 +530,7 @@ class Session:
         gate: Tensor,
         up: Tensor,
         down_t: Tensor,
-        bits: int,
+        bits: Code,
         max_batch: int,
         tile_rows: int = 1,
         offset: Tensor | None = None,
@@ -512,7 +544,7 @@ class Session:
         """Check the tensors of one layer and take them over.
 
         Args:
-            codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+            codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
             equal: Channel equaliser, ``(d,)``, float32.
             row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32.
             threshold: Usage from which a tile is kept, ``(max_batch,)``, float32; with `weight`
@@ -521,7 +553,7 @@ class Session:
             gate: Gate projection, ``(n_neurons, d)``, T.
             up: Up projection, ``(n_neurons, d)``, T.
             down_t: Transposed down projection, ``(n_neurons, d)``, T.
-            bits: Width of a code, 1 to 4.
+            bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
             max_batch: The most rows that a call may bring.
             tile_rows: Neurons a tile, at least 1.
             offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
@@ -560,7 +592,8 @@ class Session:
             weight=weight,
             stats=stats,
         )
-        _check_ints("session", bits=bits, tile_rows=tile_rows, max_batch=max_batch)
+        code = _code("session", bits)
+        _check_ints("session", tile_rows=tile_rows, max_batch=max_batch)
         _check_activation("session", activation)
         if gate.device.type != self._device.type or self._place not in (None, gate.device):
             raise ValueError(
@@ -584,7 +617,7 @@ class Session:
             gate.detach(),
             up.detach(),
             down_t.detach(),
-            bits,
+            code,
             tile_rows,
             _plain(offset),
             _plain(gate_bias),
@@ -679,6 +712,16 @@ def _check_tensors(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def _code(op: str, bits: Code) -> int:
+    """The number of a code, `csfast::Code`."""
+    if not isinstance(bits, (int, str)):
+        raise TypeError(f'[{op}] bits is a {type(bits).__name__}: want an int or "{TERNARY}".')
+    code = _CODES.get(bits)
+    if code is None:
+        raise ValueError(f'[{op}] bits = {bits!r}: want 1 to 4 or "{TERNARY}".')
+    return code
+
+
 def _check_ints(op: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int):
@@ -725,15 +768,15 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def _sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
     batch, d, _ = _sizes("sense", x, codes, 4)
-    y, scale = _fake_sense(codes, equal, x, bits)
-    q = x.new_empty((batch, -(-d // 128) * 128), dtype=torch.int8)
-    _native.sense(codes.detach(), equal.detach(), x.detach(), bits, q, y, scale, _stream(x))
+    y, scale = _fake_sense(codes, equal, x, code)
+    q = x.new_empty((batch, _native.q_width(d)), dtype=torch.int8)
+    _native.sense(codes.detach(), equal.detach(), x.detach(), code, q, y, scale, _stream(x))
     return y, scale
 
 
-def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
     batch, _, n_neurons = _sizes("sense", x, codes, 4)
     y = x.new_empty((batch, n_neurons, 2), dtype=torch.int32)
     return y, x.new_empty((batch,), dtype=torch.float32)
@@ -872,6 +915,27 @@ def _fake_omp(
     )
 
 
+def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    y = _fake_project(phi, x, rows)
+    _native.project(phi.detach(), x.detach(), y, _stream(x))
+    return y
+
+
+def _fake_project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    if phi.dim() != 2 or x.dim() != 2:
+        raise ValueError(
+            f"[project] phi of {phi.dim()} axes and x of {x.dim()}: want (m, d) and (batch, d)."
+        )
+    m, batch = phi.shape[0], x.shape[0]
+    if not 1 <= rows <= m:
+        raise ValueError(f"[project] rows = {rows}: want 1 to m = {m}.")
+    if batch * rows > _INT32_MAX:
+        raise ValueError(
+            f"[project] batch = {batch} rows of {rows} measurements: want fewer than 2^31 in all."
+        )
+    return x.new_empty((batch, rows), dtype=torch.float32)
+
+
 def _execute(
     gate: Tensor,
     up: Tensor,
@@ -930,14 +994,14 @@ def _select(
     row_scale: Tensor,
     threshold: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = _fake_select(
-        codes, equal, row_scale, threshold, x, bits, tile_rows, offset, weight, activation
+        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
     )
     batch, d, n_neurons = _sizes("select", x, codes, 4)
     workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
@@ -947,7 +1011,7 @@ def _select(
         row_scale.detach(),
         threshold.detach(),
         x.detach(),
-        bits,
+        code,
         tile_rows,
         _plain(offset),
         _plain(weight),
@@ -965,7 +1029,7 @@ def _fake_select(
     row_scale: Tensor,
     threshold: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     offset: Tensor | None = None,
     weight: Tensor | None = None,
@@ -990,7 +1054,7 @@ def _ffn(
     up: Tensor,
     down_t: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     offset: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -1012,7 +1076,7 @@ def _ffn(
         up.detach(),
         down_t.detach(),
         x.detach(),
-        bits,
+        code,
         tile_rows,
         _plain(offset),
         _plain(gate_bias),
@@ -1037,7 +1101,7 @@ def _ffn_counted(
     up: Tensor,
     down_t: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     stats: Tensor,
     offset: Tensor | None = None,
@@ -1049,7 +1113,7 @@ def _ffn_counted(
 ) -> Tensor:
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
-    return _ffn(*layer, x, bits, tile_rows, *biases, weight, activation, stats)
+    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, stats)
 
 
 def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
@@ -1090,7 +1154,7 @@ def _register(schema: str, run: Callable[..., object], fake: Callable[..., objec
 
 
 _register(
-    "sense(Tensor codes, Tensor equal, Tensor x, int bits) -> (Tensor, Tensor)", _sense, _fake_sense
+    "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
 )
 _register(
     "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top, Tensor? offset=None,"
@@ -1106,6 +1170,7 @@ _register(
     _omp,
     _fake_omp,
 )
+_register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_project)
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
     " int tile_rows, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None,"
@@ -1114,7 +1179,7 @@ _register(
     _fake_execute,
 )
 _register(
-    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int bits,"
+    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int code,"
     " int tile_rows, Tensor? offset=None, Tensor? weight=None, str activation='silu')"
     " -> (Tensor, Tensor, Tensor)",
     _select,
@@ -1127,7 +1192,7 @@ for _name, _stats, _run in (
 ):
     _register(
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
-        f" Tensor up, Tensor down_t, Tensor x, int bits, int tile_rows,{_stats}"
+        f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows,{_stats}"
         " Tensor? offset=None, Tensor? gate_bias=None, Tensor? up_bias=None,"
         " Tensor? down_bias=None, Tensor? weight=None, str activation='silu') -> Tensor",
         _run,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import models, planes
 from .models import Fingerprint
-from .types import POOLED, LayerShape, PlanError
+from .types import POOLED, Code, LayerShape, PlanError
 
 FORMAT = "csfast-plan"
 VERSION = "2"
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 class Setting(NamedTuple):
     """What a table of thresholds is for."""
 
-    bits: int  # of the sensor
+    bits: Code  # of the sensor
     block: int  # neurons that are kept or skipped together
     batch: int  # sequences that share one support; 1: each has its own
 
@@ -57,19 +57,19 @@ class LayerPlan:
 
     Attributes:
         equal: Factors that even out the channels of the input, ``(d,)``, float32, positive.
-        row_scale: For each number of bits the scales of the measurements, ``(n_neurons, 2)``,
+        row_scale: For each code the scales of the measurements, ``(n_neurons, 2)``,
             float32: of the gate row, and of the up row times the norm of the down row.
         order: For each block size above 1 the neurons in the order of csfast's own copy,
             ``(n_neurons,)``, int64: block ``i`` is ``order[i * block : (i + 1) * block]``.
     """
 
     equal: Tensor
-    row_scale: Mapping[int, Tensor]
+    row_scale: Mapping[Code, Tensor]
     order: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def fit(
-        gate: Tensor, up: Tensor, down: Tensor, equal: Tensor, bits: tuple[int, ...]
+        gate: Tensor, up: Tensor, down: Tensor, equal: Tensor, bits: tuple[Code, ...]
     ) -> LayerPlan:
         """Fit the scales of one layer.
 
@@ -78,10 +78,10 @@ class LayerPlan:
             up: ``(n_neurons, d)``, floating.
             down: ``(d, n_neurons)``, floating.
             equal: ``(d,)``, float32, from `planes.equalizer`.
-            bits: Settings to fit for.
+            bits: Codes to fit for.
         """
         norm = _down_norm(down)
-        scales = {}
+        scales: dict[Code, Tensor] = {}
         for b in bits:
             pairs = [
                 torch.stack(
@@ -97,7 +97,7 @@ class LayerPlan:
         return LayerPlan(equal.cpu(), scales)
 
     def encode(
-        self, gate: Tensor, up: Tensor, down: Tensor, *, bits: int, block: int = 1
+        self, gate: Tensor, up: Tensor, down: Tensor, *, bits: Code, block: int = 1
     ) -> Tensor:
         """Code the rows of one layer with this plan's scales.
 
@@ -105,11 +105,11 @@ class LayerPlan:
             gate: ``(n_neurons, d)``, floating.
             up: ``(n_neurons, d)``, floating.
             down: ``(d, n_neurons)``, floating; its norms are taken out of the scales again.
-            bits: One of this plan's settings.
+            bits: One of this plan's codes.
             block: One of this plan's blocks: the neurons come in its order.
 
         Returns:
-            ``(n_neurons, 2, chunks, 16 * bits)``, uint8, contiguous, on the weights' device.
+            ``(n_neurons, 2, groups, group_bytes)``, uint8, contiguous, on the weights' device.
         """
         norm = _down_norm(down)
         order = None if block == 1 else self.order[block].to(gate.device)
@@ -120,7 +120,7 @@ class LayerPlan:
         return torch.cat(parts)
 
     def encode_rows(
-        self, gate: Tensor, up: Tensor, norm: Tensor, rows: slice | Tensor, *, bits: int
+        self, gate: Tensor, up: Tensor, norm: Tensor, rows: slice | Tensor, *, bits: Code
     ) -> Tensor:
         """Code some neurons of one layer, in the order they are named.
 
@@ -129,10 +129,10 @@ class LayerPlan:
             up: ``(n_neurons, d)``, floating.
             norm: Norm of every neuron's down row, ``(n_neurons,)``, float32.
             rows: The neurons, few enough for float32 copies of their rows.
-            bits: One of this plan's settings.
+            bits: One of this plan's codes.
 
         Returns:
-            ``(n_rows, 2, chunks, 16 * bits)``, uint8, contiguous, on the weights' device.
+            ``(n_rows, 2, groups, group_bytes)``, uint8, contiguous, on the weights' device.
         """
         scale, norm = self.row_scale[bits].to(gate.device)[rows], norm[rows]
         up_scale = torch.where(norm > 0, scale[:, 1] / norm, torch.zeros_like(norm))
@@ -149,7 +149,7 @@ class Plan:
 
     Attributes:
         model: The model it belongs to.
-        bits: Settings of the sensor that it holds, ascending.
+        bits: Codes of the sensor that it holds, in the order of `planes.CODES`.
         blocks: Sizes of block that it holds, ascending; 1 is single neurons.
         batches: Sizes of batches with one support that it holds, ascending from 1: ``(1,)``, or
             ``(1, *JOINT)``.
@@ -168,7 +168,7 @@ class Plan:
     """
 
     model: Fingerprint
-    bits: tuple[int, ...]
+    bits: tuple[Code, ...]
     blocks: tuple[int, ...]
     batches: tuple[int, ...]
     tasks: tuple[str, ...]
@@ -219,7 +219,7 @@ class Plan:
         self,
         layer: int,
         *,
-        bits: int,
+        bits: Code,
         density: float,
         task: str = POOLED,
         block: int = 1,
@@ -233,7 +233,7 @@ class Plan:
 
         Args:
             layer: Number of the layer.
-            bits: One of the plan's settings.
+            bits: One of the plan's codes.
             density: Fraction of neurons wanted, within the plan's densities; 1 gives 0, which
                 keeps every neuron.
             task: One of the plan's tasks.
@@ -523,8 +523,8 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         model_hash=fields.get("model_hash", ""),
     )
     bits = tuple(_field(fields, "bits", list))
-    if not all(type(b) is int and b in planes.BITS for b in bits):
-        raise PlanError(f"[plan] bits = {_list(bits)}: want some of {_list(planes.BITS)}.")
+    if not all(type(b) in (int, str) and b in planes.CODES for b in bits):
+        raise PlanError(f"[plan] bits = {_list(bits)}: want some of {_list(planes.CODES)}.")
     blocks, batches = (tuple(_field(fields, name, list)) for name in ("blocks", "batches"))
     for name, sizes in (("blocks", blocks), ("batches", batches)):
         if not all(type(n) is int and n >= 1 for n in sizes):
@@ -560,7 +560,7 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
 
 
 def _names(
-    n_layers: int, bits: tuple[int, ...], blocks: tuple[int, ...], settings: Sequence[Setting]
+    n_layers: int, bits: tuple[Code, ...], blocks: tuple[int, ...], settings: Sequence[Setting]
 ) -> set[str]:
     """Names of the tensors of a plan."""
     kinds = ["equal", *(f"row_scale.b{b}" for b in bits)]
@@ -598,9 +598,10 @@ def _validate(plan: Plan) -> None:
     sizes_fit = all(s.d > 0 and s.n_neurons > 0 for s in m.shapes)
     _want(len(m.shapes) > 0 and sizes_fit, "shapes", "at least one layer, sizes above 0")
 
-    ascending = plan.bits == tuple(sorted(set(plan.bits)))
-    known = all(b in planes.BITS for b in plan.bits)
-    _want(bool(plan.bits) and known and ascending, f"bits = {plan.bits}", "some of 1 to 4, rising")
+    known = all(type(b) in (int, str) and b in planes.CODES for b in plan.bits)
+    in_order = known and plan.bits == tuple(b for b in planes.CODES if b in plan.bits)
+    wanted = f"some of {_list(planes.CODES)}, in this order"
+    _want(bool(plan.bits) and in_order, f"bits = {plan.bits}", wanted)
     sizes_fit = all(type(n) is int and 1 <= n <= BLOCK_MAX for n in plan.blocks)
     rising = plan.blocks == tuple(sorted(set(plan.blocks)))
     wanted = f"sizes from 1 to {BLOCK_MAX}, rising"

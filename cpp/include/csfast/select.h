@@ -10,7 +10,7 @@
 namespace csfast {
 
 struct SelectParams {
-  const uint8_t* codes;    // (n_neurons, 2, chunks, 16 * bits)
+  const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
   const float* equal;      // (d)
   const float* row_scale;  // (n_neurons, 2)
   const float* offset;     // (n_neurons, 2), or null
@@ -22,7 +22,8 @@ struct SelectParams {
   int32_t* n_tiles;        // (lists), written
   float* missed;           // (lists), written, or null
   int64_t batch, d, n_neurons;
-  int bits, tile_rows;
+  Code code;
+  int tile_rows;
   DType dtype;  // T
   Activation activation;
 };
