@@ -10,6 +10,7 @@ from csfast.types import LayerShape
 SHAPE = LayerShape(d=384, n_neurons=1152)
 METHODS = (
     "oracle-neuron",
+    "ternary",
     "planes-b1",
     "planes-b2",
     "planes-b3",
@@ -82,13 +83,18 @@ def test_the_oracle_beats_every_rule_that_keeps_neurons(rules, ffns, inputs):
         if method != "teal"
     }
     assert min(error, key=error.get) == "oracle-neuron"
-    assert error["planes-b1"] > error["planes-b2"] > error["planes-b3"] > error["planes-b4"]
+    assert error["planes-b1"] > error["ternary"] > error["planes-b2"]
+    assert error["planes-b2"] > error["planes-b3"] > error["planes-b4"]
     assert error["planes-b2"] < error["static"]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def method_of(bits):
+    return bits if bits == "ternary" else f"planes-b{bits}"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
 def test_planes_estimate_what_the_reference_estimates(rules, ffns, inputs, bits):
-    rule, x, ffn = rules[f"planes-b{bits}"], inputs[1], ffns[1]
+    rule, x, ffn = rules[method_of(bits)], inputs[1], ffns[1]
     equal = planes.equalizer(x.square().mean(dim=0))
     weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
     layer = baselines.LayerPlan.fit(*weights, equal, (bits,))
@@ -101,9 +107,9 @@ def test_planes_estimate_what_the_reference_estimates(rules, ffns, inputs, bits)
     assert torch.allclose(usage.double(), expected, rtol=16 * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, "ternary"])
 def test_planes_keep_what_the_native_operation_keeps(rules, ffns, inputs, bits):
-    rule, x, ffn = rules[f"planes-b{bits}"], inputs[0], ffns[0]
+    rule, x, ffn = rules[method_of(bits)], inputs[0], ffns[0]
     equal = planes.equalizer(x.square().mean(dim=0))
     weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
     layer = baselines.LayerPlan.fit(*weights, equal, (bits,))
@@ -188,6 +194,8 @@ def rule_of(name):
         ("oracle-neuron", 0, 1_329_408),
         ("static", 0, 1_329_408),
         ("griffin", 0, 1_329_408),
+        # Codes 2 * 1152 rows of 5 groups of 16 bytes: 184,320; scales 9,216; equaliser 1,536.
+        ("ternary", 195_072, 195_072 + 1_329_408),
         # Codes 2 * 1152 rows of 3 chunks of 32 bytes: 221,184; scales 9,216; equaliser 1,536.
         ("planes-b2", 231_936, 231_936 + 1_329_408),
         # 48 bytes a chunk: 331,776.
@@ -210,6 +218,7 @@ def test_bytes_are_those_counted_by_hand(method, sensor, half):
 
 def test_bytes_of_planes_are_those_of_the_formula():
     assert baselines.planes_bytes(SHAPE, 2, 576) == 231_936 + 1_329_408
+    assert baselines.planes_bytes(SHAPE, "ternary", 576) == 195_072 + 1_329_408
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -252,7 +261,9 @@ def test_default_methods_have_a_family(name):
     assert baselines.family(name) in {"oracle", "few-bit", "selection", "quantised"}
 
 
-@pytest.mark.parametrize("name", ["", "omp", "planes-b", "planes-bx", "lowrank-1.5", "rtn-int-4"])
+@pytest.mark.parametrize(
+    "name", ["", "omp", "planes-b", "planes-bx", "ternary-2", "lowrank-1.5", "rtn-int-4"]
+)
 def test_an_unknown_method_is_refused(ffns, inputs, name):
     with pytest.raises(ValueError, match=r"^\[ablate\] method .*: want one of .*\.$"):
         baselines.build([name], ffns, inputs)

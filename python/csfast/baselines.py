@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import planes, reference
 from .models import Ffn
 from .plan import LayerPlan
-from .types import LayerShape
+from .types import TERNARY, Code, LayerShape
 
 BYTES = 2  # of a dense weight
 INDEX_BYTES = 4  # of the number of one neuron or channel that is read
@@ -27,7 +28,8 @@ GROUP = 64  # weights that share a scale in round-to-nearest quantisation
 ROWS = 4096  # positions whose scores give a quantile: a density is met to about .0005
 _CLIPS = (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)  # fractions of a group's maximum, tried in turn
 _METHODS = (
-    "oracle-neuron, planes-b<bits>, teal, cats, griffin, static, lowrank-<rank>, rtn-int<bits>"
+    "oracle-neuron, planes-b<bits>, ternary, teal, cats, griffin, static, lowrank-<rank>, "
+    "rtn-int<bits>"
 )
 
 
@@ -159,31 +161,32 @@ class Planes(NeuronRule):
     """
 
     def __init__(
-        self, name: str, ffns: Sequence[Ffn], equal: Sequence[Tensor], *, bits: int
+        self, name: str, ffns: Sequence[Ffn], equal: Sequence[Tensor], *, bits: Code
     ) -> None:
         """Code the rows of every layer; `equal` holds an equaliser ``(d,)`` for each."""
         super().__init__(name, ffns)
         self.bits = bits
         self._equal = [e.to(ffn.gate.weight.device) for e, ffn in zip(equal, ffns, strict=True)]
-        self._value = []  # odd integers of the gate rows, then of the up rows, (2 n_neurons, d)
+        setting = cast(int, bits)  # plans are typed for bits; their codes are those of `planes`
+        self._value = []  # levels of the gate rows, then of the up rows, (2 n_neurons, d)
         self._row_scale = []  # (n_neurons, 2)
         for ffn, e in zip(ffns, self._equal, strict=True):
-            if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
+            if 127 * planes.level_max(bits) * ffn.shape.d >= 2**24:
                 raise ValueError(
-                    f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
+                    f"[ablate] {name} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
             weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-            layer = LayerPlan.fit(*weights, e, (bits,))
-            codes = layer.encode(*weights, bits=bits)
+            layer = LayerPlan.fit(*weights, e, (setting,))
+            codes = layer.encode(*weights, bits=setting)
             unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-            self._value.append(2 * unpacked.float() - (2**bits - 1))
-            self._row_scale.append(layer.row_scale[bits].to(e.device))
+            self._value.append(planes.levels_of(unpacked, bits))
+            self._row_scale.append(layer.row_scale[setting].to(e.device))
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor) -> Tensor:
         """Give the estimated usage; a scale that is not finite makes all of it not-a-number."""
         q, scale = reference.quantize(x, self._equal[layer])
-        y = (q.float() @ self._value[layer].T).unflatten(1, (2, -1))
+        y = (q.float() @ self._value[layer].T).view(x.shape[0], 2, self.ffns[layer].shape.n_neurons)
         row_scale = self._row_scale[layer]
         z = scale[:, None, None] * row_scale.T * y
         usage: Tensor = (F.silu(z[:, 0]) * z[:, 1]).abs()
@@ -437,6 +440,7 @@ def build(methods: Iterable[str], ffns: Sequence[Ffn], inputs: Sequence[Tensor])
         "griffin": lambda name, _: Griffin(name, ffns),
         "static": lambda name, _: Static(name, ffns, inputs),
         "planes": lambda name, bits: Planes(name, ffns, equal, bits=bits),
+        "ternary": lambda name, _: Planes(name, ffns, equal, bits=TERNARY),
         "lowrank": lambda name, rank: LowRank(name, ffns, factors, rank),
         "rtn": lambda name, bits: Rounded(name, ffns, bits=bits),
     }
@@ -450,6 +454,7 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
     ranks = sorted({max(1, shape.d // part) for part in (16, 8, 4)})
     return (
         "oracle-neuron",
+        "ternary",
         "planes-b2",
         "planes-b3",
         "planes-b4",
@@ -465,12 +470,11 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
 def family(method: str) -> str:
     """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
     kind, _ = _parse(method)
-    return {"oracle-neuron": "oracle", "planes": "few-bit", "rtn": "quantised"}.get(
-        kind, "selection"
-    )
+    families = {"oracle-neuron": "oracle", "planes": "few-bit", "ternary": "few-bit"}
+    return {**families, "rtn": "quantised"}.get(kind, "selection")
 
 
-def planes_bytes(shape: LayerShape, bits: int, neurons: float) -> float:
+def planes_bytes(shape: LayerShape, bits: Code, neurons: float) -> float:
     """Give all bytes that the few-bit rule reads of one layer for one position."""
     return planes.n_bytes(shape.n_neurons, shape.d, bits) + neurons * _neuron_bytes(shape)
 
@@ -493,7 +497,7 @@ def _neuron_bytes(shape: LayerShape) -> int:
 
 def _parse(method: str) -> tuple[str, int]:
     """Split a method's name in its kind and its number, 0 where it has none."""
-    if method in ("oracle-neuron", "teal", "cats", "griffin", "static"):
+    if method in ("oracle-neuron", "ternary", "teal", "cats", "griffin", "static"):
         return method, 0
     for kind, prefix in (("planes", "planes-b"), ("lowrank", "lowrank-"), ("rtn", "rtn-int")):
         number = method.removeprefix(prefix)
