@@ -21,7 +21,7 @@ GROUP = 16  # bytes of ternary codes that are packed together
 BITS = (1, 2, 3, 4)
 CODES: tuple[Code, ...] = (*BITS, TERNARY)
 _CLIPS = tuple(0.20 + 0.05 * i for i in range(17))  # fractions of the row maximum, tried in turn
-_SORT_ROWS = 1024  # sorted at a time: values, places and two float64 sums take 28 bytes a weight
+_SORT_ROWS = 1024  # sorted at a time: values, places and float64 sums are some 50 bytes a weight
 
 
 def equalizer(mean_square: Tensor) -> Tensor:
