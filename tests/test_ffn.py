@@ -31,11 +31,9 @@ def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("tile_rows", [1, 16])
 @pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_equals_select_and_execute_in_every_form(
-    case, tile_rows, is_joint, activation, dtype, device
-):
+def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtype, device):
     p = made(case, dtype, device)
+    activation = "gelu_tanh"
     biases = case.make_biases(p)
     weight = torch.linspace(0, 1, case.batch).to(device) if is_joint else None
     told = {"activation": activation, "weight": weight, "tile_rows": tile_rows}

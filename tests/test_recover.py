@@ -109,7 +109,7 @@ def between(usage, quantile=0.6):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("group_rows", [1, 4, 7, 64, 100])
+@pytest.mark.parametrize("group_rows", [1, 7, 100])
 @pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
 def test_every_form_matches_reference(case, form, group_rows, is_joint, device):
     given, options = measured_as(case, form, device)

@@ -34,7 +34,7 @@ def options_of(p, case, form):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tile_rows", [1, 8, 100])
+@pytest.mark.parametrize("tile_rows", [1, 8])
 def test_every_form_matches_reference(case, form, tile_rows, device):
     p = made(case, torch.bfloat16, device)
     options, told = options_of(p, case, form)
@@ -76,9 +76,13 @@ def test_equals_sense_and_recover(case, tile_rows, dtype, bits, device):
     assert torch.equal(missed, want.missed)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tile_rows", [1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 2000])
+@pytest.mark.parametrize(
+    ("case", "tile_rows"),
+    [(CASES[5], rows) for rows in (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 2000)]
+    + [(case, rows) for case in CASES[:4] for rows in (1, 16, 100)],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_equals_sense_and_recover_in_every_form(case, form, tile_rows, device):
     p = made(case, torch.bfloat16, device)
     options, told = options_of(p, case, form)

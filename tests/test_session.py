@@ -51,12 +51,11 @@ def test_equals_ffn(batch, dtype, bits, device):
     assert torch.equal(out, want(p, threshold, x))
 
 
-@pytest.mark.parametrize("batch", [0, 1, 7, 16])
-@pytest.mark.parametrize("tile_rows", [1, 16, 100])
+@pytest.mark.parametrize("batch", [0, 7, 16])
+@pytest.mark.parametrize("tile_rows", [1, 100])
 @pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, activation, dtype, device):
-    case = CASES[5]
+def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
+    case, activation = CASES[5], "gelu_tanh"
     p = made(case, dtype, device)
     biases = case.make_biases(p)
     weight = torch.linspace(0, 1, 16).to(device) if is_joint else None

@@ -39,32 +39,32 @@ inline __m256 add_bias(__m256 z, const void* bias, int64_t j) {
   return _mm256_add_ps(z, _mm256_broadcastss_ps(_mm256_castps256_ps128(v)));
 }
 
-// What kNeurons neurons add to kRows rows of the batch, while the rows of the `next` ones are asked
-// for. A neuron's sums, and the order in which neurons add to a row, are the same for every number
-// of either.
-template <typename T, int kNeurons, int kRows>
-inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_t* next,
-                        const char* x, float* sum, int64_t sum_stride) {
-  const int64_t row = p.d * T::kSize;
-  const char* gate[kNeurons];
-  const char* up[kNeurons];
-  const char* down[kNeurons];
-  int64_t ahead[kNeurons];
-#pragma GCC unroll 4
-  for (int i = 0; i < kNeurons; ++i) {
-    gate[i] = static_cast<const char*>(p.gate) + now[i] * row;
-    up[i] = static_cast<const char*>(p.up) + now[i] * row;
-    down[i] = static_cast<const char*>(p.down_t) + now[i] * row;
-    ahead[i] = (int64_t{next[i]} - now[i]) * row;
-  }
+// Where the rows of a neuron are, and how far it is from them to those that are asked for.
+struct Neuron {
+  const char* gate;
+  const char* up;
+  const char* down;
+  int64_t ahead;
+  int64_t index;
+};
 
+// Neurons whose products with kRows rows are summed at once: with one row as many as are together,
+// though not all of the 16 sums fit into registers; with two, 8 sums.
+template <int kRows>
+constexpr int kDots = kRows == 1 ? kTogether : 1;
+
+// a[r][i] = the activation of neuron i for row r of x.
+template <typename T, int kNeurons, int kRows>
+inline void activate_neurons(const ExecuteParams& p, const Neuron* of, const char* x,
+                             __m256 (*a)[kNeurons]) {
+  const int64_t row = p.d * T::kSize;
   __m256 g[kRows][kNeurons][2] = {};  // two chains of additions each, to wait less for either
   __m256 u[kRows][kNeurons][2] = {};
   for_lines<T>(p.d, [&](int64_t c, int64_t size) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
-      _mm_prefetch(gate[i] + ahead[i] + c * T::kSize, _MM_HINT_T1);
-      _mm_prefetch(up[i] + ahead[i] + c * T::kSize, _MM_HINT_T1);
+      _mm_prefetch(of[i].gate + of[i].ahead + c * T::kSize, _MM_HINT_T1);
+      _mm_prefetch(of[i].up + of[i].ahead + c * T::kSize, _MM_HINT_T1);
     }
 #pragma GCC unroll 4
     for (int64_t e = 0; e < size; e += 8) {
@@ -72,8 +72,8 @@ inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_
       const int chain = e / 8 % 2;
 #pragma GCC unroll 4
       for (int i = 0; i < kNeurons; ++i) {
-        const __m256 gs = load<T>(gate[i] + at, size - e);
-        const __m256 us = load<T>(up[i] + at, size - e);
+        const __m256 gs = load<T>(of[i].gate + at, size - e);
+        const __m256 us = load<T>(of[i].up + at, size - e);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const __m256 xs = load<T>(x + r * row + at, size - e);
@@ -83,28 +83,43 @@ inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_
       }
     }
   });
-  __m256 a[kRows][kNeurons];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
       const __m256 gated = _mm256_set1_ps(sum_of(_mm256_add_ps(g[r][i][0], g[r][i][1])));
       const __m256 upped = _mm256_set1_ps(sum_of(_mm256_add_ps(u[r][i][0], u[r][i][1])));
-      a[r][i] = _mm256_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, now[i])),
-                              add_bias<T>(upped, p.up_bias, now[i]));
+      a[r][i] = _mm256_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, of[i].index)),
+                              add_bias<T>(upped, p.up_bias, of[i].index));
     }
+  }
+}
+
+// What kNeurons neurons add to kRows rows of the batch. A neuron's sums, and the order in which
+// neurons add to a row, are the same for every number of either.
+template <typename T, int kNeurons, int kRows>
+inline void add_neurons(const ExecuteParams& p, const Neuron* of, const char* x, float* sum,
+                        int64_t sum_stride) {
+  __m256 a[kRows][kNeurons];
+  constexpr int kStep = std::min(kDots<kRows>, kNeurons);
+#pragma GCC unroll 4
+  for (int i = 0; i < kNeurons; i += kStep) {
+    __m256 some[kRows][kStep];
+    activate_neurons<T, kStep, kRows>(p, of + i, x, some);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) std::copy(some[r], some[r] + kStep, a[r] + i);
   }
   for_lines<T>(p.d, [&](int64_t c, int64_t size) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
-      _mm_prefetch(down[i] + ahead[i] + c * T::kSize, _MM_HINT_T1);
+      _mm_prefetch(of[i].down + of[i].ahead + c * T::kSize, _MM_HINT_T1);
     }
 #pragma GCC unroll 4
     for (int64_t e = 0; e < size; e += 8) {
       __m256 w[kNeurons];
 #pragma GCC unroll 4
       for (int i = 0; i < kNeurons; ++i) {
-        w[i] = load<T>(down[i] + (c + e) * T::kSize, size - e);
+        w[i] = load<T>(of[i].down + (c + e) * T::kSize, size - e);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -118,28 +133,39 @@ inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_
   });
 }
 
+// The same for all rows, while the neurons `next` are asked for.
+template <typename T, int kNeurons>
+void add_to_rows(const ExecuteParams& p, const Rows& rows, const int32_t* now,
+                 const int32_t* next) {
+  const int64_t row = p.d * T::kSize;
+  Neuron of[kNeurons];
+  for (int i = 0; i < kNeurons; ++i) {
+    of[i] = {.gate = static_cast<const char*>(p.gate) + now[i] * row,
+             .up = static_cast<const char*>(p.up) + now[i] * row,
+             .down = static_cast<const char*>(p.down_t) + now[i] * row,
+             .ahead = (int64_t{next[i]} - now[i]) * row,
+             .index = now[i]};
+  }
+  int64_t r = 0;
+  const auto add = [&]<int kRows>() {
+    for (; r + kRows <= rows.n; r += kRows) {
+      add_neurons<T, kNeurons, kRows>(p, of, static_cast<const char*>(rows.x) + r * row,
+                                      rows.sum + r * rows.sum_stride, rows.sum_stride);
+    }
+  };
+  add.template operator()<2>();
+  add.template operator()<1>();
+}
+
 template <typename T>
 void gather_rows(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n) {
-  const char* x = static_cast<const char*>(rows.x);
-  const int64_t row = p.d * T::kSize;
   int64_t i = 0;
-  for (; rows.n == 1 && i + kTogether <= n; i += kTogether) {
+  for (; i + kTogether <= n; i += kTogether) {
     int32_t next[kTogether];
     for (int k = 0; k < kTogether; ++k) next[k] = neuron[std::min(i + kTogether + k, n - 1)];
-    add_neurons<T, kTogether, 1>(p, neuron + i, next, x, rows.sum, rows.sum_stride);
+    add_to_rows<T, kTogether>(p, rows, neuron + i, next);
   }
-  for (; i < n; ++i) {
-    const int32_t* next = neuron + std::min(i + 1, n - 1);
-    int64_t r = 0;
-    for (; r + 2 <= rows.n; r += 2) {
-      add_neurons<T, 1, 2>(p, neuron + i, next, x + r * row, rows.sum + r * rows.sum_stride,
-                           rows.sum_stride);
-    }
-    if (r < rows.n) {
-      add_neurons<T, 1, 1>(p, neuron + i, next, x + r * row, rows.sum + r * rows.sum_stride,
-                           rows.sum_stride);
-    }
-  }
+  for (; i < n; ++i) add_to_rows<T, 1>(p, rows, neuron + i, neuron + std::min(i + 1, n - 1));
 }
 
 template <typename T>

@@ -123,58 +123,73 @@ inline __m512 add_bias(__m512 z, const void* bias, int64_t j) {
   return _mm512_add_ps(z, _mm512_broadcastss_ps(_mm512_castps512_ps128(v)));
 }
 
-// What kNeurons neurons add to kRows rows of the batch, while the rows of the `next` ones are asked
-// for. A neuron's sums, and the order in which neurons add to a row, are the same for every number
-// of either.
-template <typename T, int kNeurons, int kRows>
-inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_t* next,
-                        const char* x, float* sum, int64_t sum_stride) {
-  const int64_t row = p.d * T::kSize;
-  const char* gate[kNeurons];
-  const char* up[kNeurons];
-  const char* down[kNeurons];
-  int64_t ahead[kNeurons];
-#pragma GCC unroll 4
-  for (int i = 0; i < kNeurons; ++i) {
-    gate[i] = static_cast<const char*>(p.gate) + now[i] * row;
-    up[i] = static_cast<const char*>(p.up) + now[i] * row;
-    down[i] = static_cast<const char*>(p.down_t) + now[i] * row;
-    ahead[i] = (int64_t{next[i]} - now[i]) * row;
-  }
+// Where the rows of a neuron are, and how far it is from them to those that are asked for.
+struct Neuron {
+  const char* gate;
+  const char* up;
+  const char* down;
+  int64_t ahead;
+  int64_t index;
+};
 
+// Neurons whose products with kRows rows are summed at once: at most 16 sums, half of the
+// registers.
+template <int kRows>
+constexpr int kDots = std::min(8 / kRows, kTogether);
+
+// a[r][i] = the activation of neuron i for row r of x.
+template <typename T, int kNeurons, int kRows>
+inline void activate_neurons(const ExecuteParams& p, const Neuron* of, const char* x,
+                             __m512 (*a)[kNeurons]) {
+  const int64_t row = p.d * T::kSize;
   __m512 g[kRows][kNeurons] = {};
   __m512 u[kRows][kNeurons] = {};
   for_lines<T>(p.d, [&](int64_t c, typename T::Mask mask) {
     const int64_t at = c * T::kSize;
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
-      _mm_prefetch(gate[i] + ahead[i] + at, _MM_HINT_T1);
-      _mm_prefetch(up[i] + ahead[i] + at, _MM_HINT_T1);
+      _mm_prefetch(of[i].gate + of[i].ahead + at, _MM_HINT_T1);
+      _mm_prefetch(of[i].up + of[i].ahead + at, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        g[r][i] = T::dot(g[r][i], gate[i] + at, x + r * row + at, mask);
-        u[r][i] = T::dot(u[r][i], up[i] + at, x + r * row + at, mask);
+        g[r][i] = T::dot(g[r][i], of[i].gate + at, x + r * row + at, mask);
+        u[r][i] = T::dot(u[r][i], of[i].up + at, x + r * row + at, mask);
       }
     }
   });
-  __m512 a[kRows][kNeurons];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
       const __m512 gated = _mm512_set1_ps(_mm512_reduce_add_ps(g[r][i]));
       const __m512 upped = _mm512_set1_ps(_mm512_reduce_add_ps(u[r][i]));
-      a[r][i] = _mm512_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, now[i])),
-                              add_bias<T>(upped, p.up_bias, now[i]));
+      a[r][i] = _mm512_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, of[i].index)),
+                              add_bias<T>(upped, p.up_bias, of[i].index));
     }
+  }
+}
+
+// What kNeurons neurons add to kRows rows of the batch. A neuron's sums, and the order in which
+// neurons add to a row, are the same for every number of either.
+template <typename T, int kNeurons, int kRows>
+inline void add_neurons(const ExecuteParams& p, const Neuron* of, const char* x, float* sum,
+                        int64_t sum_stride) {
+  __m512 a[kRows][kNeurons];
+  constexpr int kStep = std::min(kDots<kRows>, kNeurons);
+#pragma GCC unroll 4
+  for (int i = 0; i < kNeurons; i += kStep) {
+    __m512 some[kRows][kStep];
+    activate_neurons<T, kStep, kRows>(p, of + i, x, some);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) std::copy(some[r], some[r] + kStep, a[r] + i);
   }
   for_lines<T>(p.d, [&](int64_t c, typename T::Mask mask) {
     const int64_t at = c * T::kSize;
     typename T::Line w[kNeurons];
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
-      _mm_prefetch(down[i] + ahead[i] + at, _MM_HINT_T1);
-      w[i] = T::load(down[i] + at, mask);
+      _mm_prefetch(of[i].down + of[i].ahead + at, _MM_HINT_T1);
+      w[i] = T::load(of[i].down + at, mask);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -183,28 +198,40 @@ inline void add_neurons(const ExecuteParams& p, const int32_t* now, const int32_
   });
 }
 
+// The same for all rows, while the neurons `next` are asked for.
+template <typename T, int kNeurons>
+void add_to_rows(const ExecuteParams& p, const Rows& rows, const int32_t* now,
+                 const int32_t* next) {
+  const int64_t row = p.d * T::kSize;
+  Neuron of[kNeurons];
+  for (int i = 0; i < kNeurons; ++i) {
+    of[i] = {.gate = static_cast<const char*>(p.gate) + now[i] * row,
+             .up = static_cast<const char*>(p.up) + now[i] * row,
+             .down = static_cast<const char*>(p.down_t) + now[i] * row,
+             .ahead = (int64_t{next[i]} - now[i]) * row,
+             .index = now[i]};
+  }
+  int64_t r = 0;
+  const auto add = [&]<int kRows>() {
+    for (; r + kRows <= rows.n; r += kRows) {
+      add_neurons<T, kNeurons, kRows>(p, of, static_cast<const char*>(rows.x) + r * row,
+                                      rows.sum + r * rows.sum_stride, rows.sum_stride);
+    }
+  };
+  add.template operator()<4>();
+  add.template operator()<2>();
+  add.template operator()<1>();
+}
+
 template <typename T>
 void gather_rows(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n) {
-  const char* x = static_cast<const char*>(rows.x);
-  const int64_t row = p.d * T::kSize;
   int64_t i = 0;
-  for (; rows.n == 1 && i + kTogether <= n; i += kTogether) {
+  for (; i + kTogether <= n; i += kTogether) {
     int32_t next[kTogether];
     for (int k = 0; k < kTogether; ++k) next[k] = neuron[std::min(i + kTogether + k, n - 1)];
-    add_neurons<T, kTogether, 1>(p, neuron + i, next, x, rows.sum, rows.sum_stride);
+    add_to_rows<T, kTogether>(p, rows, neuron + i, next);
   }
-  for (; i < n; ++i) {
-    const int32_t* next = neuron + std::min(i + 1, n - 1);
-    int64_t r = 0;
-    for (; r + 4 <= rows.n; r += 4) {
-      add_neurons<T, 1, 4>(p, neuron + i, next, x + r * row, rows.sum + r * rows.sum_stride,
-                           rows.sum_stride);
-    }
-    for (; r < rows.n; ++r) {
-      add_neurons<T, 1, 1>(p, neuron + i, next, x + r * row, rows.sum + r * rows.sum_stride,
-                           rows.sum_stride);
-    }
-  }
+  for (; i < n; ++i) add_to_rows<T, 1>(p, rows, neuron + i, neuron + std::min(i + 1, n - 1));
 }
 
 template <typename T>
