@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from .rules import (
     ranks,
     second_moment,
 )
-from .types import LayerShape
+from .types import TERNARY, Code, LayerShape
 
 GREEDY_STEP = 0.05  # of one matrix' density in the search of `GreedyTeal`
 GREEDY_ROWS = 256  # positions that the search looks at
@@ -54,14 +55,14 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(self, name: str, fit: Fit, bits: int) -> None:
+    def __init__(self, name: str, fit: Fit, bits: Code) -> None:
         """Code the rows of every layer, with the channels evened out over the sample."""
         super().__init__(name, fit.ffns)
         self.bits = bits
         for ffn in fit.ffns:
-            if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
+            if 127 * planes.level_max(bits) * ffn.shape.d >= 2**24:
                 raise ValueError(
-                    f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
+                    f"[ablate] {name} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
         self._codes = fit.once(
@@ -649,6 +650,7 @@ def _makers(method: str, numbers: Sequence[int], fit: Fit) -> dict[str, Callable
         ),
         "oracle-layer": lambda: oracles.LayerOracle(method, ffns, watched[oracles.STREAM]),
         "planes": lambda: Planes(method, fit, *numbers),
+        "ternary": lambda: Planes(method, fit, TERNARY),
         "planes-block": lambda: BlockPlanes(method, fit, *numbers),
         "planes-joint": lambda: JointPlanes(method, fit, *numbers),
         "teal": lambda: Teal(method, ffns),
@@ -689,6 +691,7 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
         "oracle-head",
         "oracle-layer",
         *(f"planes-b{bits}" for bits in planes.BITS),
+        "ternary",
         *(f"planes-b2-block-{size}" for size in (4, 16, 64)),
         *(f"planes-b2-joint-{requests}" for requests in (2, 4, 16)),
         "teal",
@@ -718,6 +721,7 @@ def quick_methods(shape: LayerShape) -> tuple[str, ...]:
     ranks = sorted({max(1, shape.d // part) for part in (16, 8, 4)})
     return (
         "oracle-neuron",
+        "ternary",
         "planes-b2",
         "planes-b3",
         "planes-b4",
@@ -733,7 +737,7 @@ def quick_methods(shape: LayerShape) -> tuple[str, ...]:
 def family(method: str) -> str:
     """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
     kind, _ = _parse(method)
-    for start, name in (("oracle", "oracle"), ("planes", "few-bit")):
+    for start, name in (("oracle", "oracle"), ("planes", "few-bit"), ("ternary", "few-bit")):
         if kind.startswith(start):
             return name
     return "quantised" if kind in ("rtn", "gptq") else "selection"
@@ -748,6 +752,7 @@ _NAMES = {
     "oracle-head": "oracle-head",
     "oracle-layer": "oracle-layer",
     "planes": "planes-b<bits>",
+    "ternary": "ternary",
     "planes-block": "planes-b<bits>-block-<size>",
     "planes-joint": "planes-b<bits>-joint-<requests>",
     "teal": "teal",
@@ -803,18 +808,19 @@ class _Codes:
     """Few-bit codes of one layer as numbers."""
 
     equal: Tensor  # (d,)
-    value: Tensor  # (2 n_neurons, d): odd integers of the gate rows, then of the up rows
+    value: Tensor  # (2 n_neurons, d): levels of the gate rows, then of the up rows
     row_scale: Tensor  # (n_neurons, 2)
 
 
-def _coded(ffn: Ffn, x: Tensor, bits: int) -> _Codes:
+def _coded(ffn: Ffn, x: Tensor, bits: Code) -> _Codes:
+    setting = cast(int, bits)  # plans are typed for bits; their codes are those of `planes`
     equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
     weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = LayerPlan.fit(*weights, equal, (bits,))
-    codes = layer.encode(*weights, bits=bits)
+    layer = LayerPlan.fit(*weights, equal, (setting,))
+    codes = layer.encode(*weights, bits=setting)
     unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-    value = 2 * unpacked.float() - (2**bits - 1)
-    return _Codes(equal, value, layer.row_scale[bits].to(x.device))
+    row_scale = layer.row_scale[setting].to(x.device)
+    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale)
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

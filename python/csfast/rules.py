@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import blocks, planes
 from .judge import BYTES, Recovery, Rule, Sample, Thresholds, Where
 from .models import Ffn
-from .types import TASKS, LayerShape
+from .types import TASKS, Code, LayerShape
 
 INDEX_BYTES = 4  # of the number of one neuron, block or channel that is read
 ROWS = 2048  # positions whose scores give a quantile: a density is met to about .001
@@ -337,7 +337,7 @@ def channel_density(shape: LayerShape, counts: Sequence[float]) -> float:
     return (2 * channels / shape.d + neurons / shape.n_neurons) / 3
 
 
-def planes_bytes(shape: LayerShape, bits: int, neurons: float) -> float:
+def planes_bytes(shape: LayerShape, bits: Code, neurons: float) -> float:
     """Give all bytes that the few-bit rule reads of one layer for one position."""
     return planes.n_bytes(shape.n_neurons, shape.d, bits) + neurons * neuron_bytes(shape)
 
