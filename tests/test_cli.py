@@ -233,6 +233,34 @@ def test_ctrl_c_ends_calibration_and_it_resumes(folder):
     assert out.exists() and not partial.exists()
 
 
+def test_ctrl_c_ends_an_ablation_and_leaves_its_rows(data, folder):
+    out = folder / "stopped.json"
+    partial = pathlib.Path(f"{out}.partial")
+    # Training predictors lasts long enough to be interrupted.
+    methods = "oracle-neuron,dejavu-384,dejavu-383,dejavu-382,dejavu-381,dejavu-380"
+    options = ["--data", str(data), "--tokens", "30", "--methods", methods, "--json", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csfast", "ablate", "demo", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        assert partial.exists(), process.communicate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert not out.exists()
+    assert list(json.loads(partial.read_text())["rows"]) == ["oracle-neuron"]
+
+
 def test_a_reader_that_leaves_is_no_error(plan):
     done = subprocess.run(
         f"{sys.executable} -m csfast generate demo {plan} --prompt 'The old' | head -c 1",

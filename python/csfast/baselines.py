@@ -360,8 +360,12 @@ class Griffin(RankedRule):
         a = a.float()
         tiny = torch.finfo(torch.float32).tiny
         square = (a / a.norm(dim=1, keepdim=True).clamp_min(tiny)).square()
-        length = torch.bincount(where.prompt_row, minlength=where.n_rows)
-        self._rank[layer] = ranks(torch.segment_reduce(square, "sum", lengths=length))
+        # Segments are summed in a fixed order, which adding floats at indices does not promise.
+        # Their lengths are integers; checking them would wait for the device.
+        length = torch.zeros(where.n_rows, dtype=torch.int64, device=x.device)
+        length.index_add_(0, where.prompt_row, torch.ones_like(where.prompt_row))
+        sums = torch.segment_reduce(square, "sum", lengths=length, unsafe=True)
+        self._rank[layer] = ranks(sums)
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the negative rank of each neuron on the prompt."""

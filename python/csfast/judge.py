@@ -513,15 +513,18 @@ def batches(pieces: Sequence[Piece], device: torch.device, *, chunk: int = CHUNK
     order = sorted(range(len(pieces)), key=lambda i: (size[i], pieces[i].n_sparse, i))
     found = []
     members: list[int] = []
-    n_before = n_columns = 0
+    n_before = n_columns = n_sparse = 0
     for i in order:
         before, columns = max(n_before, pieces[i].n_prompt), max(n_columns, pieces[i].n_sparse)
         n_rows = len(members) + 1
         full = n_rows * columns > chunk or n_rows * before > PROMPTS * chunk
-        if members and (full or size[i] != size[members[0]]):
+        # Half may be padding, and what a forward of its own would cost.
+        padded = n_rows * columns > 1.5 * (n_sparse + pieces[i].n_sparse) + chunk / 16
+        if members and (full or padded or size[i] != size[members[0]]):
             found.append(_batch(pieces, members, device))
-            members, before, columns = [], pieces[i].n_prompt, pieces[i].n_sparse
+            members, before, columns, n_sparse = [], pieces[i].n_prompt, pieces[i].n_sparse, 0
         members, n_before, n_columns = [*members, i], before, columns
+        n_sparse += pieces[i].n_sparse
     if members:
         found.append(_batch(pieces, members, device))
     return found
