@@ -38,8 +38,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantize": set(),
     "judge": {"models", "tasks", "types"},
     "rules": {"blocks", "judge", "models", "planes", "types"},
+    "compressed": {"judge", "ops", "rules", "types"},
     "oracles": {"judge", "models", "rules", "types"},
-    "baselines": {"judge", "models", "oracles", "plan", "planes", "quantize", "reference", "rules"}
+    "baselines": {
+        "compressed",
+        "judge",
+        "models",
+        "oracles",
+        "plan",
+        "planes",
+        "quantize",
+        "reference",
+        "rules",
+    }
     | {"types"},
     "evaluate": {"engine", "judge", "models", "ops", "plan", "rules", "tasks", "types"},
     "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
