@@ -383,10 +383,18 @@ def test_input_of_another_dtype_is_refused(plans):
 def test_weights_of_inference_mode_work():
     with torch.inference_mode():
         model = tiny.make_model()
-        plan = calibrated(model)
-        csfast.apply(model, plan, density=0.5)
+        plan = calibrated(model, joint=True)
+        csfast.apply(model, plan, density=0.5, joint=True)
         model(torch.tensor([[3]]))
         assert csfast.stats(model).tokens == (1, 1)
+        votes = torch.tensor([True, False])
+    with torch.no_grad():
+        csfast.set_density(model, 0.25)
+        csfast.set_votes(model, votes)
+        model(torch.tensor([[3], [4]]))
+        csfast.set_votes(model, None)
+        model(torch.tensor([[3]] * 3))
+    assert csfast.stats(model).tokens == (6, 6)
 
 
 def test_failing_kernels_are_counted_and_answered_densely(plans, monkeypatch, caplog):
@@ -607,6 +615,7 @@ def test_votes_are_for_batches_of_their_size(plans):
             model(torch.tensor([[3]] * 3))
         model(torch.tensor([[3]] * 2))
         csfast.set_votes(model, None)
+        assert shared_of(model).votes.weight[:2].tolist() == [0.5, 0.5]
         for n in (3, 1, 16, 2):
             model(torch.tensor([[3]] * n))
     assert csfast.stats(model).tokens == (24, 24)
@@ -657,7 +666,7 @@ def test_sequences_that_have_ended_lose_their_vote(plans):
             stopping_criteria=transformers.StoppingCriteriaList([criterion]),
             **options,
         )
-        assert not shared_of(model).votes.weight[:2].any()
+        assert shared_of(model).votes.weight[:3].tolist() == [0, 0, 1]
     # Before the first token nobody has been asked; the prompt ran dense.
     assert seen[1:] == [
         (2, [True, True, True]),
@@ -669,6 +678,7 @@ def test_sequences_that_have_ended_lose_their_vote(plans):
     ended = out[:, ids.shape[1] :] == 257
     assert ended.nonzero().tolist() == [[0, 3], [1, 2]]
     assert not shared_of(model).votes.are_given
+    assert shared_of(model).votes.weight[:3].tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_votes_of_beams_are_everyone(plans):

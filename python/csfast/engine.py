@@ -235,17 +235,18 @@ def apply(
             f"[apply] {n_bytes} bytes for codes, copies of weights and workspace: want at most "
             f"{limit}; raise limit_bytes, or free memory."
         )
-    shared = _Shared(
-        session=ops.Session(device),
-        plan=plan,
-        bits=bits,
-        block=block,
-        activation=ffns[0].activation,
-        threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
-        counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
-        votes=_no_votes(len(ffns), device) if joint else None,
-        full=density == 1,
-    )
+    with torch.inference_mode(False):  # or these could not be written to in any other mode
+        shared = _Shared(
+            session=ops.Session(device),
+            plan=plan,
+            bits=bits,
+            block=block,
+            activation=ffns[0].activation,
+            threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
+            counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
+            votes=_no_votes(len(ffns), device) if joint else None,
+            full=density == 1,
+        )
     _write_thresholds(shared, table)
     layers = [_bind(shared, i, ffn, plan.layers[i]) for i, ffn in enumerate(ffns)]
     patched = {original: _patched(original) for original in {type(f.module) for f in ffns}}
@@ -322,7 +323,10 @@ def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
     if of is None:
         raise ValueError("[set_votes] a model with joint = False: want apply(..., joint=True).")
     if votes is None:
-        of.are_given, of.n_rows = False, 0
+        of.are_given = False
+        if of.n_rows:
+            # At once: a captured graph of this batch does not come by to see to it.
+            of.write(torch.ones(of.n_rows, dtype=torch.bool), shared.threshold)
         return
     if not isinstance(votes, Tensor):
         booleans = isinstance(votes, Sequence) and all(isinstance(v, bool) for v in votes)
