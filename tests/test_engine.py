@@ -736,17 +736,30 @@ def test_votes_on_the_gpu_are_not_waited_for():
 
 
 @pytest.mark.gpu
-def test_runs_on_the_gpu():
+@pytest.mark.parametrize(
+    ("kind", "bits", "block", "joint"),
+    [
+        ("llama", 2, 1, False),
+        ("llama-bias", "ternary", 16, False),
+        ("gemma", 3, 1, True),
+        ("phi3", 2, 16, True),
+    ],
+)
+def test_runs_on_the_gpu(kind, bits, block, joint):
     if not ops.cuda_available():
         pytest.skip("needs a CUDA device and a build with CUDA")
-    model = tiny.make_model(dtype=torch.bfloat16).cuda()
-    plan = csfast.calibrate(model, tiny.make_ids(30, 80))
+    model = tiny.make_model(kind, dtype=torch.bfloat16).cuda()
+    plan = csfast.calibrate(
+        model, tiny.make_ids(30, 80), bits=(bits,), blocks=(block,), joint=joint
+    )
     ids = tiny.make_ids(1, 10)[0].cuda()
     wanted = decode(model, ids, 10)
-    csfast.apply(model, plan, density=1)
+    csfast.apply(model, plan, density=1, bits=bits, block=block, joint=joint)
     assert torch.equal(decode(model, ids, 10), wanted)
     csfast.set_density(model, 0.5)
     assert decode(model, ids, 10).isfinite().all()
-    assert csfast.stats(model).tokens == (10, 10) and 0.3 < csfast.stats(model).density < 0.7
+    counted = csfast.stats(model)
+    assert counted.tokens == (10, 10) and counted.fallbacks == (0, 0)
+    assert 0.2 < counted.density < 0.8
     csfast.remove(model)
     assert torch.equal(decode(model, ids, 10), wanted)
