@@ -15,7 +15,11 @@ NATIVE = sorted(
     for pattern in ("*.h", "*.cc", "*.cuh", "*.cu")
     for path in (ROOT / folder).rglob(pattern)
 )
-CMAKE = sorted(path for path in ROOT.rglob("CMakeLists.txt") if "build" not in path.parts)
+CMAKE = sorted(
+    path
+    for path in ROOT.rglob("CMakeLists.txt")
+    if not {"build", ".venv"} & set(path.relative_to(ROOT).parts)
+)
 
 # Each module may import the modules on its line and no others of ours. A module stands below
 # everything that it may import; the test of order makes cycles impossible.

@@ -43,6 +43,8 @@ def good():
         tile_rows=1,
         stats=torch.zeros(2, dtype=torch.int64),
         max_batch=BATCH,
+        phi=p.gate[:9],
+        rows=5,
         group_rows=1,
         activation="silu",
         weight=torch.ones(BATCH),
@@ -50,8 +52,6 @@ def good():
         gate_bias=torch.zeros(N, dtype=torch.bfloat16),
         up_bias=torch.zeros(N, dtype=torch.bfloat16),
         down_bias=torch.zeros(D, dtype=torch.bfloat16),
-        phi=p.gate[:9],
-        rows=5,
     )
 
 
@@ -143,10 +143,10 @@ ROWS = [
     ("project", "phi", lambda t: t.float(), TypeError, "x is bfloat16: want float32"),
     ("project", "x", lambda t: t.half(), TypeError, "x is float16: want bfloat16"),
     # Strides
-    ("recover", "offset", lambda t: t.T.contiguous().T, TypeError, "offset of shape"),
-    ("ffn", "down_bias", lambda t: t[:1].expand(D), TypeError, "down_bias of shape"),
     ("project", "phi", lambda t: t.T.contiguous().T, TypeError, r"phi of shape \(9, 200\)"),
     ("project", "x", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "x of shape"),
+    ("recover", "offset", lambda t: t.T.contiguous().T, TypeError, "offset of shape"),
+    ("ffn", "down_bias", lambda t: t[:1].expand(D), TypeError, "down_bias of shape"),
     ("sense", "codes", lambda t: t.mT.contiguous().mT, TypeError, "other strides"),
     ("sense", "x", lambda t: t.T.contiguous().T, TypeError, r"x of shape \(2, 200\) has other"),
     ("execute", "down_t", lambda t: t.T.contiguous().T, TypeError, "want a contiguous tensor"),
@@ -172,6 +172,9 @@ ROWS = [
     ("ffn", "stats", lambda t: t[:1], ValueError, "stats has shape"),
     ("session", "threshold", lambda t: t[:1], ValueError, "max_batch = 2"),
     ("session", "gate", lambda t: t[0], ValueError, "gate"),
+    ("project", "phi", lambda t: t[0], ValueError, "phi of 1 axes and x of 2: want"),
+    ("project", "x", lambda t: t[None], ValueError, "phi of 2 axes and x of 3: want"),
+    ("project", "x", lambda t: t[:, :-1].contiguous(), ValueError, r"x has shape \(2, 199\): want"),
     ("recover", "y", lambda t: t[..., :1].contiguous(), ValueError, r"want \(n_neurons = 77, col"),
     ("recover", "y", lambda t: t[..., :0], ValueError, "want|columns"),
     ("recover", "offset", lambda t: t[:, :1].contiguous(), ValueError, "offset has shape"),
@@ -188,9 +191,6 @@ ROWS = [
     ("ffn joint", "weight", lambda t: t[:1], ValueError, r"weight has shape .* \(batch = 2,\)"),
     ("session joint", "weight", lambda t: t[:1], ValueError, "weight has shape"),
     ("session", "gate_bias", lambda t: t[:-1], ValueError, "gate_bias has shape"),
-    ("project", "phi", lambda t: t[0], ValueError, "phi of 1 axes and x of 2: want"),
-    ("project", "x", lambda t: t[None], ValueError, "phi of 2 axes and x of 3: want"),
-    ("project", "x", lambda t: t[:, :-1].contiguous(), ValueError, r"x has shape \(2, 199\): want"),
     # Nothing there
     ("project", "phi", lambda t: t[:0], ValueError, "rows = 5: want 1 to m = 0"),
     ("sense", "x", lambda t: t[:, :0], ValueError, "d = 0|chunks = 0"),

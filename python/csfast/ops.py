@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 _INT32_MAX = 2**31 - 1
-_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
 _CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
+_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -917,7 +917,8 @@ def _fake_omp(
 
 def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
     y = _fake_project(phi, x, rows)
-    _native.project(phi.detach(), x.detach(), y, _stream(x))
+    phi, x = phi.detach(), x.detach()
+    _native.project(phi, x, y, _stream(x))
     return y
 
 
