@@ -497,9 +497,10 @@ def test_requests_that_agree_share_their_own_support(built, fit, inputs):
     x = inputs[0][:10].repeat(2, 1)
     thresholds = thresholds_of(one, 0, fit, 0.4)
     assert torch.equal(
-        joint.keep(0, x, None, None, thresholds, where),
+        joint.keep(0, x, None, None, 2 * thresholds, where),
         one.keep(0, x, None, None, thresholds, where),
     )
+    assert thresholds_of(joint, 0, fit, 0.4)[0] == thresholds[0]
 
 
 @torch.no_grad()
@@ -514,7 +515,7 @@ def test_a_joint_support_is_of_the_mean_over_those_who_vote(built, fit, inputs):
     for position in range(9):
         at = {int(r): i for i, r in enumerate(where.row) if where.position[i] == position}
         voters = [score[at[r]] for r in (0, 2) if r in at]
-        expected = torch.stack(voters).mean(dim=0) >= thresholds[0]
+        expected = torch.stack(voters).mean(dim=0) >= thresholds[len(voters) - 1]
         assert torch.equal(keep[at[2]], expected)
         if 0 in at:
             assert torch.equal(keep[at[0]], expected)

@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from csfast import baselines, calibrate, documents, engine, evaluate, judge, models
-from csfast.judge import Judge, Piece, Rule, Setting
+from csfast.judge import Judge, Rule, Setting
 from csfast.rules import Fit
-from csfast.types import TASKS, Document
-from texts import make_documents
+from csfast.types import TASKS
+from texts import make_documents, make_pieces
 
 
 @pytest.fixture(scope="module")
@@ -257,19 +257,6 @@ def test_sliding_windows_are_seen_from_the_true_positions(tokenizer, held_out):
 
 
 # Batches
-
-
-def make_pieces(sizes):
-    """Pieces of ``(n_prompt, n_sparse)`` with tokens of their own."""
-    draw = torch.Generator().manual_seed(0)
-    return [
-        Piece(
-            Document(f"{TASKS[i % 5]}/x", "a", "b"),
-            torch.randint(0, 200, (1, prompt + sparse + 1), generator=draw),
-            prompt,
-        )
-        for i, (prompt, sparse) in enumerate(sizes)
-    ]
 
 
 def test_batches_hold_every_position_once():
