@@ -1,6 +1,7 @@
 // Times a feed-forward layer on the CPU without Python: select, execute and both, at two densities,
-// beside the same kernel on all neurons. What bounds all of them is the memory, so the read
-// bandwidth is measured in the same run and every time is given as a fraction of it.
+// and execute on blocks of 16 neurons, beside the same kernel on all neurons. What bounds all of
+// them is the memory, so plain reading takes its turn among them, and every time is given as a
+// fraction of the bandwidth that it finds.
 //
 //   cmake -B build && cmake --build build && build/bench/bench_ffn [--quick] [--json]
 //
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "csfast/ffn.h"
+#include "csfast/isa.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
 
@@ -31,6 +33,7 @@ struct Sizes {
 };
 
 constexpr csfast::Code kCode = csfast::Code::kBits2;
+constexpr int kBlockRows = 16;  // neurons of a block, for the variant that executes blocks
 constexpr int64_t kSliceBytes = 32 << 20;
 constexpr int kSlices = 16;  // take turns: 512 MB, more than any cache holds
 
@@ -40,37 +43,43 @@ uint16_t bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
 }
 
-// Memory that starts where a cache line does, as the workspaces want it.
+// Memory that starts where a cache line does, as the workspaces want it and tensors have it.
 template <typename T>
 class Lines {
  public:
-  explicit Lines(int64_t size) : store_(size * sizeof(T) / sizeof(Line) + 1) {}
+  explicit Lines(int64_t size = 0) : size_(size), store_(size * sizeof(T) / sizeof(Line) + 1) {}
   T* data() { return reinterpret_cast<T*>(store_.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(store_.data()); }
+  T* begin() { return data(); }
+  T* end() { return data() + size_; }
 
  private:
   struct alignas(64) Line {
     unsigned char bytes[64];
   };
+  int64_t size_;
   std::vector<Line> store_;
 };
 
 struct Layer {
-  std::vector<uint8_t> codes;    // (n_neurons, 2, groups, group_bytes)
+  Lines<uint8_t> codes;          // (n_neurons, 2, groups, group_bytes)
   std::vector<float> equal;      // (d)
   std::vector<float> row_scale;  // (n_neurons, 2)
-  std::vector<uint16_t> gate;    // (n_neurons, d), bf16
-  std::vector<uint16_t> up;      // (n_neurons, d), bf16
-  std::vector<uint16_t> down_t;  // (n_neurons, d), bf16
+  Lines<uint16_t> gate;          // (n_neurons, d), bf16
+  Lines<uint16_t> up;            // (n_neurons, d), bf16
+  Lines<uint16_t> down_t;        // (n_neurons, d), bf16
   std::vector<uint16_t> x;       // (1, d), bf16
   float threshold = 0;           // for the density that is measured
   std::vector<int32_t> tile;     // (1, n_neurons)
   int32_t n_tiles = 0;
+  std::vector<int32_t> block;  // (1, n_neurons / kBlockRows): of the same density
+  int32_t n_blocks = 0;
 };
 
 Layer random_layer(const Sizes& s, std::mt19937& random) {
   std::normal_distribution<float> normal;
   Layer layer;
-  layer.codes.resize(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
+  layer.codes = Lines<uint8_t>(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
   for (uint8_t& byte : layer.codes) byte = static_cast<uint8_t>(random());
   layer.equal.assign(s.d, 1.0f);
   layer.row_scale.assign(s.n_neurons * 2, 1.0f / std::sqrt(static_cast<float>(s.d)));
@@ -79,11 +88,12 @@ Layer random_layer(const Sizes& s, std::mt19937& random) {
   std::vector<uint16_t> table(1 << 16);
   const float spread = 1.0f / std::sqrt(static_cast<float>(s.d));
   for (uint16_t& value : table) value = bf16(spread * normal(random));
-  for (std::vector<uint16_t>* weight : {&layer.gate, &layer.up, &layer.down_t}) {
-    weight->resize(s.n_neurons * s.d);
+  for (Lines<uint16_t>* weight : {&layer.gate, &layer.up, &layer.down_t}) {
+    *weight = Lines<uint16_t>(s.n_neurons * s.d);
     for (int64_t j = 0; j < s.n_neurons; ++j) {
       const uint32_t entry = random();
-      for (int64_t c = 0; c < s.d; ++c) (*weight)[j * s.d + c] = table[(entry + c) % table.size()];
+      for (int64_t c = 0; c < s.d; ++c)
+        weight->data()[j * s.d + c] = table[(entry + c) % table.size()];
     }
   }
   for (int64_t c = 0; c < s.d; ++c) layer.x.push_back(bf16(normal(random)));
@@ -92,21 +102,24 @@ Layer random_layer(const Sizes& s, std::mt19937& random) {
 }
 
 csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace) {
-  return {layer.codes.data(),
-          layer.equal.data(),
-          layer.row_scale.data(),
-          &layer.threshold,
-          layer.x.data(),
-          workspace,
-          layer.tile.data(),
-          &layer.n_tiles,
-          nullptr,
-          1,
-          s.d,
-          s.n_neurons,
-          kCode,
-          1,
-          csfast::DType::kBF16};
+  return {.codes = layer.codes.data(),
+          .equal = layer.equal.data(),
+          .row_scale = layer.row_scale.data(),
+          .offset = nullptr,
+          .weight = nullptr,
+          .threshold = &layer.threshold,
+          .x = layer.x.data(),
+          .workspace = workspace,
+          .tile = layer.tile.data(),
+          .n_tiles = &layer.n_tiles,
+          .missed = nullptr,
+          .batch = 1,
+          .d = s.d,
+          .n_neurons = s.n_neurons,
+          .code = kCode,
+          .tile_rows = 1,
+          .dtype = csfast::DType::kBF16,
+          .activation = csfast::Activation::kSilu};
 }
 
 // Sets the threshold that keeps `density` of the neurons, and the tile list that goes with it.
@@ -116,13 +129,36 @@ void set_density(const Sizes& s, Layer& layer, double density, void* workspace) 
   std::vector<float> usage(s.n_neurons);
   float scale = 0, missed = 0;
   int32_t count = 0;
-  const int32_t budget = std::max<int32_t>(1, std::lround(density * s.n_neurons));
   csfast::sense({layer.codes.data(), layer.equal.data(), layer.x.data(), q.data(), y.data(), &scale,
                  1, s.d, s.n_neurons, kCode, csfast::DType::kBF16},
                 Device::kCpu, nullptr);
-  csfast::recover({y.data(), &scale, layer.row_scale.data(), nullptr, &budget, usage.data(),
-                   index.data(), &count, &missed, 1, s.n_neurons, csfast::Rule::kTopK},
-                  Device::kCpu, nullptr);
+  const auto keep_top = [&](int group_rows) {
+    const double n_groups = static_cast<double>(csfast::n_groups(s.n_neurons, group_rows));
+    const int32_t budget = std::max<int32_t>(1, std::lround(density * n_groups));
+    csfast::recover({.y = y.data(),
+                     .y_float = nullptr,
+                     .scale = &scale,
+                     .row_scale = layer.row_scale.data(),
+                     .offset = nullptr,
+                     .weight = nullptr,
+                     .threshold = nullptr,
+                     .budget = &budget,
+                     .usage = usage.data(),
+                     .index = index.data(),
+                     .count = &count,
+                     .missed = &missed,
+                     .batch = 1,
+                     .n_neurons = s.n_neurons,
+                     .columns = 2,
+                     .group_rows = group_rows,
+                     .rule = csfast::Rule::kTopK,
+                     .activation = csfast::Activation::kSilu},
+                    Device::kCpu, nullptr);
+  };
+  keep_top(kBlockRows);
+  layer.block.assign(index.begin(), index.begin() + csfast::n_groups(s.n_neurons, kBlockRows));
+  layer.n_blocks = count;
+  keep_top(1);
   layer.threshold = INFINITY;
   for (int32_t i = 0; i < count; ++i) layer.threshold = std::min(layer.threshold, usage[index[i]]);
   csfast::select(select_params(s, layer, workspace), Device::kCpu, nullptr);
@@ -134,33 +170,32 @@ double seconds_of(const std::function<void()>& call) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Bytes a second that all threads read together: the median over slices of about the size that a
-// sparse layer reads, so that both meet the scheduler alike. Four streams at once, as one alone
-// does not keep the memory busy.
-double read_bandwidth() {
-  std::vector<int64_t> buffer(kSlices * kSliceBytes / sizeof(int64_t), 1);
-  const size_t n = kSliceBytes / sizeof(int64_t);
-  std::vector<double> seconds;
-  int64_t total = 0;
-  for (int i = 0; i < 4 * kSlices; ++i) {
-    const int64_t* slice = buffer.data() + i % kSlices * n;
-    seconds.push_back(seconds_of([&] {
-      int64_t sum = 0;
+// What all threads together read at once: four streams, as one alone does not keep the memory busy.
+class Reader {
+ public:
+  void read() {
+    const int64_t* slice = buffer_.data() + next_++ % kSlices * kWords;
+    int64_t sum = 0;
 #pragma omp parallel for simd reduction(+ : sum)
-      for (size_t k = 0; k < n / 4; ++k)
-        sum += slice[k] + slice[n / 4 + k] + slice[n / 2 + k] + slice[n / 4 * 3 + k];
-      total += sum;
-    }));
+    for (size_t k = 0; k < kWords / 4; ++k) {
+      sum += slice[k] + slice[kWords / 4 + k] + slice[kWords / 2 + k] + slice[kWords / 4 * 3 + k];
+    }
+    total_ += sum;
   }
-  std::sort(seconds.begin(), seconds.end());
-  // Uses the sum, so that no compiler may leave it out.
-  return total == 4 * kSlices * static_cast<int64_t>(n) ? kSliceBytes / seconds[seconds.size() / 2]
-                                                        : 0;
-}
+  // Uses the sums, so that no compiler may leave them out.
+  bool has_read() const { return total_ == static_cast<int64_t>(next_ * kWords); }
+
+ private:
+  static constexpr size_t kWords = kSliceBytes / sizeof(int64_t);
+  std::vector<int64_t> buffer_ = std::vector<int64_t>(kSlices * kWords, 1);
+  size_t next_ = 0;
+  int64_t total_ = 0;
+};
 
 struct Variant {
   std::string name;
-  double bytes;  // that a call has to read
+  std::string form;  // what the name of its case says beside sizes and density
+  double bytes;      // that a call has to read
   std::function<void(Layer&)> call;
   std::vector<double> seconds = {};
 
@@ -170,8 +205,9 @@ struct Variant {
   }
 };
 
-void measure(const Sizes& s, std::vector<Layer>& layers, double density, double bandwidth,
-             std::vector<std::string>& rows, bool json) {
+// Returns the bytes a second that were read in turns with all the rest.
+double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reader& reader,
+               std::vector<std::string>& rows, bool json) {
   Lines<unsigned char> select_space(csfast::select_workspace(1, s.d, s.n_neurons, Device::kCpu));
   Lines<unsigned char> execute_space(csfast::execute_workspace(1, s.d, s.n_neurons, Device::kCpu));
   Lines<unsigned char> ffn_space(csfast::ffn_workspace(1, s.d, s.n_neurons, Device::kCpu));
@@ -181,35 +217,78 @@ void measure(const Sizes& s, std::vector<Layer>& layers, double density, double 
   const int32_t n_all = static_cast<int32_t>(s.n_neurons);
   for (Layer& layer : layers) set_density(s, layer, density, select_space.data());
 
-  const auto execute = [&](const Layer& layer, const int32_t* tile, const int32_t* n_tiles) {
-    csfast::execute(
-        {layer.gate.data(), layer.up.data(), layer.down_t.data(), layer.x.data(), tile, n_tiles,
-         execute_space.data(), out.data(), 1, s.d, s.n_neurons, 1, csfast::DType::kBF16},
-        Device::kCpu, nullptr);
+  const auto execute = [&](const Layer& layer, const int32_t* tile, const int32_t* n_tiles,
+                           int tile_rows) {
+    csfast::execute({.gate = layer.gate.data(),
+                     .up = layer.up.data(),
+                     .down_t = layer.down_t.data(),
+                     .gate_bias = nullptr,
+                     .up_bias = nullptr,
+                     .down_bias = nullptr,
+                     .x = layer.x.data(),
+                     .tile = tile,
+                     .n_tiles = n_tiles,
+                     .workspace = execute_space.data(),
+                     .out = out.data(),
+                     .batch = 1,
+                     .d = s.d,
+                     .n_neurons = s.n_neurons,
+                     .tile_rows = tile_rows,
+                     .shared = false,
+                     .dtype = csfast::DType::kBF16,
+                     .activation = csfast::Activation::kSilu},
+                    Device::kCpu, nullptr);
   };
-  double kept = 0;
-  for (const Layer& layer : layers) kept += layer.n_tiles;
+  double kept = 0, blocks = 0;
+  for (const Layer& layer : layers) {
+    kept += layer.n_tiles;
+    blocks += layer.n_blocks;
+  }
   kept /= static_cast<double>(layers.size());
+  blocks /= static_cast<double>(layers.size());
   const double row = 3.0 * 2.0 * static_cast<double>(s.d);
   const double sensed =
       static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kCode) + 8) + s.d * (4 + 2));
+  // The last two are what the others are measured by.
   std::vector<Variant> variants = {
-      {"complete", sensed + kept * row,
+      {"complete", "", sensed + kept * row,
        [&](Layer& layer) {
-         csfast::ffn({layer.codes.data(), layer.equal.data(), layer.row_scale.data(),
-                      &layer.threshold, layer.gate.data(), layer.up.data(), layer.down_t.data(),
-                      layer.x.data(), ffn_space.data(), out.data(), nullptr, 1, s.d, s.n_neurons,
-                      kCode, 1, csfast::DType::kBF16},
+         csfast::ffn({.codes = layer.codes.data(),
+                      .equal = layer.equal.data(),
+                      .row_scale = layer.row_scale.data(),
+                      .offset = nullptr,
+                      .weight = nullptr,
+                      .threshold = &layer.threshold,
+                      .gate = layer.gate.data(),
+                      .up = layer.up.data(),
+                      .down_t = layer.down_t.data(),
+                      .gate_bias = nullptr,
+                      .up_bias = nullptr,
+                      .down_bias = nullptr,
+                      .x = layer.x.data(),
+                      .workspace = ffn_space.data(),
+                      .out = out.data(),
+                      .stats = nullptr,
+                      .batch = 1,
+                      .d = s.d,
+                      .n_neurons = s.n_neurons,
+                      .code = kCode,
+                      .tile_rows = 1,
+                      .dtype = csfast::DType::kBF16,
+                      .activation = csfast::Activation::kSilu},
                      Device::kCpu, nullptr);
        }},
-      {"execute", kept * row,
-       [&](Layer& layer) { execute(layer, layer.tile.data(), &layer.n_tiles); }},
-      {"select", sensed,
+      {"execute", "", kept * row,
+       [&](Layer& layer) { execute(layer, layer.tile.data(), &layer.n_tiles, 1); }},
+      {"execute", " blocks=" + std::to_string(kBlockRows), blocks * kBlockRows * row,
+       [&](Layer& layer) { execute(layer, layer.block.data(), &layer.n_blocks, kBlockRows); }},
+      {"select", "", sensed,
        [&](Layer& layer) {
          csfast::select(select_params(s, layer, select_space.data()), Device::kCpu, nullptr);
        }},
-      {"all neurons", static_cast<double>(s.n_neurons) * row,
-       [&](Layer& layer) { execute(layer, all.data(), &n_all); }},
+      {"all neurons", "", static_cast<double>(s.n_neurons) * row,
+       [&](Layer& layer) { execute(layer, all.data(), &n_all, 1); }},
+      {"read", "", static_cast<double>(kSliceBytes), [&](Layer&) { reader.read(); }},
   };
   constexpr int kWarmup = 2;
   size_t calls = 0;
@@ -222,25 +301,27 @@ void measure(const Sizes& s, std::vector<Layer>& layers, double density, double 
       if (turn >= 0) variant.seconds.push_back(seconds);
     }
   }
-  const double dense = variants.back().quantile(0.5) * 1e6;
-  for (size_t i = 0; i + 1 < variants.size(); ++i) {
+  const double bandwidth = variants.back().bytes / variants.back().quantile(0.5);
+  const double dense = variants[variants.size() - 2].quantile(0.5) * 1e6;
+  for (size_t i = 0; i + 2 < variants.size(); ++i) {
     Variant& variant = variants[i];
     const double median = variant.quantile(0.5) * 1e6;
     const double fraction = variant.bytes / (median / 1e6) / bandwidth;
     char text[512];
     std::snprintf(text, sizeof text,
-                  json ? "{\"case\": \"ffn d=%lld F=%lld density=.%02d\", \"variant\": \"%s\", "
+                  json ? "{\"case\": \"ffn d=%lld F=%lld density=.%02d%s\", \"variant\": \"%s\", "
                          "\"median_us\": %.2f, \"p10_us\": %.2f, \"p90_us\": %.2f, "
                          "\"bytes\": %.0f, \"fraction_of_read_bandwidth\": %.3f, "
                          "\"baselines\": {\"csfast all neurons\": %.2f}, \"ratio_vs_best\": %.3f}"
-                       : "ffn d=%lld F=%lld density=.%02d  %-8s  %9.1f us (%.1f .. %.1f)  "
+                       : "ffn d=%lld F=%lld density=.%02d%s  %-8s  %9.1f us (%.1f .. %.1f)  "
                          "%.0f bytes  %.2f of read bandwidth  all neurons %.1f us  %.2fx",
                   static_cast<long long>(s.d), static_cast<long long>(s.n_neurons),
-                  static_cast<int>(std::lround(density * 100)), variant.name.c_str(), median,
-                  variant.quantile(0.1) * 1e6, variant.quantile(0.9) * 1e6, variant.bytes, fraction,
-                  dense, dense / median);
+                  static_cast<int>(std::lround(density * 100)), variant.form.c_str(),
+                  variant.name.c_str(), median, variant.quantile(0.1) * 1e6,
+                  variant.quantile(0.9) * 1e6, variant.bytes, fraction, dense, dense / median);
     rows.push_back(text);
   }
+  return bandwidth;
 }
 
 }  // namespace
@@ -262,18 +343,24 @@ int main(int argc, char** argv) {
   std::mt19937 random(0);
   std::vector<Layer> layers;
   for (int i = 0; i < sizes.layers; ++i) layers.push_back(random_layer(sizes, random));
-  const double bandwidth = read_bandwidth();
+  Reader reader;
   std::vector<std::string> rows;
-  for (double density : {0.25, 0.10}) measure(sizes, layers, density, bandwidth, rows, json);
+  double bandwidth = 0;
+  for (double density : {0.25, 0.10}) {
+    bandwidth = std::max(bandwidth, measure(sizes, layers, density, reader, rows, json));
+  }
+  if (!reader.has_read()) return 1;
 
   if (json) {
-    std::printf("{\"machine\": {\"device\": \"cpu\", \"read_bandwidth\": %.0f},\n \"rows\": [\n",
-                bandwidth);
+    std::printf(
+        "{\"machine\": {\"device\": \"cpu\", \"isa\": \"%s\", \"read_bandwidth\": %.0f},\n"
+        " \"rows\": [\n",
+        csfast::isa(), bandwidth);
     for (size_t i = 0; i < rows.size(); ++i)
       std::printf("  %s%s\n", rows[i].c_str(), i + 1 < rows.size() ? "," : "");
     std::printf(" ]}\n");
   } else {
-    std::printf("read bandwidth %.1f GB/s\n", bandwidth / 1e9);
+    std::printf("%s, read bandwidth %.1f GB/s\n", csfast::isa(), bandwidth / 1e9);
     for (const std::string& line : rows) std::printf("%s\n", line.c_str());
   }
   return 0;

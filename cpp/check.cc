@@ -51,8 +51,16 @@ void check_code(const char* op, int64_t d, Code code) {
   }
 }
 
-void check_tile_rows(const char* op, int tile_rows) {
-  if (tile_rows < 1) refuse(op, "tile_rows = " + std::to_string(tile_rows), "at least 1");
+void check_group_rows(const char* op, const char* name, int rows) {
+  if (rows < 1) refuse(op, std::string(name) + " = " + std::to_string(rows), "at least 1");
+}
+
+void check_weights(const char* op, const float* weight, int64_t batch) {
+  for (int64_t b = 0; b < batch; ++b) {
+    if (weight[b] < 0.0f) {
+      refuse(op, "weight[" + std::to_string(b) + "] = " + std::to_string(weight[b]), "at least 0");
+    }
+  }
 }
 
 void check_lists(const char* op, const char* name, const int32_t* value, const int32_t* count,

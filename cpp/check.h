@@ -18,8 +18,11 @@ void check_width(const char* op, int64_t d);
 // A code that exists, of so many channels that no sum of codes times activations leaves int32.
 void check_code(const char* op, int64_t d, Code code);
 
-// tile_rows >= 1.
-void check_tile_rows(const char* op, int tile_rows);
+// `rows`, which the caller calls `name`, is at least 1.
+void check_group_rows(const char* op, const char* name, int rows);
+
+// For weights in memory of the host: none is negative. Not-a-number is a vote for everything.
+void check_weights(const char* op, const float* weight, int64_t batch);
 
 // For lists in memory of the host: count[b] is in [0, width], and value[b, 0 .. count[b]) ascends,
 // distinct, in [0, width). `name` is what the caller calls the values.

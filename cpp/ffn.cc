@@ -9,11 +9,12 @@
 namespace csfast {
 namespace {
 
-void check(const FfnParams& p) {
+void check(const FfnParams& p, Device device) {
   check_neurons("ffn", p.batch, p.n_neurons);
   check_width("ffn", p.d);
   check_code("ffn", p.d, p.code);
-  check_tile_rows("ffn", p.tile_rows);
+  check_group_rows("ffn", "tile_rows", p.tile_rows);
+  if (device == Device::kCpu && p.weight != nullptr) check_weights("ffn", p.weight, p.batch);
 }
 
 void ffn_on_cpu(const FfnParams& p) {
@@ -27,6 +28,8 @@ void ffn_on_cpu(const FfnParams& p) {
   host::select({.codes = p.codes,
                 .equal = p.equal,
                 .row_scale = p.row_scale,
+                .offset = p.offset,
+                .weight = p.weight,
                 .threshold = p.threshold,
                 .x = p.x,
                 .workspace = at,
@@ -38,10 +41,14 @@ void ffn_on_cpu(const FfnParams& p) {
                 .n_neurons = p.n_neurons,
                 .code = p.code,
                 .tile_rows = p.tile_rows,
-                .dtype = p.dtype});
+                .dtype = p.dtype,
+                .activation = p.activation});
   host::execute({.gate = p.gate,
                  .up = p.up,
                  .down_t = p.down_t,
+                 .gate_bias = p.gate_bias,
+                 .up_bias = p.up_bias,
+                 .down_bias = p.down_bias,
                  .x = p.x,
                  .tile = tile,
                  .n_tiles = n_tiles,
@@ -51,15 +58,19 @@ void ffn_on_cpu(const FfnParams& p) {
                  .d = p.d,
                  .n_neurons = p.n_neurons,
                  .tile_rows = p.tile_rows,
-                 .dtype = p.dtype});
+                 .shared = p.weight != nullptr,
+                 .dtype = p.dtype,
+                 .activation = p.activation});
   if (p.stats == nullptr) return;
   p.stats[0] += p.batch;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    p.stats[1] += int64_t{n_tiles[b]} * p.tile_rows;
+  const bool shared = p.weight != nullptr;  // one list, which every row of the batch executes
+  for (int64_t list = 0; list < (shared ? 1 : p.batch); ++list) {
+    int64_t neurons = int64_t{n_tiles[list]} * p.tile_rows;
     // The last tile may be short.
-    if (n_tiles[b] > 0 && tile[b * width + n_tiles[b] - 1] == width - 1) {
-      p.stats[1] -= width * p.tile_rows - p.n_neurons;
+    if (n_tiles[list] > 0 && tile[list * width + n_tiles[list] - 1] == width - 1) {
+      neurons -= width * p.tile_rows - p.n_neurons;
     }
+    p.stats[1] += shared ? p.batch * neurons : neurons;
   }
 }
 
@@ -74,7 +85,7 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device
 }
 
 void ffn(const FfnParams& p, Device device, Stream stream) {
-  check(p);
+  check(p, device);
   if (p.batch == 0) return;
   device == Device::kCuda ? cuda::ffn(p, stream) : ffn_on_cpu(p);
 }

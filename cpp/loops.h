@@ -16,10 +16,29 @@ namespace csfast {
 
 inline constexpr int64_t kBlock = 64;  // neurons per call: one bit each in a mask
 
-// What recovery by threshold says about one block of neurons.
+// The measurements of neighbouring neurons of one row of the batch, see recover.h.
+struct Measured {
+  const void* y;           // (n, columns), int32 or float32
+  const float* row_scale;  // (n, columns)
+  const float* offset;     // (n, columns), or null
+  float scale;
+  int columns;
+  bool is_float;  // y
+  Activation activation;
+};
+
+// What recovery by threshold says about one block of neurons or groups.
 struct Kept {
-  uint64_t mask;  // bit i: neuron i of the block is kept
+  uint64_t mask;  // bit i: entry i of the block is kept
   float missed;   // sum of usage^2 over the others
+};
+
+// Neighbouring rows of the batch that go through the same neurons, see execute.h.
+struct Rows {
+  const void* x;       // (n, d), T
+  float* sum;          // (n, d) at a distance of sum_stride, written
+  int64_t sum_stride;  // floats from one row's sum to the next one's
+  int64_t n;
 };
 
 struct Loops {
@@ -36,16 +55,21 @@ struct Loops {
   // Measurements first .. first + n - 1 of every row of the batch, see project.h.
   void (*project)(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 
-  // usage (n) of n <= kBlock neurons from y (n, 2) and row_scale (n, 2), see recover.h.
-  Kept (*keep)(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
-               float* usage) noexcept;
+  // usage (n) of n neurons.
+  void (*usage)(const Measured& m, int64_t n, float* usage) noexcept;
 
-  // sum (d) = the part of the output that `n` neurons contribute for the row x (d), see execute.h.
-  void (*gather)(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n,
-                 bool first, float* sum) noexcept;
+  // The decision on usage (n), n <= kBlock.
+  Kept (*keep)(const float* usage, int64_t n, float threshold) noexcept;
 
-  // out (d) = the segments of sums (n_segments, d) added in order, rounded to T once.
-  void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+  // Adds to the sum of every row, zeroed before if this is the `first` call for them, what `n`
+  // neurons contribute to its output. A row's result does not depend on the others.
+  void (*gather)(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+                 bool first) noexcept;
+
+  // out (d) = the segments of sums (n_segments, d) added in order, and bias (d), T, unless that is
+  // null; rounded to T once.
+  void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
+                 void* out) noexcept;
 };
 
 namespace base {
@@ -54,11 +78,12 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
-          float* usage) noexcept;
-void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
-            float* sum) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+void usage(const Measured& m, int64_t n, float* usage) noexcept;
+Kept keep(const float* usage, int64_t n, float threshold) noexcept;
+void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+            bool first) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
+            void* out) noexcept;
 }  // namespace base
 
 namespace avx2 {
@@ -68,11 +93,12 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
-          float* usage) noexcept;
-void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
-            float* sum) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+void usage(const Measured& m, int64_t n, float* usage) noexcept;
+Kept keep(const float* usage, int64_t n, float threshold) noexcept;
+void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+            bool first) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
+            void* out) noexcept;
 }  // namespace avx2
 
 namespace avx512 {
@@ -82,11 +108,12 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
-          float* usage) noexcept;
-void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
-            float* sum) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+void usage(const Measured& m, int64_t n, float* usage) noexcept;
+Kept keep(const float* usage, int64_t n, float threshold) noexcept;
+void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+            bool first) noexcept;
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
+            void* out) noexcept;
 }  // namespace avx512
 
 // The loops in use, see isa.h.

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <limits>
 
 #include "check.h"
 #include "csfast/tile.h"
+#include "groups.h"
 #include "host.h"
 #include "loops.h"
 #include "share.h"
@@ -16,26 +16,30 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 8;  // of the batch: their measurements of a block are 4 KB, in L1
 
-void check(const SelectParams& p) {
+void check(const SelectParams& p, Device device) {
   check_neurons("select", p.batch, p.n_neurons);
   check_width("select", p.d);
   check_code("select", p.d, p.code);
-  check_tile_rows("select", p.tile_rows);
+  check_group_rows("select", "tile_rows", p.tile_rows);
+  if (device == Device::kCpu && p.weight != nullptr) check_weights("select", p.weight, p.batch);
 }
 
 // The parts of the workspace.
 struct Parts {
   int8_t* q;       // (batch, q_width)
   float* scale;    // (batch)
-  uint64_t* mask;  // (batch, n_blocks)
-  float* missed;   // (batch, n_blocks)
+  float* usage;    // (batch, n_neurons), where tiles are of several neurons or rows decide together
+  uint64_t* mask;  // (lists, n_blocks)
+  float* missed;   // (lists, n_blocks)
 };
 
-constexpr int64_t blocks_of(int64_t n_neurons) {
-  return (n_neurons + kBlock - 1) / kBlock;
+// Blocks of neurons, or of tiles.
+constexpr int64_t blocks_of(int64_t n) {
+  return (n + kBlock - 1) / kBlock;
 }
 
 Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
+  const int64_t lists = std::max<int64_t>(batch, 1);
   const int64_t n_blocks = blocks_of(n_neurons);
   char* at = static_cast<char*>(workspace);
   const auto take = [&at](int64_t bytes) {
@@ -45,59 +49,104 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
   };
   return {.q = reinterpret_cast<int8_t*>(take(batch * q_width(d))),
           .scale = reinterpret_cast<float*>(take(batch * 4)),
-          .mask = reinterpret_cast<uint64_t*>(take(batch * n_blocks * 8)),
-          .missed = reinterpret_cast<float*>(take(batch * n_blocks * 4))};
+          .usage = reinterpret_cast<float*>(take(batch * n_neurons * 4)),
+          .mask = reinterpret_cast<uint64_t*>(take(lists * n_blocks * 8)),
+          .missed = reinterpret_cast<float*>(take(lists * n_blocks * 4))};
 }
 
-// Sense and recover one block of neurons for every row of the batch.
+// Whether a decision needs more than the usage of one neuron of one row.
+bool is_pooled(const SelectParams& p) {
+  return p.tile_rows > 1 || p.weight != nullptr;
+}
+
+// Sense and recover one block of neurons for every row of the batch, as far as the block goes.
 void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
   const Loops& loop = loops();
   const int64_t n_blocks = blocks_of(p.n_neurons);
   const int64_t first = block * kBlock;
   const int64_t n = std::min(kBlock, p.n_neurons - first);
   int32_t y[kRowsAtOnce * 2 * kBlock];
-  float usage[kBlock];
+  float alone[kBlock];
   for (int64_t b0 = 0; b0 < p.batch; b0 += kRowsAtOnce) {
     const int64_t rows = std::min(kRowsAtOnce, p.batch - b0);
     loop.measure(p.codes + first * 2 * row_bytes(p.d, p.code), 2 * n, p.d, p.code,
                  parts.q + b0 * q_width(p.d), rows, y, 2 * kBlock);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = b0 + i;
-      const bool all = !std::isfinite(parts.scale[b]);
-      const Kept kept =
-          loop.keep(y + i * 2 * kBlock, parts.scale[b], p.row_scale + 2 * first, n,
-                    all ? -std::numeric_limits<float>::infinity() : p.threshold[b], usage);
+      float* usage = is_pooled(p) ? parts.usage + b * p.n_neurons + first : alone;
+      loop.usage({.y = y + i * 2 * kBlock,
+                  .row_scale = p.row_scale + 2 * first,
+                  .offset = p.offset == nullptr ? nullptr : p.offset + 2 * first,
+                  .scale = parts.scale[b],
+                  .columns = 2,
+                  .is_float = false,
+                  .activation = p.activation},
+                 n, usage);
+      if (is_pooled(p)) continue;
+      const Votes votes{.none = false, .all = !std::isfinite(parts.scale[b])};
+      const Kept kept = loop.keep(usage, n, threshold_of(votes, p.threshold[b]));
       parts.mask[b * n_blocks + block] = kept.mask;
       parts.missed[b * n_blocks + block] = kept.missed;
     }
   }
 }
 
-// From the masks of one row of the batch to its tiles.
-void list_tiles(const SelectParams& p, const Parts& parts, int64_t b) {
-  const int64_t n_blocks = blocks_of(p.n_neurons);
-  const uint64_t* masks = parts.mask + b * n_blocks;
-  int32_t* tile = p.tile + b * n_tiles_max(p.n_neurons, p.tile_rows);
+// Recover one block of tiles of one list from the usages of its neurons.
+void keep_block(const SelectParams& p, const Parts& parts, Votes votes, int64_t list,
+                int64_t block) {
+  const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int64_t n = std::min(kBlock, n_tiles - block * kBlock);
+  const int64_t first = block * kBlock * p.tile_rows;  // neuron
+  const int64_t n_neurons = std::min(n * p.tile_rows, p.n_neurons - first);
+  float usage[kBlock] = {};
+  const auto of_row = [&](int64_t b, float* group) {
+    const float* neurons = parts.usage + b * p.n_neurons + first;
+    if (p.tile_rows == 1) {
+      std::copy(neurons, neurons + n, group);
+    } else {
+      group_usage(neurons, n_neurons, p.tile_rows, group);
+    }
+  };
+  if (p.weight == nullptr) {
+    of_row(list, usage);
+  } else {
+    float row[kBlock];
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (p.weight[b] == 0.0f) continue;
+      of_row(b, row);
+      add_usage(row, n, p.weight[b], usage);
+    }
+  }
+  const int64_t at = list * blocks_of(n_tiles) + block;
+  const Kept kept = loops().keep(usage, n, threshold_of(votes, p.threshold[list]));
+  parts.mask[at] = kept.mask;
+  parts.missed[at] = kept.missed;
+}
+
+// From the masks of one list to its tiles.
+void list_tiles(const SelectParams& p, const Parts& parts, int64_t list) {
+  const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int64_t n_blocks = blocks_of(n_tiles);
+  int32_t* tile = p.tile + list * n_tiles;
   int32_t count = 0;
   float missed = 0.0f;
   for (int64_t block = 0; block < n_blocks; ++block) {
-    missed += parts.missed[b * n_blocks + block];
-    for (uint64_t mask = masks[block]; mask != 0; mask &= mask - 1) {
-      const int32_t j = static_cast<int32_t>(block * kBlock + std::countr_zero(mask));
-      const int32_t t = p.tile_rows == 1 ? j : j / p.tile_rows;
-      if (count == 0 || tile[count - 1] != t) tile[count++] = t;
+    missed += parts.missed[list * n_blocks + block];
+    for (uint64_t mask = parts.mask[list * n_blocks + block]; mask != 0; mask &= mask - 1) {
+      tile[count++] = static_cast<int32_t>(block * kBlock + std::countr_zero(mask));
     }
   }
-  p.n_tiles[b] = count;
-  if (p.missed != nullptr) p.missed[b] = missed;
+  p.n_tiles[list] = count;
+  if (p.missed != nullptr) p.missed[list] = missed;
 }
 
 }  // namespace
 
 int64_t host::select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
+  const int64_t lists = std::max<int64_t>(batch, 1);
   const int64_t n_blocks = blocks_of(n_neurons);
-  return line_up(batch * q_width(d)) + line_up(batch * 4) + line_up(batch * n_blocks * 8) +
-         line_up(batch * n_blocks * 4);
+  return line_up(batch * q_width(d)) + line_up(batch * 4) + line_up(batch * n_neurons * 4) +
+         line_up(lists * n_blocks * 8) + line_up(lists * n_blocks * 4);
 }
 
 void host::select(const SelectParams& p) {
@@ -112,7 +161,21 @@ void host::select(const SelectParams& p) {
 #pragma omp parallel for schedule(dynamic) if (p.n_neurons * 2 * row_bytes(p.d, p.code) > \
                                                    kBytesAlone)
   for (int64_t block = 0; block < n_blocks; ++block) select_block(p, parts, block);
-  for (int64_t b = 0; b < p.batch; ++b) list_tiles(p, parts, b);
+
+  const int64_t lists = p.weight == nullptr ? p.batch : 1;
+  if (is_pooled(p)) {
+    const int64_t n_tile_blocks = blocks_of(n_tiles_max(p.n_neurons, p.tile_rows));
+    const auto votes = [&](int64_t list) {
+      if (p.weight != nullptr) return votes_of(p.weight, parts.scale, p.batch);
+      return Votes{.none = false, .all = !std::isfinite(parts.scale[list])};
+    };
+#pragma omp parallel for if (p.batch * p.n_neurons * 4 > kBytesAlone)
+    for (int64_t item = 0; item < lists * n_tile_blocks; ++item) {
+      const int64_t list = item / n_tile_blocks;
+      keep_block(p, parts, votes(list), list, item % n_tile_blocks);
+    }
+  }
+  for (int64_t list = 0; list < lists; ++list) list_tiles(p, parts, list);
 }
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device) {
@@ -123,8 +186,8 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device dev
 }
 
 void select(const SelectParams& p, Device device, Stream stream) {
-  check(p);
-  if (p.batch == 0) return;
+  check(p, device);
+  if (p.batch == 0 && p.weight == nullptr) return;
   device == Device::kCuda ? cuda::select(p, stream) : host::select(p);
 }
 

@@ -11,7 +11,7 @@ int64_t Session::bind(const FfnParams& layer) {
   check_neurons("session", layer.batch, layer.n_neurons);
   check_width("session", layer.d);
   check_code("session", layer.d, layer.code);
-  check_tile_rows("session", layer.tile_rows);
+  check_group_rows("session", "tile_rows", layer.tile_rows);
   layers_.push_back(layer);
   return n_layers() - 1;
 }

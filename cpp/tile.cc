@@ -7,7 +7,7 @@ namespace {
 
 void check(const TileParams& p, Device device) {
   check_neurons("tile", p.batch, p.n_neurons);
-  check_tile_rows("tile", p.tile_rows);
+  check_group_rows("tile", "tile_rows", p.tile_rows);
   if (device == Device::kCpu) {
     check_lists("tile", "index", p.index, p.count, p.batch, p.n_neurons);
   }

@@ -73,11 +73,11 @@ struct Listed {
   int tile_rows;
 
   __device__ Listed(const ExecuteParams& p, int64_t b)
-      : tile(p.tile + b * n_tiles_max(p.n_neurons, p.tile_rows)),
-        n_neurons(p.n_neurons),
-        tile_rows(p.tile_rows) {
+      : n_neurons(p.n_neurons), tile_rows(p.tile_rows) {
+    const int64_t list = p.shared ? 0 : b;
     const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
-    count = min(max(int64_t{p.n_tiles[b]}, int64_t{0}), most) * tile_rows;
+    tile = p.tile + list * most;
+    count = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most) * tile_rows;
   }
 
   // The neuron, or -1 at positions past the last neuron or the end of the list. So is a tile that
@@ -128,6 +128,12 @@ __device__ __forceinline__ void dot_rows(const T* gate, const T* up, const T* x,
   }
 }
 
+// z + entry i of bias, unless that is null.
+template <typename T>
+__device__ __forceinline__ float add_bias(float z, const void* bias, int64_t i) {
+  return bias == nullptr ? z : z + static_cast<float>(static_cast<const T*>(bias)[i]);
+}
+
 template <typename T, bool kAligned>
 __device__ __forceinline__ void load_panel(T* to, const T* from, int n) {
   constexpr int kStep = kAligned ? kVector<T> : 1;
@@ -175,7 +181,10 @@ __global__ void __launch_bounds__(kActivateWarps* kWarp, 4) activate_kernel(cons
     }
     g = warp_sum(g);
     u = warp_sum(u);
-    if (threadIdx.x % kWarp == 0 && j >= 0) activation[j] = silu(g) * u;
+    if (threadIdx.x % kWarp == 0 && j >= 0) {
+      activation[j] =
+          activate(p.activation, add_bias<T>(g, p.gate_bias, j)) * add_bias<T>(u, p.up_bias, j);
+    }
   }
 }
 
@@ -269,7 +278,7 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const ExecutePara
   if (warp > 0 || column >= p.d) return;
 #pragma unroll
   for (int w = 1; w < kSumWarps; ++w) sum += shared.sum[w][lane];
-  static_cast<T*>(p.out)[b * p.d + column] = static_cast<T>(sum);
+  static_cast<T*>(p.out)[b * p.d + column] = static_cast<T>(add_bias<T>(sum, p.down_bias, column));
 }
 
 template <typename T, bool kAligned>

@@ -29,22 +29,26 @@ Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
 }
 
 struct CountParams {
-  const int32_t* tile;     // (batch, n_tiles_max)
-  const int32_t* n_tiles;  // (batch)
+  const int32_t* tile;     // (lists, n_tiles_max)
+  const int32_t* n_tiles;  // (lists)
   int64_t* stats;          // (2)
   int64_t batch, n_neurons;
   int tile_rows;
+  bool shared;  // one list, which every row of the batch executes
 };
 
 __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
   const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
   int64_t neurons = 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t n = p.n_tiles[b];
+  for (int64_t list = 0; list < (p.shared ? 1 : p.batch); ++list) {
+    const int64_t n = p.n_tiles[list];
     neurons += n * p.tile_rows;
     // The last tile of all may hold fewer neurons than the others.
-    if (n > 0 && p.tile[b * most + n - 1] == most - 1) neurons -= most * p.tile_rows - p.n_neurons;
+    if (n > 0 && p.tile[list * most + n - 1] == most - 1) {
+      neurons -= most * p.tile_rows - p.n_neurons;
+    }
   }
+  if (p.shared) neurons *= p.batch;
   p.stats[0] += p.batch;
   p.stats[1] += neurons;
 }
@@ -62,6 +66,8 @@ void ffn(const FfnParams& p, Stream stream) {
   select({.codes = p.codes,
           .equal = p.equal,
           .row_scale = p.row_scale,
+          .offset = p.offset,
+          .weight = p.weight,
           .threshold = p.threshold,
           .x = p.x,
           .workspace = at<void>(p.workspace, layout.select),
@@ -73,11 +79,15 @@ void ffn(const FfnParams& p, Stream stream) {
           .n_neurons = p.n_neurons,
           .code = p.code,
           .tile_rows = p.tile_rows,
-          .dtype = p.dtype},
+          .dtype = p.dtype,
+          .activation = p.activation},
          stream);
   execute({.gate = p.gate,
            .up = p.up,
            .down_t = p.down_t,
+           .gate_bias = p.gate_bias,
+           .up_bias = p.up_bias,
+           .down_bias = p.down_bias,
            .x = p.x,
            .tile = tile,
            .n_tiles = n_tiles,
@@ -87,7 +97,9 @@ void ffn(const FfnParams& p, Stream stream) {
            .d = p.d,
            .n_neurons = p.n_neurons,
            .tile_rows = p.tile_rows,
-           .dtype = p.dtype},
+           .shared = p.weight != nullptr,
+           .dtype = p.dtype,
+           .activation = p.activation},
           stream);
   if (p.stats == nullptr) return;
   launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
@@ -96,7 +108,8 @@ void ffn(const FfnParams& p, Stream stream) {
                      .stats = p.stats,
                      .batch = p.batch,
                      .n_neurons = p.n_neurons,
-                     .tile_rows = p.tile_rows});
+                     .tile_rows = p.tile_rows,
+                     .shared = p.weight != nullptr});
 }
 
 }  // namespace csfast::cuda

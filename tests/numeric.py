@@ -1,6 +1,7 @@
 """Error bounds of the operations, derived, and the assertions that use them."""
 
 import functools
+import math
 
 import torch
 
@@ -35,41 +36,131 @@ def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (n + 1) * (EPS_F32 * (a.double().abs() @ b.double().abs().T) + 2.0**-120)
 
 
-def usage_tolerance(y: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+def _activation_at(z: torch.Tensor, activation: str):
+    """w, dw/dz and the roundings of w, where the activation is z sigmoid(w): silu has w = z."""
+    if activation == "silu":
+        return z, torch.ones_like(z), 0
+    c1 = 2 * (2 / math.pi) ** 0.5
+    c3 = 0.044715 * c1
+    # w = z (c1 + c3 z^2): z^2, c3 and their product round, so do c1, the sum and the product with
+    # z, and all terms have one sign: 5 u.
+    return z * (c1 + c3 * z * z), c1 + 3 * c3 * z * z, 5
+
+
+def activation_tolerance(z: torch.Tensor, dz: torch.Tensor, activation: str) -> torch.Tensor:
+    """Bound on the error of the float32 activation of a gate that is off by at most `dz`.
+
+    With u = 2^-24, act(z) = z sigmoid(w) and s = sigmoid(-w): z itself is off by dz, exp(-w) by
+    dw = w' dz and the roundings r of w, and right to 2 ulp (4 u); 1 + exp(-w) feels the share s of
+    that; adding and dividing round once each. To first order
+
+        sigmoid(w) dz (1 + |z| s w') + |act(z)| (s (r |w| + 4) + 2) u
+
+    a quarter more covers the second order. Where exp(-w) overflows (w < -88.7) the activation is 0,
+    and was at most 89 exp(-88.7) < 2^-121.
+    """
+    w, slope, roundings = _activation_at(z, activation)
+    s = torch.sigmoid(-w)
+    size = z.abs()
+    moved = torch.sigmoid(w) * dz * (1 + size * s * slope)
+    rounded = size * torch.sigmoid(w) * (s * (roundings * w.abs() + 4) + 2) * UNIT
+    return 1.25 * (moved + rounded) + 2.0**-121
+
+
+def usage_tolerance(
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    row_scale: torch.Tensor,
+    offset: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
     """Bound on the error of the float32 usage, and so the margin of a threshold.
 
     With u = 2^-24: g and up each carry three roundings (the conversion of y and two products), 3 u
-    relative. exp(-g) is right to 2 ulp (4 u) of an argument that is off by 3 u |g|; of that,
-    1 + exp(-g) feels the share s = sigmoid(-g), and adding and dividing round once each. The
-    product with up rounds once more and brings its 3 u. Together
-    3 + s (3 |g| + 4) + 2 + 3 + 1 <= 13 + 3 s |g|; 16 + 4 s |g| covers the second order. Where
-    exp(-g) overflows (g < -88.7) the usage is 0, and was at most 89 exp(-88.7) |up| < 2^-121 |up|.
+    relative to what the offset is added to, and one of that addition. The product of activation and
+    up rounds once more and brings the error of both.
     """
-    z = scale.double()[:, None, None] * row_scale.double() * y.double()
-    g, up = z[..., 0], z[..., 1].abs()
-    usage = (torch.nn.functional.silu(g) * up).abs()
-    return usage * (16 + 4 * g.abs() * torch.sigmoid(-g)) * UNIT + up * 2.0**-121 + 2.0**-140
+    v = scale.double()[:, None, None] * row_scale.double() * y.double()
+    dv = 3 * UNIT * v.abs()
+    if offset is not None:
+        v = v + offset.double()
+        dv = dv + UNIT * v.abs()
+    if v.shape[2] == 1:
+        return 1.25 * dv[..., 0] + 2.0**-140
+    g, up = v[..., 0], v[..., 1].abs()
+    act = reference.activate(g, activation).abs()
+    dact = activation_tolerance(g, dv[..., 0], activation)
+    return dact * up + (act + dact) * dv[..., 1] + 1.25 * UNIT * act * up + 2.0**-140
 
 
-def execute_tolerance(gate, up, down_t, x, mask) -> torch.Tensor:
+def group_tolerance(usage: torch.Tensor, tolerance: torch.Tensor, group_rows: int) -> torch.Tensor:
+    """Bound on the error of the usage of groups of neurons whose usages err by `tolerance`.
+
+    The norm moves by no more than the norm of the errors. Its B squares and B additions and the
+    root round once each: ((B + 1) / 2 + 1) u relative, rounded up. A square below 2^-126 loses up
+    to 2^-150 of it, the sum B times that, and a root r of a moves by at most the root of that.
+    """
+    if group_rows == 1:
+        return tolerance
+    moved = reference.group(tolerance, group_rows)
+    group = reference.group(usage, group_rows)
+    lost = group_rows**0.5 * 2.0**-75
+    return 1.25 * (moved + (group_rows + 3) / 2 * UNIT * group) + lost
+
+
+def joint_tolerance(
+    usage: torch.Tensor, tolerance: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Bound on the error of the joint usage: R products and additions of R voting rows."""
+    n_rows = int((weight != 0).sum())
+    moved = reference.joint(tolerance, weight)
+    return (
+        1.25 * (moved + (n_rows + 1) * UNIT * reference.joint(usage, weight)) + n_rows * 2.0**-149
+    )
+
+
+def execute_tolerance(
+    gate,
+    up,
+    down_t,
+    x,
+    mask,
+    *,
+    gate_bias=None,
+    up_bias=None,
+    down_bias=None,
+    activation="silu",
+) -> torch.Tensor:
     """Bound on the error of `execute` on the neurons of ``mask (batch, n_neurons)``.
 
-    g and u are dot products. silu has slope at most 1.1 and rounds by at most 8 u (see
-    `usage_tolerance` without its error of g), a = silu(g) u once more. The sum of the n kept
-    neurons, cut into at most 32 runs, takes at most n + 33 additions. The output is rounded to its
-    dtype once, to zero below the smallest normal number.
+    g and u are dot products and perhaps a bias, whose addition rounds once. Both activations have
+    slopes of at most 1.14, and round, by `activation_tolerance` without its error of g, by at most
+    8 u of their size, gelu_tanh by 3 u more where it is negative; a = act(g) u rounds once more.
+    The sum of the n kept neurons, cut into at most 32 runs, takes at most n + 33 additions, that of
+    a bias one more. The output is rounded to its dtype once, to zero below the smallest normal
+    number.
     """
     xd, gated, upd, down = (t.double() for t in (x, gate, up, down_t))
+    g, u = xd @ gated.T, xd @ upd.T
     dg, du = dot_tolerance(x, gate), dot_tolerance(x, up)
-    s = torch.nn.functional.silu(xd @ gated.T)
-    u = xd @ upd.T
-    ds = 1.1 * dg + 8 * UNIT * s.abs()
+    if gate_bias is not None:
+        g = g + gate_bias.double()
+        dg = dg + UNIT * (g.abs() + dg)
+    if up_bias is not None:
+        u = u + up_bias.double()
+        du = du + UNIT * (u.abs() + du)
+    s = reference.activate(g, activation)
+    ds = 1.14 * dg
+    ds = ds + 8 * UNIT * (s.abs() + ds) + (3 * UNIT if activation == "gelu_tanh" else 0)
     da = ds * u.abs() + (s.abs() + ds) * du + EPS_F32 * (s * u).abs()
     keep = mask.double()
     da, a = da * keep, (s * u).abs() * keep
     n = keep.sum(dim=1, keepdim=True)
     total = da @ down.abs() + (n + 33) * EPS_F32 * ((a + da) @ down.abs())
     exact = ((s * u) * keep) @ down
+    if down_bias is not None:
+        exact = exact + down_bias.double()
+        total = total + UNIT * (exact.abs() + total)
     limits = torch.finfo(x.dtype)
     smallest = max(limits.tiny * limits.eps, 2.0**-126)
     return total + limits.eps / 2 * (exact.abs() + total) + smallest
@@ -105,13 +196,28 @@ def split_tiles(tile: torch.Tensor, n_tiles: torch.Tensor) -> list[torch.Tensor]
     return [tile[row, :count].long() for row, count in enumerate(n_tiles.tolist())]
 
 
-def middle_threshold(problem, quantile: float = 0.6) -> torch.Tensor:
-    """A threshold that keeps about ``1 - quantile`` of every row's neurons, ``(batch,)`` float32.
+def usage_of(problem, *, biases=None, activation="silu", tile_rows=1, weight=None):
+    """What a problem's measurements promise, in float64, and the margin of error of float32.
 
-    It stands midway between two usages, so that no neuron is nearer to it than it must be.
+    Both ``(lists, n_groups)``, and the scales ``(batch,)``.
     """
     y, scale = reference.sense(problem.codes, problem.equal, problem.x, bits=problem.bits)
-    ranked = reference.usage(y, scale, problem.row_scale).sort(dim=1).values
+    given = (y, scale, problem.row_scale, None if biases is None else biases.offset, activation)
+    usage, margin = reference.usage(*given), usage_tolerance(*given)
+    margin = group_tolerance(usage, margin, tile_rows)
+    usage = usage if tile_rows == 1 else reference.group(usage, tile_rows)
+    if weight is not None:
+        margin = joint_tolerance(usage, margin, weight)
+        usage = reference.joint(usage, weight)
+    return usage, margin, scale
+
+
+def middle_threshold(problem, quantile: float = 0.6, **more) -> torch.Tensor:
+    """A threshold that keeps about ``1 - quantile`` of every list's groups, ``(lists,)`` float32.
+
+    It stands midway between two usages, so that no group is nearer to it than it must be.
+    """
+    ranked = usage_of(problem, **more)[0].sort(dim=1).values
     n = ranked.shape[1]
     low = min(int(quantile * n), n - 1)
     high = min(low + 1, n - 1)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import numeric
 import tiny
 from csfast import baselines, compressed, judge, models, ops, oracles, planes, reference, rules
 from csfast.plan import LayerPlan
@@ -787,3 +788,55 @@ def test_an_unknown_method_is_refused(fit, name):
 def test_a_number_out_of_range_is_refused(fit, name, message):
     with pytest.raises(ValueError, match=message):
         baselines.build(name, fit)
+
+
+@pytest.mark.parametrize("kind", ["llama-bias", "gemma", "phi3"])
+@pytest.mark.parametrize("bits", [2, "ternary"])
+def test_families_are_estimated_as_the_reference_does(kind, bits, inputs):
+    """Activation and biases of the layer itself enter the few-bit and the low-rank estimate."""
+    ffns = models.find_ffns(tiny.make_model(kind))
+    fit = rules.Fit(None, ffns, judge.Sample(inputs, WHERE, {}))
+    rule, x, ffn = baselines.build(method_of(bits), fit), inputs[1], ffns[1]
+    codes = rule._codes[1]
+    layer = LayerPlan.fit(*ffn.weights, codes.equal, (bits,))
+    y, scale = reference.sense(layer.encode(*ffn.weights, bits=bits), codes.equal, x, bits=bits)
+    measured = (y, scale, layer.row_scale[bits], ffn.offset(), ffn.activation)
+    with torch.no_grad():
+        gate, a = ffn.activations(x)
+        found = rule.score(1, x, gate, a, WHERE)
+        error = (found.double() - reference.usage(*measured)).abs()
+        assert bool((error <= numeric.usage_tolerance(*measured)).all())
+        low = baselines.build("lowrank-8", fit)
+        z_gate, z_up = (
+            projection(torch.zeros_like(x)).double()
+            + x.double() @ (left.double() @ right.double()).T
+            for projection, (left, right) in zip((ffn.gate, ffn.up), low._factors[1], strict=True)
+        )
+        wanted = (reference.activate(z_gate, ffn.activation) * z_up).abs() * ffn.down_norm()
+        found = low.score(1, x, gate, a, WHERE)
+    # Two float32 products in a row, of 64 and of 8 terms, and four roundings of the rest; sums of
+    # terms that cancel leave an error relative to the largest.
+    atol = (64 + 8 + 4) * torch.finfo(torch.float32).eps * float(wanted.max())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["llama-bias", "gemma", "phi3"])
+@pytest.mark.parametrize("method", ["oracle-neuron", "cats", "teal", "wina"])
+def test_families_run_densely_where_all_is_kept(kind, method, inputs):
+    ffns = models.find_ffns(tiny.make_model(kind))
+    fit = rules.Fit(None, ffns, judge.Sample(inputs, WHERE, {}))
+    rule = baselines.build(method, fit)
+    everything = torch.ones(len(inputs[0]), 160, dtype=torch.bool)
+    for layer, x in enumerate(inputs):
+        out, _ = run(rule, layer, fit, 1.0)
+        ffn = ffns[layer]
+        with torch.no_grad():
+            # Both in float32, in orders of their own where gate and up are fused.
+            tolerance = 2 * numeric.execute_tolerance(
+                *(ffn.gate.weight, ffn.up.weight, ffn.down.weight.T, x, everything),
+                gate_bias=ffn.gate.bias,
+                up_bias=ffn.up.bias,
+                down_bias=ffn.down.bias,
+                activation=ffn.activation,
+            )
+            numeric.assert_within(out, ffn.dense(x).double(), tolerance)

@@ -58,6 +58,15 @@ def test_bytes_are_those_of_the_layer(results):
     assert read["complete"] == read["select"] + read["execute"]
 
 
+def test_blocks_are_measured_as_blocks():
+    setting = bench.Setting(192, 256, 0.25, tile_rows=16)
+    found = bench.run([setting], device=CPU, runs=1, n_layers=1, compiled=False)
+    assert {row["case"] for row in found["rows"]} == {"ffn d=192 F=256 density=.25 blocks=16"}
+    read = {row["variant"]: row["bytes"] for row in found["rows"]}
+    assert read["execute"] == 4 * (16 * 3 * 2 * 192 + 4) + 2 * 192  # four blocks of sixteen
+    assert found["machine"]["isa"] == ops.isa()
+
+
 def test_a_ternary_layer_is_measured_too():
     setting = bench.Setting(192, 256, 0.25, "ternary")
     found = bench.run([setting], device=CPU, runs=1, n_layers=1, compiled=False)
@@ -101,6 +110,10 @@ def test_equal_seeds_give_equal_layers():
         ({"variants": ("prefill",)}, r"^\[bench\] variant 'prefill': want one of complete"),
         ({"settings": [bench.Setting(64, 64, 0.0)]}, r"^\[bench\] density = 0.0: want"),
         ({"settings": [bench.Setting(64, 64, 1.5)]}, r"^\[bench\] density = 1.5: want"),
+        (
+            {"settings": [bench.Setting(64, 64, 0.5, tile_rows=24)]},
+            r"^\[bench\] tile_rows = 24 of 64 neurons: want a divisor\.",
+        ),
     ],
 )
 def test_refuses_what_it_cannot_measure(options, message):

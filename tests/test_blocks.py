@@ -58,10 +58,34 @@ def test_swaps_only_improve_on_bisection(block, monkeypatch):
     mix = torch.randn(12, 200, generator=draw)
     usage = (torch.randn(1000, 12, generator=draw) @ mix).abs()
     refined = within(usage, blocks.cluster(usage, block), block)
-    monkeypatch.setattr(blocks, "_swap", lambda correlation, of: None)
+    monkeypatch.setattr(blocks, "_swap", lambda correlation, of, block: None)
     split = within(usage, blocks.cluster(usage, block), block)
     order = within(usage, torch.arange(200), block)
     assert order < split < refined
+
+
+@pytest.mark.parametrize("block", [4, 48])
+def test_many_neurons_are_ordered_in_parts(block, monkeypatch):
+    """No matrix of all pairs; what fires together is together still."""
+    draw = torch.Generator().manual_seed(4)
+    mix = torch.randn(12, 400, generator=draw)
+    usage = (torch.randn(1000, 12, generator=draw) @ mix).abs()
+    whole = within(usage, blocks.cluster(usage, block), block)
+    sizes = []
+    swap = blocks._swap
+
+    def watched(correlation, of, block):
+        sizes.append(len(correlation))
+        swap(correlation, of, block)
+
+    monkeypatch.setattr(blocks, "PART", 100)
+    monkeypatch.setattr(blocks, "_swap", watched)
+    perm = blocks.cluster(usage, block)
+    assert torch.equal(perm.sort().values, torch.arange(400))
+    assert max(sizes) <= 100 and sum(sizes) >= 400 - block
+    split = within(usage, perm, block)
+    order = within(usage, torch.arange(400), block)
+    assert order < split and split - order > 0.5 * (whole - order)
 
 
 def test_clustered_blocks_hold_more_of_the_energy_of_other_tokens():

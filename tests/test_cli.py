@@ -65,6 +65,27 @@ def test_calibrate_writes_a_plan_of_the_model(plan):
     assert not list(plan.parent.glob("*.partial"))
 
 
+def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
+    path = folder / "more.plan"
+    options = ("--bits", "ternary,2", "--blocks", "16,1", "--joint")
+    done = call("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500, *options)
+    assert done.exit_code == 0, done.output
+    loaded = csfast.Plan.load(path)
+    assert loaded.bits == (2, "ternary") and loaded.blocks == (1, 16)
+    assert loaded.batches == (1, 2, 4, 8, 16)
+    options = ("--bits", "ternary", "--block", 16)
+    done = call("generate", "demo", path, "--prompt", TEXT[:80], "--max-new-tokens", 4, *options)
+    assert done.exit_code == 0 and done.stdout.strip(), done.output
+    out = folder / "blocks.json"
+    done = call(
+        *("eval", "demo", path, "--data", data, "--limit", 1, "--tokens", 100, *options),
+        *("--json", out),
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert (results["bits"], results["block"]) == ("ternary", 16)
+
+
 def test_generate_streams_text(plan):
     done = call("generate", "demo", plan, "--prompt", TEXT[:80], "--max-new-tokens", 8)
     assert done.exit_code == 0, done.output

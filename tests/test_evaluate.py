@@ -211,3 +211,24 @@ def test_a_negative_seed_is_refused(model, tokenizer, plan, held_out):
 def test_a_plan_of_another_model_is_refused(tokenizer, plan, held_out):
     with pytest.raises(PlanError):
         evaluate.evaluate(tiny.make_model(seed=5), tokenizer, plan, held_out)
+
+
+@pytest.mark.parametrize("kind", ["llama-bias", "gemma", "phi3"])
+@pytest.mark.parametrize(("bits", "block"), [(2, 1), (2, 16), ("ternary", 48)])
+def test_a_layer_is_judged_as_it_is_executed(kind, bits, block):
+    """The judge's supports have the sizes of decoding's, its outputs are theirs up to rounding."""
+    model = tiny.make_model(kind)
+    plan = calibrate(model, tiny.make_ids(30, 80), bits=(bits,), blocks=(block,))
+    ffns = models.find_ffns(model)
+    rule = evaluate.PlanRule(ffns, plan, density=0.4, bits=bits, block=block, task="pooled")
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        judged = [rule.run(layer, x, (), None) for layer in range(2)]
+        engine.apply(model, plan, density=0.4, bits=bits, block=block)
+        for layer, (out, _) in enumerate(judged):
+            found = ffns[layer].module(x[:, None])[:, 0]
+            # Float32 sums of 160 products of sums of 64, in another order.
+            torch.testing.assert_close(found, out, rtol=1e-5, atol=1e-6 * float(out.abs().max()))
+    counted = engine.stats(model).neurons
+    assert counted == tuple(int(counts.sum()) for _, counts in judged)
+    assert 0 < counted[0] < 16 * 160

@@ -17,8 +17,8 @@ def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
     return ops.TileList(tile.to(device), masks.sum(dim=1).to(torch.int32).to(device), tile_rows)
 
 
-def check(p, tiles):
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+def check(p, tiles, **more):
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **more)
     want = reference.execute(
         p.gate,
         p.up,
@@ -26,10 +26,12 @@ def check(p, tiles):
         p.x,
         split_tiles(tiles.tile, tiles.n_tiles),
         tile_rows=tiles.tile_rows,
+        **more,
     )
     mask = mask_of(tiles.tile, tiles.n_tiles, tiles.tile_rows, p.gate.shape[0])
+    mask = mask.expand(len(p.x), -1)
     assert got.dtype == p.x.dtype
-    assert_within(got, want, execute_tolerance(p.gate, p.up, p.down_t, p.x, mask))
+    assert_within(got, want, execute_tolerance(p.gate, p.up, p.down_t, p.x, mask, **more))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -37,6 +39,44 @@ def check(p, tiles):
 def test_matches_reference(case, tile_rows, dtype, device):
     p = made(case, dtype, device)
     check(p, tiles_of(case.batch, case.n_neurons, device, tile_rows=tile_rows))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_matches_reference_with_biases(case, activation, dtype, device):
+    p = made(case, dtype, device)
+    tiles = tiles_of(case.batch, case.n_neurons, device, tile_rows=4)
+    check(p, tiles, activation=activation, **case.make_biases(p).of_execute())
+
+
+@pytest.mark.parametrize("which", ["gate_bias", "up_bias", "down_bias"])
+def test_matches_reference_with_one_bias(which, dtype, device):
+    case = CASES[2]
+    p = made(case, dtype, device)
+    check(p, tiles_of(3, 77, device), **{which: case.make_biases(p).of_execute()[which]})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("tile_rows", [1, 16])
+def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
+    """Bit for bit what each row gives with a list of its own."""
+    p = made(case, dtype, device)
+    more = case.make_biases(p).of_execute()
+    shared = tiles_of(1, case.n_neurons, device, tile_rows=tile_rows)
+    repeated = ops.TileList(
+        shared.tile.repeat(case.batch, 1), shared.n_tiles.repeat(case.batch), tile_rows
+    )
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, shared, **more)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, repeated, **more))
+    check(p, shared, **more)
+
+
+@pytest.mark.parametrize("batch", range(1, 10))
+def test_a_shared_list_for_every_number_of_rows(batch, dtype, device):
+    p = made(CASES[5], dtype, device)
+    tiles = tiles_of(1, 1152, device)
+    got = ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles)[:batch])
 
 
 def test_matches_reference_on_a_large_layer(device):
@@ -71,6 +111,33 @@ def test_is_exact_on_integers(case, density, dtype, device):
     assert (a.abs() @ down.abs() < 2**24).all()
     got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
     assert torch.equal(got, want.float().to(dtype))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_is_exact_on_integers_with_biases(case, is_shared, activation, dtype, device):
+    p = case.make_exact(dtype, device)
+    biases = case.make_biases(p, exact=True)
+    tiles = tiles_of(1 if is_shared else case.batch, case.n_neurons, device)
+    mask = mask_of(tiles.tile, tiles.n_tiles, 1, case.n_neurons)
+    xd, gate, up, down = (t.double() for t in (p.x, p.gate, p.up, p.down_t))
+    a = torch.relu(xd @ gate.T + biases.gate) * (xd @ up.T + biases.up) * mask
+    want = a @ down + biases.down
+    assert (a.abs() @ down.abs() < 2**24).all()
+    got = ops.execute(
+        p.gate, p.up, p.down_t, p.x, tiles, activation=activation, **biases.of_execute()
+    )
+    assert torch.equal(got, want.float().to(dtype))
+
+
+def test_biases_of_zero_change_nothing(dtype, device):
+    case = CASES[5]
+    p = made(case, dtype, device)
+    tiles = tiles_of(16, case.n_neurons, device)
+    zeros = {name: torch.zeros_like(t) for name, t in case.make_biases(p).of_execute().items()}
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **zeros)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles))
 
 
 def test_full_support_is_the_dense_layer(dtype, device):
@@ -144,6 +211,16 @@ def test_empty_support_gives_zeros(dtype, device):
     assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), torch.zeros_like(p.x))
 
 
+@pytest.mark.parametrize("lists", [1, 3])
+def test_empty_support_gives_the_bias(lists, dtype, device):
+    case = CASES[2]
+    p = made(case, dtype, device)
+    biases = case.make_biases(p)
+    tiles = tiles_of(lists, 77, device, density=0.0)
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **biases.of_execute())
+    assert torch.equal(got, biases.down.expand(3, -1))
+
+
 def test_zero_activation_gives_zeros(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
@@ -174,13 +251,16 @@ def test_threads_change_nothing(dtype):
     case = CASES[5]
     p = made(case, dtype, "cpu")
     tiles = tiles_of(16, case.n_neurons, "cpu")
+    shared = tiles_of(1, case.n_neurons, "cpu", tile_rows=16)
     n_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+        shared_one = ops.execute(p.gate, p.up, p.down_t, p.x, shared)
         for several in (2, 3):
             torch.set_num_threads(several)
             assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), one)
+            assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, shared), shared_one)
     finally:
         torch.set_num_threads(n_threads)
 
@@ -202,3 +282,13 @@ def test_refuses_tiles_out_of_range(tile, n_tiles, message):
     counts = torch.tensor([n_tiles, 0, 0], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"\[execute\] " + message):
         ops.execute(p.gate, p.up, p.down_t, p.x, ops.TileList(tiles, counts, 1))
+
+
+@pytest.mark.parametrize("lists", [2, 4])
+def test_refuses_lists_that_are_neither_one_nor_one_a_row(lists):
+    p = made(CASES[1], torch.float32, "cpu")
+    tiles = tiles_of(lists, 7, "cpu")
+    with pytest.raises(
+        ValueError, match=rf"\[execute\] tile has {lists} rows: want 1, or batch = 3"
+    ):
+        ops.execute(p.gate, p.up, p.down_t, p.x, tiles)

@@ -29,6 +29,38 @@ def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("tile_rows", [1, 16])
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtype, device):
+    p = made(case, dtype, device)
+    activation = "gelu_tanh"
+    biases = case.make_biases(p)
+    weight = torch.linspace(0, 1, case.batch).to(device) if is_joint else None
+    told = {"activation": activation, "weight": weight, "tile_rows": tile_rows}
+    threshold = middle_threshold(p, biases=biases, **told)
+    tiles, _ = ops.select(
+        p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, offset=biases.offset, **told
+    )
+    want = ops.execute(
+        p.gate, p.up, p.down_t, p.x, tiles, activation=activation, **biases.of_execute()
+    )
+    got = run(p, threshold, offset=biases.offset, **biases.of_execute(), **told)
+    assert torch.equal(got, want)
+
+
+def test_is_the_bias_if_no_row_votes(dtype, device):
+    case = CASES[2]
+    p = made(case, dtype, device)
+    down_bias = case.make_biases(p).down
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    weight = torch.zeros(3, device=device)
+    threshold = torch.zeros(1, device=device)
+    got = run(p, threshold, weight=weight, down_bias=down_bias, stats=stats)
+    assert torch.equal(got, down_bias.expand(3, -1))
+    assert stats.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_matches_reference_on_its_own_support(case, dtype, device):
     p = made(case, dtype, device)
     threshold = middle_threshold(p)
@@ -74,6 +106,23 @@ def test_counts_what_it_executes(tile_rows, device):
     )
     n = int(mask_of(tiles.tile, tiles.n_tiles, tile_rows, 77).sum())
     assert stats.tolist() == [103, 1000 + n]
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 76, 77, 100])
+@pytest.mark.parametrize("quantile", [0.6, None], ids=["some", "all"])
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_counts_the_last_tile_as_long_as_it_is(tile_rows, quantile, is_joint, device):
+    """A shared list counts for every row that executes it."""
+    p = made(CASES[2], torch.bfloat16, device)
+    told = {"tile_rows": tile_rows, "weight": torch.ones(3, device=device) if is_joint else None}
+    threshold = middle_threshold(p, quantile or 0.5, **told)
+    threshold = threshold if quantile else torch.zeros_like(threshold)
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    run(p, threshold, stats=stats, **told)
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, **told)
+    n = int(mask_of(tiles.tile, tiles.n_tiles, tile_rows, 77).sum())
+    assert stats.tolist() == [3, 3 * n if is_joint else n]
+    assert quantile or stats[1] == 3 * 77
 
 
 def test_empty_batch_counts_nothing(device):
@@ -124,19 +173,57 @@ def test_is_registered_with_torch(device):
         (p.codes, p.equal, p.row_scale, threshold, p.x, 2, 1),
         test_utils=checks,
     )
+    biases = CASES[2].make_biases(p)
+    weight, one = torch.ones(3, device=device), threshold[:1]
+    recovery = {"offset": biases.offset, "weight": weight, "activation": "gelu_tanh"}
+    torch.library.opcheck(
+        torch.ops.csfast.ffn.default,
+        (p.codes, p.equal, p.row_scale, one, p.gate, p.up, p.down_t, p.x, 2, 4),
+        {**recovery, **biases.of_execute()},
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.csfast.ffn.counted,
+        (p.codes, p.equal, p.row_scale, one, p.gate, p.up, p.down_t, p.x, 2, 4, stats),
+        {**recovery, **biases.of_execute()},
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.csfast.execute.default,
+        (p.gate, p.up, p.down_t, p.x, tiles.tile, tiles.n_tiles, 1),
+        {**biases.of_execute(), "activation": "gelu_tanh"},
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.csfast.select.default,
+        (p.codes, p.equal, p.row_scale, one, p.x, 2, 4),
+        recovery,
+        test_utils=checks,
+    )
+    y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+    torch.library.opcheck(
+        torch.ops.csfast.recover.default,
+        (y, scale, p.row_scale, one, False),
+        {**recovery, "group_rows": 4},
+        test_utils=checks,
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("counted", [False, True])
-def test_compiles_in_one_graph(backend, counted, device):
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counted"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_compiles_in_one_graph(backend, biased, counted, device):
     if backend == "inductor" and device == "cpu" and shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler")
     p = made(CASES[2], torch.bfloat16, device)
     threshold = middle_threshold(p)
     stats = torch.zeros(2, dtype=torch.int64, device=device) if counted else None
 
+    biases = CASES[2].make_biases(p)
+    more = {"offset": biases.offset, **biases.of_execute(), "tile_rows": 4} if biased else {}
+
     def block(x):
-        return x + ops.ffn(*layer(p, threshold), x * 2, bits=2, stats=stats)
+        return x + ops.ffn(*layer(p, threshold), x * 2, bits=2, stats=stats, **more)
 
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     assert torch.equal(compiled(p.x), block(p.x))

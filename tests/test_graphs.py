@@ -177,6 +177,77 @@ def test_replayed_ffn_follows_x_and_threshold_and_counts(layer, dtype, sizes):
             assert stats.tolist() == [batch, executed]
 
 
+@pytest.mark.parametrize("tile_rows", [1, 16, 100])
+def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
+    """Groups, biases and one list for the batch; rows gain and lose their votes between replays."""
+    batch = 5
+    x = random((batch, 264), dtype, 25)
+    biases = [random((n,), dtype, 26 + i) for i, n in enumerate((1001, 1001, 264))]
+    offset = torch.stack([biases[0].float(), biases[1].float()], dim=1).contiguous()
+    threshold = torch.zeros(1, device="cuda")
+    weight = torch.ones(batch, device="cuda")
+    stats = torch.zeros(2, dtype=torch.int64, device="cuda")
+    recovery = {"offset": offset, "weight": weight, "activation": "gelu_tanh"}
+    execution = dict(zip(("gate_bias", "up_bias", "down_bias"), biases, strict=True))
+    rows = (layer.gate, layer.up, layer.down_t)
+
+    def run():
+        return ops.ffn(
+            layer.codes,
+            layer.equal,
+            layer.row_scale,
+            threshold,
+            *rows,
+            x,
+            bits=BITS,
+            tile_rows=tile_rows,
+            stats=stats,
+            **recovery,
+            **execution,
+        )
+
+    graph, out = capture(run)
+    y, scale = ops.sense(layer.codes, layer.equal, x, bits=BITS)
+    kept = []
+    for votes in ([1, 1, 1, 1, 1], [0, 2, 0, 0.5, 0], [0, 0, 0, 0, 0]):
+        weight.copy_(torch.tensor(votes))
+        usage = ops.recover(
+            y, scale, layer.row_scale, threshold=threshold, group_rows=tile_rows, **recovery
+        ).usage
+        for wanted in (0.0, float(usage.quantile(0.7)), float("inf"), float("nan")):
+            threshold.fill_(wanted)
+            out.fill_(torch.nan)
+            stats.zero_()
+            graph.replay()
+            support = ops.recover(
+                y, scale, layer.row_scale, threshold=threshold, group_rows=tile_rows, **recovery
+            )
+            tiles, missed = ops.select(
+                layer.codes,
+                layer.equal,
+                layer.row_scale,
+                threshold,
+                x,
+                bits=BITS,
+                tile_rows=tile_rows,
+                **recovery,
+            )
+            assert torch.equal(tiles.tile, support.index)
+            assert torch.equal(tiles.n_tiles, support.count)
+            assert torch.equal(missed, support.missed)
+            want = ops.execute(*rows, x, tiles, activation="gelu_tanh", **execution)
+            assert torch.equal(out, want)
+            first = tiles.tile[0, : int(tiles.n_tiles)].long() * tile_rows
+            executed = int((first + tile_rows).clamp(max=1001).sub(first).sum())
+            assert stats.tolist() == [batch, batch * executed]
+            kept.append(executed)
+        threshold.fill_(0.0)
+    assert kept[0] == kept[3] == kept[4] == kept[7] == 1001
+    assert 0 < kept[1] < 1001 and 0 < kept[5] < 1001
+    assert kept[2] == kept[6] == 0 and kept[8:] == [0] * 4
+    assert torch.equal(out, biases[2].expand(batch, -1))
+
+
 def test_a_captured_session_overwrites_its_output(layer, dtype):
     x, out = random((2, 264), dtype, 30), torch.empty(2, 264, dtype=dtype, device="cuda")
     threshold = layer.usage(x).quantile(0.7, dim=1)
@@ -327,6 +398,17 @@ def test_rows_off_sixteen_bytes_give_the_same(dtype, which):
     given[which] = shifted.view(given[which].shape).copy_(given[which])
     assert given[which].data_ptr() % 16 != 0
     assert torch.equal(ops.execute(**given, tiles=tiles), want)
+
+
+def test_measurements_off_their_columns_are_refused():
+    """Gate and up of a neuron are read at once; a single column lies anywhere."""
+    y = torch.zeros(17, dtype=torch.int32, device="cuda")[1:]
+    scale = torch.ones(1, device="cuda")
+    limit = torch.ones(1, device="cuda")
+    with pytest.raises(ValueError, match=r"\[recover\] y begins 4 bytes past a multiple of 8"):
+        ops.recover(y.view(1, 8, 2), scale, torch.ones(8, 2, device="cuda"), threshold=limit)
+    one = ops.recover(y.view(1, 16, 1), scale, torch.ones(16, 1, device="cuda"), threshold=limit)
+    assert one.count.tolist() == [0]
 
 
 def test_codes_off_sixteen_bytes_are_refused(layer, dtype):

@@ -14,6 +14,7 @@ from csfast import _native, ops
 from csfast.cases import Case
 
 BATCH, D, N = 2, 200, 77
+INF = float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +43,49 @@ def good():
         tile_rows=1,
         stats=torch.zeros(2, dtype=torch.int64),
         max_batch=BATCH,
+        group_rows=1,
+        activation="silu",
+        weight=torch.ones(BATCH),
+        offset=torch.zeros(N, 2),
+        gate_bias=torch.zeros(N, dtype=torch.bfloat16),
+        up_bias=torch.zeros(N, dtype=torch.bfloat16),
+        down_bias=torch.zeros(D, dtype=torch.bfloat16),
         phi=p.gate[:9],
         rows=5,
     )
 
 
 def call(op, a):
+    """Run an operation; "top" asks for a budget, "joint" for one decision of the batch."""
+    op, _, how = op.partition(" ")
     layer = ("codes", "equal", "row_scale", "threshold", "gate", "up", "down_t")
+    biases = {name: a[name] for name in ("gate_bias", "up_bias", "down_bias")}
+    form = {"activation": a["activation"]}
+    recovery = {**form, "offset": a["offset"], "weight": a["weight"] if how == "joint" else None}
+    a = {**a, "threshold": a["threshold"][:1]} if how == "joint" and op != "session" else a
     if op == "sense":
         return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
     if op == "project":
         return ops.project(a["phi"], a["x"], rows=a["rows"])
     if op == "recover":
-        return ops.recover(a["y"], a["scale"], a["row_scale"], threshold=a["threshold"])
-    if op == "recover top":
-        return ops.recover(a["y"], a["scale"], a["row_scale"], budget=a["budget"])
+        limit = "budget" if how == "top" else "threshold"
+        recovery = {**recovery, "group_rows": a["group_rows"], limit: a[limit]}
+        return ops.recover(a["y"], a["scale"], a["row_scale"], **recovery)
     if op == "tile":
         return ops.tile(a["index"], a["count"], tile_rows=a["tile_rows"])
     if op == "execute":
         tiles = ops.TileList(a["tile"], a["n_tiles"], a["tile_rows"])
-        return ops.execute(a["gate"], a["up"], a["down_t"], a["x"], tiles)
+        return ops.execute(a["gate"], a["up"], a["down_t"], a["x"], tiles, **biases, **form)
+    numbers = {name: a[name] for name in ("bits", "tile_rows")}
     if op == "select":
         names = ("codes", "equal", "row_scale", "threshold", "x")
-        numbers = {name: a[name] for name in ("bits", "tile_rows")}
-        return ops.select(*(a[name] for name in names), **numbers)
-    numbers = {name: a[name] for name in ("bits", "tile_rows", "stats")}
+        return ops.select(*(a[name] for name in names), **numbers, **recovery)
+    more = {**numbers, **biases, **recovery, "stats": a["stats"]}
     if op == "ffn":
-        return ops.ffn(*(a[name] for name in layer), a["x"], **numbers)
+        return ops.ffn(*(a[name] for name in layer), a["x"], **more)
     assert op == "session"
     tensors = {name: a[name] for name in layer}
-    return ops.Session(torch.device("cpu")).bind(**tensors, max_batch=a["max_batch"], **numbers)
+    return ops.Session(torch.device("cpu")).bind(**tensors, max_batch=a["max_batch"], **more)
 
 
 def huge(*shape, dtype=torch.bfloat16):
@@ -96,6 +110,9 @@ ROWS = [
     ("ffn", "up", lambda t: t.float().to_sparse_csr(), TypeError, "up is torch.sparse_csr"),
     ("session", "down_t", lambda t: t.to("meta"), ValueError, "down_t is on meta: want cpu or"),
     ("ffn", "x", lambda t: t.to("meta"), ValueError, "x is on meta: want cpu or cuda"),
+    ("recover", "offset", lambda t: t.tolist(), TypeError, "offset is a list: want a torch.Tens"),
+    ("ffn joint", "weight", lambda t: t.to("meta"), ValueError, "weight is on meta: want cpu or"),
+    ("execute", "down_bias", lambda t: 0.5, TypeError, "down_bias is a float: want a torch.Tens"),
     ("execute", "tile", lambda t: t.to("meta"), ValueError, "tile is on meta: want cpu or cuda"),
     ("project", "phi", lambda t: t.tolist(), TypeError, "phi is a list: want a torch.Tensor"),
     ("project", "phi", lambda t: t.to("meta"), ValueError, "phi is on meta: want cpu or cuda"),
@@ -105,7 +122,15 @@ ROWS = [
     ("sense", "x", lambda t: t.double(), TypeError, "x is float64: want float32, float16 or"),
     ("sense", "x", lambda t: t.to(torch.complex64), TypeError, "x is complex64: want"),
     ("sense", "x", lambda t: t > 0, TypeError, "x is bool: want"),
-    ("recover", "y", lambda t: t.float(), TypeError, "y is float32: want int32"),
+    ("recover", "y", lambda t: t.double(), TypeError, "y is float64: want int32 or float32"),
+    ("recover", "y", lambda t: t.bfloat16(), TypeError, "y is bfloat16: want int32 or float32"),
+    ("recover", "offset", lambda t: t.half(), TypeError, "offset is float16: want float32"),
+    ("recover joint", "weight", lambda t: t.double(), TypeError, "weight is float64: want"),
+    ("select", "offset", lambda t: t.bfloat16(), TypeError, "offset is bfloat16: want float32"),
+    ("select joint", "weight", lambda t: t > 0, TypeError, "weight is bool: want float32"),
+    ("execute", "gate_bias", lambda t: t.float(), TypeError, "gate_bias is float32: want bfl"),
+    ("ffn", "up_bias", lambda t: t.half(), TypeError, "up_bias is float16: want bfloat16"),
+    ("session", "down_bias", lambda t: t.float(), TypeError, "down_bias is float32: want bfl"),
     ("recover", "threshold", lambda t: t.half(), TypeError, "threshold is float16: want float32"),
     ("recover top", "budget", lambda t: t.long(), TypeError, "budget is int64: want int32"),
     ("tile", "index", lambda t: t.long(), TypeError, "index is int64: want int32"),
@@ -118,6 +143,8 @@ ROWS = [
     ("project", "phi", lambda t: t.float(), TypeError, "x is bfloat16: want float32"),
     ("project", "x", lambda t: t.half(), TypeError, "x is float16: want bfloat16"),
     # Strides
+    ("recover", "offset", lambda t: t.T.contiguous().T, TypeError, "offset of shape"),
+    ("ffn", "down_bias", lambda t: t[:1].expand(D), TypeError, "down_bias of shape"),
     ("project", "phi", lambda t: t.T.contiguous().T, TypeError, r"phi of shape \(9, 200\)"),
     ("project", "x", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "x of shape"),
     ("sense", "codes", lambda t: t.mT.contiguous().mT, TypeError, "other strides"),
@@ -145,6 +172,22 @@ ROWS = [
     ("ffn", "stats", lambda t: t[:1], ValueError, "stats has shape"),
     ("session", "threshold", lambda t: t[:1], ValueError, "max_batch = 2"),
     ("session", "gate", lambda t: t[0], ValueError, "gate"),
+    ("recover", "y", lambda t: t[..., :1].contiguous(), ValueError, r"want \(n_neurons = 77, col"),
+    ("recover", "y", lambda t: t[..., :0], ValueError, "want|columns"),
+    ("recover", "offset", lambda t: t[:, :1].contiguous(), ValueError, "offset has shape"),
+    ("recover", "offset", lambda t: t[:-1], ValueError, r"offset has shape \(76, 2\): want"),
+    ("recover joint", "weight", lambda t: t[:1], ValueError, r"weight has shape \(1,\): want"),
+    ("recover", "threshold", lambda t: t[:1], ValueError, r"want \(batch = 2,\)"),
+    ("recover joint", "threshold", lambda t: torch.ones(0), ValueError, r"\(0,\): want \(1,\)"),
+    ("select", "offset", lambda t: t[0], ValueError, "offset has shape"),
+    ("select joint", "weight", lambda t: t[None], ValueError, "weight has shape"),
+    ("execute", "gate_bias", lambda t: t[:-1], ValueError, r"gate_bias has shape \(76,\): want"),
+    ("execute", "up_bias", lambda t: t[None], ValueError, r"up_bias has shape \(1, 77\): want"),
+    ("execute", "down_bias", lambda t: t[:N], ValueError, r"down_bias has shape .* \(d = 200,\)"),
+    ("ffn", "offset", lambda t: t[:-1], ValueError, "offset has shape"),
+    ("ffn joint", "weight", lambda t: t[:1], ValueError, r"weight has shape .* \(batch = 2,\)"),
+    ("session joint", "weight", lambda t: t[:1], ValueError, "weight has shape"),
+    ("session", "gate_bias", lambda t: t[:-1], ValueError, "gate_bias has shape"),
     ("project", "phi", lambda t: t[0], ValueError, "phi of 1 axes and x of 2: want"),
     ("project", "x", lambda t: t[None], ValueError, "phi of 2 axes and x of 3: want"),
     ("project", "x", lambda t: t[:, :-1].contiguous(), ValueError, r"x has shape \(2, 199\): want"),
@@ -184,6 +227,17 @@ ROWS = [
     ("execute", "tile_rows", lambda v: 2, ValueError, r"tile has shape \(2, 77\): want .* 39"),
     ("ffn", "tile_rows", lambda v: 1 << 31, ValueError, "tile_rows = 2147483648"),
     ("session", "max_batch", lambda v: 65536, ValueError, "max_batch = 65536"),
+    ("recover", "group_rows", lambda v: 0, ValueError, "group_rows = 0: want at least 1"),
+    ("recover", "group_rows", lambda v: -1, ValueError, "group_rows = -1"),
+    ("recover", "group_rows", lambda v: 1.0, TypeError, "group_rows is a float: want an int"),
+    ("recover", "activation", lambda v: "relu", ValueError, "activation = relu: want silu or gel"),
+    ("select", "activation", lambda v: "SiLU", ValueError, "activation = SiLU: want silu or gel"),
+    ("execute", "activation", lambda v: "gelu", ValueError, "activation = gelu: want silu or gel"),
+    ("ffn", "activation", lambda v: "", ValueError, "activation = : want silu or gelu_tanh"),
+    ("session", "activation", lambda v: None, TypeError, "activation is a NoneType: want a str"),
+    ("recover joint", "weight", lambda t: -t, ValueError, r"weight\[0\] = -1.0+: want at least 0"),
+    ("select joint", "weight", lambda t: t - 2, ValueError, r"weight\[0\] = -1.0+: want"),
+    ("ffn joint", "weight", lambda t: t * -INF, ValueError, r"weight\[0\] = -inf: want"),
     ("execute", "tile", lambda t: t + 1, ValueError, r"tile\[0, 76\] = 77: want"),
     ("execute", "tile", lambda t: t - 1, ValueError, r"tile\[0, 0\] = -1: want"),
     ("execute", "tile", lambda t: t.flip(1), ValueError, r"tile\[0, 1\] = 75: want ascending"),
@@ -210,7 +264,8 @@ def test_refuses(good, op, name, change, error, message):
     assert re.search(message, text), text
 
 
-OPS = ("sense", "project", "recover", "recover top", "tile", "execute", "select", "ffn", "session")
+OPS = ("sense", "project", "recover", "recover top", "recover joint", "tile", "execute", "select")
+OPS += ("select joint", "ffn", "ffn joint", "session", "session joint")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -281,9 +336,24 @@ def test_refuses_a_workspace_that_is_too_small(good):
     small = torch.empty(64, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"\[execute\] workspace of 64 bytes: want \d+"):
         _native.execute(
-            a["gate"], a["up"], a["down_t"], a["x"], a["tile"], a["n_tiles"], 1, small,
-            torch.empty_like(a["x"]), 0,
+            a["gate"], a["up"], a["down_t"], a["x"], a["tile"], a["n_tiles"], 1, None, None, None,
+            "silu", small, torch.empty_like(a["x"]), 0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["recover", "execute", "select", "ffn"])
+def test_the_registered_operations_refuse_an_unknown_activation(good, op):
+    """They may be called without `ops`, by a graph that torch.compile made."""
+    a = good
+    layer = (a["codes"], a["equal"], a["row_scale"], a["threshold"])
+    given = {
+        "recover": (a["y"], a["scale"], a["row_scale"], a["threshold"], False),
+        "execute": (a["gate"], a["up"], a["down_t"], a["x"], a["tile"], a["n_tiles"], 1),
+        "select": (*layer, a["x"], 2, 1),
+        "ffn": (*layer, a["gate"], a["up"], a["down_t"], a["x"], 2, 1),
+    }[op]
+    with pytest.raises(ValueError, match=rf"\[{op}\] activation = relu: want silu or gelu_tanh"):
+        getattr(torch.ops.csfast, op).default(*given, activation="relu")
 
 
 def test_a_cuda_call_without_cuda_says_so():

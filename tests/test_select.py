@@ -3,20 +3,49 @@ import torch
 
 from csfast import ops, reference
 from csfast.cases import CASES
-from numeric import assert_same_support, made, mask_of, middle_threshold, usage_tolerance
+from numeric import assert_same_support, made, mask_of, middle_threshold, usage_of
 
 INF, NAN = float("inf"), float("nan")
 
 
-def select(p, threshold, x=None, tile_rows=1):
-    return ops.select(
-        p.codes,
-        p.equal,
-        p.row_scale,
-        threshold,
-        p.x if x is None else x,
-        bits=p.bits,
-        tile_rows=tile_rows,
+# Biased, joint, and what the gate goes through.
+FORMS = {
+    "plain": (False, False, "silu"),
+    "joint": (False, True, "silu"),
+    "biased": (True, False, "gelu_tanh"),
+    "biased_joint": (True, True, "gelu_tanh"),
+}
+
+
+def select(p, threshold, x=None, **more):
+    x = p.x if x is None else x
+    return ops.select(p.codes, p.equal, p.row_scale, threshold, x, bits=p.bits, **more)
+
+
+def options_of(p, case, form):
+    """The options of `select` for one of the forms, and those of `usage_of`."""
+    is_biased, is_joint, activation = FORMS[form]
+    biases = case.make_biases(p) if is_biased else None
+    weight = torch.tensor([1.0, 0.0, 0.5] * 6)[: case.batch].to(p.x.device) if is_joint else None
+    told = {"biases": biases, "activation": activation, "weight": weight}
+    offset = biases.offset if is_biased else None
+    return {"offset": offset, "activation": activation, "weight": weight}, told
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile_rows", [1, 8])
+def test_every_form_matches_reference(case, form, tile_rows, device):
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    got, _ = select(p, threshold, tile_rows=tile_rows, **options)
+    usage, margin, scale = usage_of(p, tile_rows=tile_rows, **told)
+    assert_same_support(
+        mask_of(got.tile, got.n_tiles, 1, usage.shape[1]),
+        reference.keep_threshold(usage, threshold, scale, options["weight"]),
+        (usage - threshold.double()[:, None]).abs(),
+        margin,
     )
 
 
@@ -25,29 +54,87 @@ def test_matches_reference(case, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
     got, _ = select(p, threshold)
-    y, scale = reference.sense(p.codes, p.equal, p.x, bits=bits)
-    usage = reference.usage(y, scale, p.row_scale)
-    distance = (usage - threshold.double()[:, None]).abs()
+    usage, margin, scale = usage_of(p)
     assert_same_support(
         mask_of(got.tile, got.n_tiles, 1, case.n_neurons),
         reference.keep_threshold(usage, threshold, scale),
-        distance,
-        usage_tolerance(y, scale, p.row_scale),
+        (usage - threshold.double()[:, None]).abs(),
+        margin,
     )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("tile_rows", [1, 3, 16])
-def test_equals_the_three_operations(case, tile_rows, dtype, bits, device):
+def test_equals_sense_and_recover(case, tile_rows, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
-    threshold = middle_threshold(p)
+    threshold = middle_threshold(p, tile_rows=tile_rows)
     got, missed = select(p, threshold, tile_rows=tile_rows)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=bits)
+    want = ops.recover(y, scale, p.row_scale, threshold=threshold, group_rows=tile_rows)
+    assert torch.equal(got.n_tiles, want.count)
+    assert torch.equal(got.tile, want.index)
+    assert torch.equal(missed, want.missed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("case", "tile_rows"),
+    [(CASES[5], rows) for rows in (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 2000)]
+    + [(case, rows) for case in CASES[:4] for rows in (1, 16, 100)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_equals_sense_and_recover_in_every_form(case, form, tile_rows, device):
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    got, missed = select(p, threshold, tile_rows=tile_rows, **options)
+    y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+    want = ops.recover(y, scale, p.row_scale, threshold=threshold, group_rows=tile_rows, **options)
+    assert torch.equal(got.n_tiles, want.count)
+    assert torch.equal(got.tile, want.index)
+    assert torch.equal(missed, want.missed)
+
+
+def test_tiles_of_one_hold_the_neurons_of_the_support(device):
+    """As `tile` would list them."""
+    p = made(CASES[5], torch.bfloat16, device)
+    threshold = middle_threshold(p)
+    got, _ = select(p, threshold)
+    y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
     support = ops.recover(y, scale, p.row_scale, threshold=threshold)
-    want = ops.tile(support.index, support.count, tile_rows=tile_rows)
-    assert torch.equal(got.n_tiles, want.n_tiles)
-    assert torch.equal(got.tile, want.tile)
-    assert torch.equal(missed, support.missed)
+    want = ops.tile(support.index, support.count)
+    assert torch.equal(got.tile, want.tile) and torch.equal(got.n_tiles, want.n_tiles)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 16])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_joint_decision_counts_only_rows_that_vote(tile_rows, value, device):
+    """Row 1 is not finite: without a vote it is not heard, with one it keeps everything."""
+    case = CASES[2]
+    p = made(case, torch.bfloat16, device)
+    x = p.x.clone()
+    x[1, 8] = value
+    weight = torch.tensor([1.0, 0.0, 1.0], device=device)
+    threshold = middle_threshold(p, tile_rows=tile_rows, weight=weight)
+    got, missed = select(p, threshold, x, tile_rows=tile_rows, weight=weight)
+    want, want_missed = select(p, threshold, tile_rows=tile_rows, weight=weight)
+    assert torch.equal(got.tile, want.tile) and torch.equal(missed, want_missed)
+    assert 0 < int(got.n_tiles) < got.tile.shape[1]
+    weight[1] = 1e-30
+    got, missed = select(p, threshold, x, tile_rows=tile_rows, weight=weight)
+    assert got.n_tiles.tolist() == [got.tile.shape[1]]
+    assert missed.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("tile_rows", [1, 16])
+def test_nothing_is_selected_if_no_row_votes(batch, tile_rows, device):
+    p = made(CASES[2], torch.bfloat16, device)
+    weight = torch.zeros(batch, device=device)
+    threshold = torch.full((1,), NAN, device=device)
+    got, missed = select(p, threshold, p.x[:batch], tile_rows=tile_rows, weight=weight)
+    assert got.n_tiles.tolist() == [0]
+    assert missed.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(NAN, 77), (-1.0, 77), (0.0, 77), (INF, 0)])
@@ -103,6 +190,23 @@ def test_threads_change_nothing():
         one, missed_one = select(p, threshold)
         torch.set_num_threads(2)
         two, missed_two = select(p, threshold)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.equal(one.tile, two.tile)
+    assert torch.equal(missed_one, missed_two)
+
+
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_threads_change_nothing_for_groups(is_joint):
+    p = made(CASES[5], torch.bfloat16, "cpu")
+    weight = torch.linspace(0, 1, 16) if is_joint else None
+    threshold = middle_threshold(p, tile_rows=3, weight=weight)
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, missed_one = select(p, threshold, tile_rows=3, weight=weight)
+        torch.set_num_threads(2)
+        two, missed_two = select(p, threshold, tile_rows=3, weight=weight)
     finally:
         torch.set_num_threads(n_threads)
     assert torch.equal(one.tile, two.tile)

@@ -51,6 +51,66 @@ def test_equals_ffn(batch, dtype, bits, device):
     assert torch.equal(out, want(p, threshold, x))
 
 
+@pytest.mark.parametrize("batch", [0, 7, 16])
+@pytest.mark.parametrize("tile_rows", [1, 100])
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
+    case, activation = CASES[5], "gelu_tanh"
+    p = made(case, dtype, device)
+    biases = case.make_biases(p)
+    weight = torch.linspace(0, 1, 16).to(device) if is_joint else None
+    told = {"tile_rows": tile_rows, "activation": activation}
+    threshold = middle_threshold(p, biases=biases, weight=weight, **told)
+    more = {"offset": biases.offset, **biases.of_execute(), **told}
+    session = ops.Session(torch.device(device))
+    bound_threshold = threshold.expand(16).contiguous()
+    layer = session.bind(**bound(p, bound_threshold, max_batch=16, weight=weight, **more))
+    out = torch.full_like(p.x[:batch], 7)
+    session.ffn(layer, p.x[:batch], out)
+    expected = ops.ffn(
+        p.codes,
+        p.equal,
+        p.row_scale,
+        threshold if is_joint else threshold[:batch],
+        p.gate,
+        p.up,
+        p.down_t,
+        p.x[:batch],
+        bits=2,
+        weight=weight[:batch] if is_joint else None,
+        **more,
+    )
+    assert torch.equal(out, expected)
+
+
+def test_reads_weights_and_the_first_threshold_at_every_call(device):
+    case = CASES[5]
+    p = made(case, torch.bfloat16, device)
+    weight = torch.ones(16, device=device)
+    threshold = torch.full((16,), float("inf"), device=device)
+    threshold[0] = 0
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    session = ops.Session(torch.device(device))
+    layer = session.bind(**bound(p, threshold, max_batch=16, weight=weight, stats=stats))
+    out = torch.empty_like(p.x)
+    session.ffn(layer, p.x, out)
+    assert stats.tolist() == [16, 16 * 1152]
+    weight.zero_()
+    session.ffn(layer, p.x, out)
+    assert stats.tolist() == [32, 16 * 1152]
+    assert not out.any()
+
+
+def test_refuses_a_weight_that_turned_negative():
+    p = made(CASES[2], torch.bfloat16, "cpu")
+    weight = torch.ones(3)
+    session = ops.Session(torch.device("cpu"))
+    layer = session.bind(**bound(p, torch.ones(3), max_batch=3, weight=weight))
+    weight[2] = -1
+    with pytest.raises(ValueError, match=r"\[ffn\] weight\[2\] = -1\.0+: want at least 0\."):
+        session.ffn(layer, p.x, torch.empty_like(p.x))
+
+
 def test_layers_of_several_sizes(device):
     session = ops.Session(torch.device(device))
     problems = [made(case, torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]

@@ -51,6 +51,8 @@ class Case:
     bits: types.Code
     tile_rows: int
     dtype: torch.dtype
+    is_biased: bool = False  # and gated by gelu_tanh
+    is_joint: bool = False  # one decision for the batch
 
 
 # Every code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
@@ -61,6 +63,9 @@ SANITIZED = (
     Case(batch=3, d=33, n_neurons=7, bits=1, tile_rows=1, dtype=torch.float32),
     Case(batch=2, d=4104, n_neurons=40, bits=4, tile_rows=64, dtype=torch.bfloat16),
     Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
+    Case(batch=5, d=72, n_neurons=210, bits=2, tile_rows=16, dtype=torch.bfloat16, is_joint=True),
+    Case(batch=2, d=40, n_neurons=50, bits=1, tile_rows=1, dtype=torch.float16, is_biased=True),
+    Case(3, 33, 70, 3, 4, torch.float32, is_biased=True, is_joint=True),
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
 )
 
@@ -251,16 +256,37 @@ def sanitize_target() -> int:
         want, want_scale = reference.sense(on_host[0], on_host[1], on_host[6], bits=bits)
         assert torch.equal(y.cpu(), want) and torch.equal(scale.cpu(), want_scale), case
 
-        budget = torch.full((case.batch,), case.n_neurons // 3, dtype=torch.int32)
-        top = ops.recover(y, scale, row_scale, budget=budget.cuda())
+        weight = torch.arange(case.batch).float().cuda() if case.is_joint else None
+        activation = "gelu_tanh" if case.is_biased else "silu"
+        offset = torch.full_like(row_scale, 0.25) if case.is_biased else None
+        biases = dict.fromkeys(("gate_bias", "up_bias"), gate[:, 0].contiguous())
+        biases = {**biases, "down_bias": x[0]} if case.is_biased else {}
+        recovery = {"weight": weight, "activation": activation, "offset": offset}
+
+        n_groups = -(-case.n_neurons // tile_rows)
+        lists = 1 if case.is_joint else case.batch
+        budget = torch.full((lists,), n_groups // 3, dtype=torch.int32)
+        top = ops.recover(
+            y, scale, row_scale, budget=budget.cuda(), group_rows=tile_rows, **recovery
+        )
         assert torch.equal(top.count.cpu(), budget), case
         threshold = top.usage.median(dim=1).values.contiguous()
-        support = ops.recover(y, scale, row_scale, threshold=threshold)
-        tiles = ops.tile(support.index, support.count, tile_rows=tile_rows)
-        out = ops.execute(gate, up, down_t, x, tiles)
+        support = ops.recover(
+            y, scale, row_scale, threshold=threshold, group_rows=tile_rows, **recovery
+        )
+        floats = y[..., :1].float().contiguous()
+        column = row_scale[:, :1].contiguous()
+        ops.recover(floats, scale, column, threshold=threshold[:1].repeat(case.batch))
+        tiles = ops.TileList(support.index, support.count, tile_rows)
+        out = ops.execute(gate, up, down_t, x, tiles, activation=activation, **biases)
+        index = torch.arange(case.n_neurons, dtype=torch.int32).repeat(case.batch, 1)
+        count = torch.arange(case.batch, dtype=torch.int32) * 5 % (case.n_neurons + 1)
+        held = ops.tile(index.cuda(), count.cuda(), tile_rows=tile_rows)
+        on_cpu = ops.tile(index, count, tile_rows=tile_rows)
+        assert torch.equal(held.tile.cpu(), on_cpu.tile), case
 
         listed, missed = ops.select(
-            codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows
+            codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows, **recovery
         )
         assert torch.equal(listed.n_tiles.cpu(), tiles.n_tiles.cpu()), case
         assert torch.equal(missed.cpu(), support.missed.cpu()), case
@@ -277,6 +303,8 @@ def sanitize_target() -> int:
             bits=bits,
             tile_rows=tile_rows,
             stats=stats,
+            **recovery,
+            **biases,
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case

@@ -8,6 +8,7 @@ const Loops* loops() {
                                 .quantize = quantize,
                                 .measure = measure,
                                 .project = project,
+                                .usage = usage,
                                 .keep = keep,
                                 .gather = gather,
                                 .finish = finish};

@@ -1,8 +1,8 @@
 #include "csfast/execute.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "base/activation.h"
 #include "base/number.h"
 #include "loops.h"
 
@@ -26,26 +26,38 @@ float dot(const T* w, const T* x, int64_t d) {
 
 }  // namespace
 
-void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
-            float* sum) noexcept {
-  if (first) std::fill(sum, sum + p.d, 0.0f);
+void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+            bool first) noexcept {
   dispatch(p.dtype, [&]<typename T>() {
+    const auto bias = [](const void* of, int64_t j, float v) {
+      return of == nullptr ? v : v + to_float(static_cast<const T*>(of)[j]);
+    };
+    for (int64_t r = 0; first && r < rows.n; ++r) {
+      std::fill_n(rows.sum + r * rows.sum_stride, p.d, 0.0f);
+    }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = neuron[i] * p.d;
-      const float g = dot(static_cast<const T*>(p.gate) + at, static_cast<const T*>(x), p.d);
-      const float u = dot(static_cast<const T*>(p.up) + at, static_cast<const T*>(x), p.d);
-      const float a = g / (1.0f + std::exp(-g)) * u;
       const T* down = static_cast<const T*>(p.down_t) + at;
-      for (int64_t c = 0; c < p.d; ++c) sum[c] += a * to_float(down[c]);
+      for (int64_t r = 0; r < rows.n; ++r) {  // the others find the weights in the cache
+        const T* x = static_cast<const T*>(rows.x) + r * p.d;
+        float* sum = rows.sum + r * rows.sum_stride;
+        const float g =
+            bias(p.gate_bias, neuron[i], dot(static_cast<const T*>(p.gate) + at, x, p.d));
+        const float u = bias(p.up_bias, neuron[i], dot(static_cast<const T*>(p.up) + at, x, p.d));
+        const float a = activate(p.activation, g) * u;
+        for (int64_t c = 0; c < p.d; ++c) sum[c] += a * to_float(down[c]);
+      }
     }
   });
 }
 
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept {
+void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
+            void* out) noexcept {
   dispatch(dtype, [&]<typename T>() {
     for (int64_t c = 0; c < d; ++c) {
       float total = 0.0f;
       for (int64_t s = 0; s < n_segments; ++s) total += sums[s * d + c];
+      if (bias != nullptr) total += to_float(static_cast<const T*>(bias)[c]);
       static_cast<T*>(out)[c] = from_float<T>(total);
     }
   });

@@ -6,6 +6,7 @@ constinit const Loops kLoops{.name = "base",
                              .quantize = quantize,
                              .measure = measure,
                              .project = project,
+                             .usage = usage,
                              .keep = keep,
                              .gather = gather,
                              .finish = finish};

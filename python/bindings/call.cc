@@ -90,6 +90,14 @@ void* Call::workspace(nb::handle tensor, int64_t bytes) {
   return data;
 }
 
+csfast::Activation Call::activation(std::string_view name) const {
+  if (name == "silu") return csfast::Activation::kSilu;
+  if (name == "gelu_tanh") return csfast::Activation::kGeluTanh;
+  throw nb::value_error(
+      ("[" + std::string(op_) + "] activation = " + std::string(name) + ": want silu or gelu_tanh.")
+          .c_str());
+}
+
 csfast::DType Call::dtype() const {
   if (type_.code == uint8_t(nb::dlpack::dtype_code::Bfloat)) return csfast::DType::kBF16;
   return type_.bits == 16 ? csfast::DType::kF16 : csfast::DType::kF32;

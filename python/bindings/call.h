@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "csfast/types.h"
@@ -44,6 +45,19 @@ class Call {
     return unpack(tensor, name, shape, {}, true);
   }
 
+  // Null for None.
+  template <typename E>
+  const E* in_or_null(nb::handle tensor, const char* name, std::initializer_list<Size*> shape) {
+    return tensor.is_none() ? nullptr : some(in<E>(tensor, name, shape));
+  }
+  const void* in_type_or_null(nb::handle tensor, const char* name,
+                              std::initializer_list<Size*> shape) {
+    return tensor.is_none() ? nullptr : some(in_type(tensor, name, shape));
+  }
+
+  // "silu" or "gelu_tanh".
+  csfast::Activation activation(std::string_view name) const;
+
   // At least `bytes` bytes.
   void* workspace(nb::handle tensor, int64_t bytes);
 
@@ -51,6 +65,13 @@ class Call {
   csfast::Device device() const;
 
  private:
+  // An empty tensor may lie nowhere, which shall not read as none; nobody looks into it.
+  template <typename E>
+  static const E* some(const E* data) {
+    static const double kNothing = 0;
+    return data != nullptr ? data : reinterpret_cast<const E*>(&kNothing);
+  }
+
   using Array = nb::ndarray<nb::ro>;
 
   // `wanted` of no bits stands for T.

@@ -7,25 +7,36 @@ using namespace nb::literals;
 namespace {
 
 void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb::handle tiles,
-             nb::handle n_tiles, int tile_rows, nb::handle workspace, nb::handle out,
+             nb::handle n_tiles, int tile_rows, nb::handle gate_bias, nb::handle up_bias,
+             nb::handle down_bias, const char* activation, nb::handle workspace, nb::handle out,
              uintptr_t stream) {
   Call call("execute");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"};
+  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, lists{"1 or batch"};
   csfast::ExecuteParams p{};
   p.x = call.in_type(x, "x", {&batch, &d});
   p.gate = call.in_type(gate, "gate", {&n, &d});
   p.up = call.in_type(up, "up", {&n, &d});
   p.down_t = call.in_type(down_t, "down_t", {&n, &d});
+  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
+  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
+  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
   Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(n, tile_rows) : -1};
-  p.tile = call.in<int32_t>(tiles, "tile", {&batch, &width});
-  p.n_tiles = call.in<int32_t>(n_tiles, "n_tiles", {&batch});
+  p.tile = call.in<int32_t>(tiles, "tile", {&lists, &width});
+  if (lists != 1 && lists != batch) {
+    throw nb::value_error(("[execute] tile has " + std::to_string(lists) +
+                           " rows: want 1, or batch = " + std::to_string(batch) + ".")
+                              .c_str());
+  }
+  p.n_tiles = call.in<int32_t>(n_tiles, "n_tiles", {&lists});
   p.out = call.out_type(out, "out", {&batch, &d});
   p.workspace = call.workspace(workspace, csfast::execute_workspace(batch, d, n, call.device()));
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
   p.tile_rows = tile_rows;
+  p.shared = lists == 1;
   p.dtype = call.dtype();
+  p.activation = call.activation(activation);
   unlocked([&] { csfast::execute(p, call.device(), stream_of(stream)); });
 }
 
@@ -38,9 +49,12 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda
 
 void bind_execute(nb::module_& m) {
   m.def("execute", &execute, "gate"_a, "up"_a, "down_t"_a, "x"_a, "tile"_a, "n_tiles"_a,
-        "tile_rows"_a, "workspace"_a, "out"_a, "stream"_a,
+        "tile_rows"_a, "gate_bias"_a.none(), "up_bias"_a.none(), "down_bias"_a.none(),
+        "activation"_a, "workspace"_a, "out"_a, "stream"_a,
         nb::sig("def execute(gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, "
                 "x: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, "
-                "workspace: torch.Tensor, out: torch.Tensor, stream: int) -> None"));
+                "gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, "
+                "down_bias: torch.Tensor | None, activation: str, workspace: torch.Tensor, "
+                "out: torch.Tensor, stream: int) -> None"));
   m.def("execute_workspace", &execute_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

@@ -9,9 +9,11 @@ namespace {
 
 void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
          nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, int code, int tile_rows,
-         nb::handle stats, nb::handle workspace, nb::handle out, uintptr_t stream) {
+         nb::handle offset, nb::handle gate_bias, nb::handle up_bias, nb::handle down_bias,
+         nb::handle weight, const char* activation, nb::handle stats, nb::handle workspace,
+         nb::handle out, uintptr_t stream) {
   Call call("ffn");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
+  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::FfnParams p{};
   p.x = call.in_type(x, "x", {&batch, &d});
   p.code = code_of(code);
@@ -19,10 +21,15 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
   p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
-  p.threshold = call.in<float>(threshold, "threshold", {&batch});
+  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
+  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
+  p.threshold = call.in<float>(threshold, "threshold", {p.weight == nullptr ? &batch : &one});
   p.gate = call.in_type(gate, "gate", {&n, &d});
   p.up = call.in_type(up, "up", {&n, &d});
   p.down_t = call.in_type(down_t, "down_t", {&n, &d});
+  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
+  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
+  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
   if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&two});
   p.out = call.out_type(out, "out", {&batch, &d});
   p.workspace = call.workspace(workspace, csfast::ffn_workspace(batch, d, n, call.device()));
@@ -31,6 +38,7 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
   p.n_neurons = n;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
+  p.activation = call.activation(activation);
   unlocked([&] { csfast::ffn(p, call.device(), stream_of(stream)); });
 }
 
@@ -43,11 +51,15 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda) {
 
 void bind_ffn(nb::module_& m) {
   m.def("ffn", &ffn, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
-        "down_t"_a, "x"_a, "code"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "out"_a,
-        "stream"_a,
+        "down_t"_a, "x"_a, "code"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
+        "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a,
+        "stats"_a.none(), "workspace"_a, "out"_a, "stream"_a,
         nb::sig("def ffn(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
                 "threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, "
                 "down_t: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
+                "offset: torch.Tensor | None, gate_bias: torch.Tensor | None, "
+                "up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, "
+                "weight: torch.Tensor | None, activation: str, "
                 "stats: torch.Tensor | None, workspace: torch.Tensor, out: torch.Tensor, "
                 "stream: int) -> None"));
   m.def("ffn_workspace", &ffn_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);

@@ -6,37 +6,52 @@ using namespace nb::literals;
 
 namespace {
 
-// `limit` is the threshold or the budget, by `top`.
+// `limit` is the threshold or the budget, by `top`; `is_float` says which numbers y holds.
 void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle limit, bool top,
-             nb::handle usage, nb::handle index, nb::handle count, nb::handle missed,
-             uintptr_t stream) {
+             nb::handle offset, nb::handle weight, bool is_float, int group_rows,
+             const char* activation, nb::handle usage, nb::handle index, nb::handle count,
+             nb::handle missed, uintptr_t stream) {
   Call call("recover");
-  Size batch{"batch"}, n{"n_neurons"}, two{"2", 2};
+  Size batch{"batch"}, n{"n_neurons"}, columns{"columns"}, one{"1", 1};
   csfast::RecoverParams p{};
-  p.y = call.in<int32_t>(y, "y", {&batch, &n, &two});
+  if (is_float) {
+    p.y_float = call.in<float>(y, "y", {&batch, &n, &columns});
+  } else {
+    p.y = call.in<int32_t>(y, "y", {&batch, &n, &columns});
+  }
   p.scale = call.in<float>(scale, "scale", {&batch});
-  p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
+  p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &columns});
+  p.offset = call.in_or_null<float>(offset, "offset", {&n, &columns});
+  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
+  Size& lists = p.weight == nullptr ? batch : one;
+  Size groups{"n_groups", group_rows > 0 ? csfast::n_groups(n, group_rows) : -1};
   p.rule = top ? csfast::Rule::kTopK : csfast::Rule::kThreshold;
   if (top) {
-    p.budget = call.in<int32_t>(limit, "budget", {&batch});
+    p.budget = call.in<int32_t>(limit, "budget", {&lists});
   } else {
-    p.threshold = call.in<float>(limit, "threshold", {&batch});
+    p.threshold = call.in<float>(limit, "threshold", {&lists});
   }
-  p.usage = call.out<float>(usage, "usage", {&batch, &n});
-  p.index = call.out<int32_t>(index, "index", {&batch, &n});
-  p.count = call.out<int32_t>(count, "count", {&batch});
-  p.missed = call.out<float>(missed, "missed", {&batch});
+  p.usage = call.out<float>(usage, "usage", {&lists, &groups});
+  p.index = call.out<int32_t>(index, "index", {&lists, &groups});
+  p.count = call.out<int32_t>(count, "count", {&lists});
+  p.missed = call.out<float>(missed, "missed", {&lists});
   p.batch = batch;
   p.n_neurons = n;
+  p.columns = static_cast<int>(columns);
+  p.group_rows = group_rows;
+  p.activation = call.activation(activation);
   unlocked([&] { csfast::recover(p, call.device(), stream_of(stream)); });
 }
 
 }  // namespace
 
 void bind_recover(nb::module_& m) {
-  m.def("recover", &recover, "y"_a, "scale"_a, "row_scale"_a, "limit"_a, "top"_a, "usage"_a,
-        "index"_a, "count"_a, "missed"_a, "stream"_a,
+  m.def("recover", &recover, "y"_a, "scale"_a, "row_scale"_a, "limit"_a, "top"_a, "offset"_a.none(),
+        "weight"_a.none(), "is_float"_a, "group_rows"_a, "activation"_a, "usage"_a, "index"_a,
+        "count"_a, "missed"_a, "stream"_a,
         nb::sig("def recover(y: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor, "
-                "limit: torch.Tensor, top: bool, usage: torch.Tensor, index: torch.Tensor, "
-                "count: torch.Tensor, missed: torch.Tensor, stream: int) -> None"));
+                "limit: torch.Tensor, top: bool, offset: torch.Tensor | None, "
+                "weight: torch.Tensor | None, is_float: bool, group_rows: int, activation: str, "
+                "usage: torch.Tensor, index: torch.Tensor, count: torch.Tensor, "
+                "missed: torch.Tensor, stream: int) -> None"));
 }

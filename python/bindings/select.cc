@@ -10,10 +10,11 @@ namespace {
 
 // Not `select`: the C library has one, outside every namespace.
 void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
-                  nb::handle x, int code, int tile_rows, nb::handle workspace, nb::handle tiles,
+                  nb::handle x, int code, int tile_rows, nb::handle offset, nb::handle weight,
+                  const char* activation, nb::handle workspace, nb::handle tiles,
                   nb::handle n_tiles, nb::handle missed, uintptr_t stream) {
   Call call("select");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
+  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::SelectParams p{};
   p.x = call.in_type(x, "x", {&batch, &d});
   p.code = code_of(code);
@@ -21,17 +22,21 @@ void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::
   p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
-  p.threshold = call.in<float>(threshold, "threshold", {&batch});
+  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
+  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
+  Size& lists = p.weight == nullptr ? batch : one;
+  p.threshold = call.in<float>(threshold, "threshold", {&lists});
   Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(n, tile_rows) : -1};
-  p.tile = call.out<int32_t>(tiles, "tile", {&batch, &width});
-  p.n_tiles = call.out<int32_t>(n_tiles, "n_tiles", {&batch});
-  p.missed = call.out<float>(missed, "missed", {&batch});
+  p.tile = call.out<int32_t>(tiles, "tile", {&lists, &width});
+  p.n_tiles = call.out<int32_t>(n_tiles, "n_tiles", {&lists});
+  p.missed = call.out<float>(missed, "missed", {&lists});
   p.workspace = call.workspace(workspace, csfast::select_workspace(batch, d, n, call.device()));
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
+  p.activation = call.activation(activation);
   unlocked([&] { csfast::select(p, call.device(), stream_of(stream)); });
 }
 
@@ -44,9 +49,11 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda)
 
 void bind_select(nb::module_& m) {
   m.def("select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a,
-        "code"_a, "tile_rows"_a, "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
+        "code"_a, "tile_rows"_a, "offset"_a.none(), "weight"_a.none(), "activation"_a,
+        "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
         nb::sig("def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
                 "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
+                "offset: torch.Tensor | None, weight: torch.Tensor | None, activation: str, "
                 "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
                 "missed: torch.Tensor, stream: int) -> None"));
   m.def("select_workspace", &select_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);

@@ -9,7 +9,9 @@ namespace {
 
 int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::handle row_scale,
              nb::handle threshold, nb::handle gate, nb::handle up, nb::handle down_t, int code,
-             int tile_rows, nb::handle stats, nb::handle workspace, bool cuda) {
+             int tile_rows, nb::handle offset, nb::handle gate_bias, nb::handle up_bias,
+             nb::handle down_bias, nb::handle weight, const char* activation, nb::handle stats,
+             nb::handle workspace, bool cuda) {
   Call call("session");
   Size batch{"max_batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
   csfast::FfnParams p{};
@@ -21,7 +23,12 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
+  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
+  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
+  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
+  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
   p.threshold = call.in<float>(threshold, "threshold", {&batch});
+  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
   if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&two});
   p.workspace = call.workspace(workspace, csfast::ffn_workspace(batch, d, n, call.device()));
   if ((call.device() == csfast::Device::kCuda) != cuda) {
@@ -32,6 +39,7 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.n_neurons = n;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
+  p.activation = call.activation(activation);
   return session.bind(p);
 }
 
@@ -54,10 +62,15 @@ void bind_session(nb::module_& m) {
           },
           "cuda"_a)
       .def("bind", &bind, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
-           "down_t"_a, "code"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "cuda"_a,
+           "down_t"_a, "code"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
+           "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a,
+           "stats"_a.none(), "workspace"_a, "cuda"_a,
            nb::sig("def bind(self, codes: torch.Tensor, equal: torch.Tensor, "
                    "row_scale: torch.Tensor, threshold: torch.Tensor, gate: torch.Tensor, "
                    "up: torch.Tensor, down_t: torch.Tensor, code: int, tile_rows: int, "
+                   "offset: torch.Tensor | None, gate_bias: torch.Tensor | None, "
+                   "up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, "
+                   "weight: torch.Tensor | None, activation: str, "
                    "stats: torch.Tensor | None, workspace: torch.Tensor, cuda: bool) -> int"))
       .def("ffn", &ffn, "layer"_a, "x"_a, "out"_a, "batch"_a, "stream"_a);
 }

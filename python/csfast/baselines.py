@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -78,6 +77,8 @@ class Planes(NeuronRule):
         q, scale = reference.quantize(x, codes.equal)
         y = (q.float() @ codes.value.T).view(len(x), 2, -1)
         z = scale[:, None, None] * codes.row_scale.T * y
+        if codes.offset is not None:
+            z = z + codes.offset.T
         usage: Tensor = (activate(self.ffns[layer], z[:, 0]) * z[:, 1]).abs()
         return usage
 
@@ -825,17 +826,16 @@ class _Codes:
     equal: Tensor  # (d,)
     value: Tensor  # (2 n_neurons, d): levels of the gate rows, then of the up rows
     row_scale: Tensor  # (n_neurons, 2)
+    offset: Tensor | None  # (n_neurons, 2): from the biases
 
 
 def _coded(ffn: Ffn, x: Tensor, bits: Code) -> _Codes:
-    setting = cast(int, bits)  # plans are typed for bits; their codes are those of `planes`
     equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
-    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = LayerPlan.fit(*weights, equal, (setting,))
-    codes = layer.encode(*weights, bits=setting)
+    layer = LayerPlan.fit(*ffn.weights, equal, (bits,))
+    codes = layer.encode(*ffn.weights, bits=bits)
     unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-    row_scale = layer.row_scale[setting].to(x.device)
-    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale)
+    row_scale = layer.row_scale[bits].to(x.device)
+    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale, ffn.offset())
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

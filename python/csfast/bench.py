@@ -34,16 +34,21 @@ class Setting:
     n_neurons: int  # rows of the gate and of the up projection
     density: float  # fraction of the neurons, in (0, 1]
     bits: Code = 2  # of a weight
+    tile_rows: int = 1  # neurons that are kept and read as one
 
     @property
     def case(self) -> str:
         """Its name in the results, for example ``ffn d=2048 F=8192 density=.25``."""
         density = f"{self.density:.2f}".removeprefix("0")
         bits = "" if self.bits == 2 else f" bits={self.bits}"
-        return f"ffn d={self.d} F={self.n_neurons} density={density}{bits}"
+        blocks = "" if self.tile_rows == 1 else f" blocks={self.tile_rows}"
+        return f"ffn d={self.d} F={self.n_neurons} density={density}{bits}{blocks}"
 
 
-CPU_SETTINGS = tuple(Setting(2048, 8192, density) for density in (0.5, 0.25, 0.1))
+CPU_SETTINGS = (
+    *(Setting(2048, 8192, density) for density in (0.5, 0.25, 0.1)),
+    Setting(2048, 8192, 0.25, tile_rows=16),
+)
 CUDA_SETTINGS = CPU_SETTINGS + tuple(Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1))
 
 
@@ -89,7 +94,8 @@ def run(
         to read; ``ratio_vs_best`` is the time of the fastest dense baseline over ours.
 
     Raises:
-        ValueError: A variant is unknown, or a density out of range.
+        ValueError: A variant is unknown, a density out of range, or the tiles do not divide the
+            neurons.
         BackendError: The device's backend is missing.
     """
     for variant in variants:
@@ -98,6 +104,11 @@ def run(
     for setting in settings:
         if not 0 < setting.density <= 1:
             raise ValueError(f"[bench] density = {setting.density}: want a fraction in (0, 1].")
+        if setting.tile_rows < 1 or setting.n_neurons % setting.tile_rows != 0:
+            raise ValueError(
+                f"[bench] tile_rows = {setting.tile_rows} of {setting.n_neurons} neurons: want a "
+                "divisor."
+            )
     doctor.require(device)
     bandwidth = read_bandwidth(device)
     notes: dict[str, str] = {}
@@ -209,17 +220,24 @@ def _measure(
     bandwidth: float,
 ) -> list[dict[str, Any]]:
     """Time one setting and give its rows."""
-    bits = setting.bits
+    bits, tile_rows = setting.bits, setting.tile_rows
     thresholds, tiles = [], []
     session = ops.Session(device)
     for layer in layers:
         y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
-        budget = torch.tensor([max(1, round(setting.density * setting.n_neurons))])
-        support = ops.recover(y, scale, layer.row_scale, budget=budget.to(device, torch.int32))
+        n_groups = -(-setting.n_neurons // tile_rows)
+        budget = torch.tensor([max(1, round(setting.density * n_groups))])
+        support = ops.recover(
+            y,
+            scale,
+            layer.row_scale,
+            budget=budget.to(device, torch.int32),
+            group_rows=tile_rows,
+        )
         kept = support.index[0, : int(support.count)].long()
         threshold = support.usage[0, kept].min().reshape(1)
         thresholds.append(threshold)
-        tiles.append(ops.tile(support.index, support.count))
+        tiles.append(ops.TileList(support.index, support.count, tile_rows))
         session.bind(
             codes=layer.codes,
             equal=layer.equal,
@@ -230,13 +248,20 @@ def _measure(
             down_t=layer.down_t,
             bits=bits,
             max_batch=1,
+            tile_rows=tile_rows,
         )
     outs = [torch.empty_like(layer.x) for layer in layers]
 
     def select(i: int) -> object:
         layer = layers[i]
         return ops.select(
-            layer.codes, layer.equal, layer.row_scale, thresholds[i], layer.x, bits=bits
+            layer.codes,
+            layer.equal,
+            layer.row_scale,
+            thresholds[i],
+            layer.x,
+            bits=bits,
+            tile_rows=tile_rows,
         )
 
     def execute(i: int) -> object:
@@ -261,8 +286,8 @@ def _measure(
         device=device,
         runs=runs,
     )
-    executed = sum(int(t.n_tiles.sum()) for t in tiles) / len(tiles)
-    read = _bytes(setting, executed)
+    n_kept = sum(int(t.n_tiles.sum()) for t in tiles) / len(tiles)
+    read = _bytes(setting, n_kept)
     baselines = {name: timings[name].median * 1e6 for name in dense}
     return [
         {
@@ -280,11 +305,11 @@ def _measure(
     ]
 
 
-def _bytes(setting: Setting, executed: float) -> dict[str, int]:
-    """Give what a call has to read, in bytes, when `executed` neurons are kept."""
+def _bytes(setting: Setting, kept: float) -> dict[str, int]:
+    """Give what a call has to read, in bytes, when `kept` tiles are executed."""
     x = 2 * setting.d
     select = planes.n_bytes(setting.n_neurons, setting.d, setting.bits) + x
-    execute = round(executed * (3 * 2 * setting.d + 4)) + x
+    execute = round(kept * (setting.tile_rows * 3 * 2 * setting.d + 4)) + x
     return {
         "sense": select - 8 * setting.n_neurons,  # the row scales are read by recover
         "select": select,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PART = 4096  # neurons that change places among each other: their correlations have 64 MiB
 _STEPS = 8  # of the power iteration: the split need not be exact, it is refined
 _PASSES = 60  # of swaps at most; most layers settle in half as many
 _GAIN = 1e-4  # of the objective: a pass that gains less is the last
@@ -23,7 +24,8 @@ def cluster(usage: Tensor, block: int, seed: int = 0) -> Tensor:
     split in two along the principal direction, again and again, down to blocks; then pairs of
     neurons change places as long as that raises the sum of correlations within blocks.
 
-    Takes memory for a few matrices ``(n_neurons, n_neurons)`` in float32.
+    Takes memory for the usage twice in float32, and for seven matrices of float32 of every pair of
+    neurons, 0.5 GB at the most: more than `PART` neurons are split into parts for good.
 
     Args:
         usage: ``(n_tokens, n_neurons)``, floating, finite and not negative; a thousand tokens or
@@ -56,11 +58,19 @@ def cluster(usage: Tensor, block: int, seed: int = 0) -> Tensor:
     # A neuron that never changes correlates with nothing.
     feature = torch.where(spread > 0, root / spread, 0.0).T.contiguous()
     draw = torch.Generator().manual_seed(seed)
-    of = torch.empty(len(feature), dtype=torch.int64, device=usage.device)
+    whole = max(PART // block, 1) * block
+    return torch.cat(
+        [part[_ordered(feature[part], block, draw)] for part in _halved(feature, whole, draw)]
+    )
+
+
+def _ordered(feature: Tensor, block: int, draw: torch.Generator) -> Tensor:
+    """Order of some neurons, of which ``feature (n, n_tokens)`` is what they are compared by."""
+    of = torch.empty(len(feature), dtype=torch.int64, device=feature.device)
     for number, members in enumerate(_halved(feature, block, draw)):
         of[members] = number
     if 1 < block < len(feature):
-        _swap(feature @ feature.T / feature.shape[1], of)
+        _swap(feature @ feature.T / feature.shape[1], of, block)
     return of.argsort(stable=True)
 
 
@@ -85,18 +95,21 @@ def _halved(feature: Tensor, block: int, draw: torch.Generator) -> list[Tensor]:
     return found
 
 
-def _swap(correlation: Tensor, of: Tensor) -> None:
+def _swap(correlation: Tensor, of: Tensor, block: int) -> None:
     """Exchange neurons between blocks, in place, while the sum within blocks grows.
+
+    All blocks but the last are full.
 
     With ``S[i, b]`` the correlation of neuron ``i`` with the members of block ``b``, exchanging
     ``i`` of block ``a`` and ``j`` of block ``b`` gains
     ``S[i, b] - S[i, a] + S[j, a] - S[j, b] + C[i, i] + C[j, j] - 2 C[i, j]``.
     A pass takes the best exchange of every neuron, and each block takes part in one.
     """
-    n_blocks = int(of.max()) + 1
+    short = -len(of) % block
     own = correlation.diagonal()
     for _ in range(_PASSES):
-        total = correlation @ F.one_hot(of, n_blocks).to(correlation)
+        beside = F.pad(correlation[:, of.argsort(stable=True)], (0, short))
+        total = beside.view(len(of), -1, block).sum(dim=2)
         inside = total.gather(1, of[:, None])
         move = total - inside + own[:, None]  # (n_neurons, n_blocks): half of the gain
         gain = move[:, of]

@@ -29,6 +29,20 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Biases:
+    """Biases of a layer, and what recovery makes of them."""
+
+    gate: Tensor  # (n_neurons,) T
+    up: Tensor  # (n_neurons,) T
+    down: Tensor  # (d,) T
+    offset: Tensor  # (n_neurons, 2) float32, the norm of the down row folded into [:, 1]
+
+    def of_execute(self) -> dict[str, Tensor]:
+        """Give the three that `ops.execute` takes, by name."""
+        return {"gate_bias": self.gate, "up_bias": self.up, "down_bias": self.down}
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """Sizes of a problem, and how to make one."""
 
@@ -73,6 +87,23 @@ class Case:
         gate[:, 0] = 32 * _signs(g, self.n_neurons, 1, 1)[:, 0]
         down_t = _signs(g, self.n_neurons, self.d, 1)
         return _problem((gate, up, down_t, x), torch.ones(self.d), dtype, device, bits)
+
+    def make_biases(self, problem: Problem, *, exact: bool = False, seed: int = 1) -> Biases:
+        """Make biases of the size of the projections' outputs, or small integers for `make_exact`.
+
+        Args:
+            problem: What they belong to; it says T and the device.
+            exact: Whether they are integers of at most 2.
+            seed: Of the random numbers.
+        """
+        g = torch.Generator().manual_seed(seed)
+        sizes = (self.n_neurons, self.n_neurons, self.d)
+        drawn = [_signs(g, 1, n, 2)[0] if exact else torch.randn(n, generator=g) for n in sizes]
+        dtype, device = problem.x.dtype, problem.x.device
+        gate, up, down = (t.to(dtype) for t in drawn)
+        norm = problem.down_t.float().norm(dim=1).cpu()
+        offset = torch.stack([gate.float(), up.float() * norm], dim=1)
+        return Biases(gate.to(device), up.to(device), down.to(device), offset.to(device))
 
     def sense_bytes(self, bits: Code) -> int:
         """Least bytes that `sense` and `select` read."""

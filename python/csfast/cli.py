@@ -29,7 +29,7 @@ from .calibrate import TOKENS_MAX
 from .calibrate import calibrate as calibrate_
 from .evaluate import evaluate
 from .plan import Plan, write_atomic
-from .types import POOLED, Document
+from .types import POOLED, Code, Document
 
 USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -98,7 +98,10 @@ Data = Annotated[
     typer.Option("--data", help=".jsonl, .jsonl.xz or .txt; the shipped sample if left out."),
 ]
 Density = Annotated[float, typer.Option(help="Fraction of neurons to execute, in (0, 1].")]
-Bits = Annotated[int, typer.Option(help="Bits of the sensing codes; the plan must hold them.")]
+Bits = Annotated[
+    str, typer.Option(help="Code of the sensor: 1 to 4 bits, or ternary; the plan must hold it.")
+]
+Block = Annotated[int, typer.Option(help="Neurons kept or skipped as one; the plan must hold it.")]
 Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results here.")]
 Html = Annotated[pathlib.Path | None, typer.Option("--html", help="Write a page here.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of every task, at most.")]
@@ -157,6 +160,11 @@ def calibrate(
     ),
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use, at most.")] = TOKENS_MAX,
+    bits: Annotated[str, typer.Option(help="Codes of the sensor, such as 2,3,ternary.")] = "2,3",
+    blocks: Annotated[str, typer.Option(help="Sizes of block, such as 1,16.")] = "1",
+    joint: Annotated[bool, typer.Option("--joint", help="For batches with one support too.")] = (
+        False
+    ),
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
     limit: Limit = None,
     device: Where = DeviceName.CPU,
@@ -174,6 +182,9 @@ def calibrate(
             net,
             samples,
             tokenizer,
+            bits=[_code(text) for text in bits.split(",")],
+            blocks=[_size(text) for text in blocks.split(",")],
+            joint=joint,
             seed=seed,
             resume=partial,
             progress=advance,
@@ -193,7 +204,8 @@ def generate(
     plan: Annotated[pathlib.Path | None, typer.Argument(help="Plan; not with --dense.")] = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     density: Density = 0.5,
-    bits: Bits = 2,
+    bits: Bits = "2",
+    block: Block = 1,
     task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
     dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -206,7 +218,8 @@ def generate(
         raise ValueError("[generate] no plan: want one, or --dense.")
     net, tokenizer = _load(model, device)
     if plan is not None and not dense:
-        engine.apply(net, Plan.load(plan), density=density, bits=bits, task=task)
+        loaded = Plan.load(plan)
+        engine.apply(net, loaded, density=density, bits=_code(bits), block=block, task=task)
     clock = timing.Clock()
     for piece in models.stream_text(
         net,
@@ -229,7 +242,8 @@ def evaluate_(
     plan: PlanFile,
     data: Data = None,
     density: Density = 0.5,
-    bits: Bits = 2,
+    bits: Bits = "2",
+    block: Block = 1,
     task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
     limit: Limit = None,
@@ -250,7 +264,8 @@ def evaluate_(
             loaded,
             samples,
             density=density,
-            bits=bits,
+            bits=_code(bits),
+            block=block,
             task=task,
             tokens=tokens,
             seed=seed,
@@ -375,6 +390,18 @@ def _documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list
     if not found:
         raise ValueError(f"[documents] {path}: no document in its part {part.value!r}.")
     return found if limit is None else documents.few(found, limit)
+
+
+def _code(text: str) -> Code:
+    """The code that a text names; what names none is refused by whom it is given to."""
+    return int(text) if text.isdecimal() else text
+
+
+def _size(text: str) -> int:
+    """The size of block that a text names."""
+    if not text.isdecimal():
+        raise ValueError(f"[calibrate] blocks = {text!r}: want whole numbers, such as 1,16.")
+    return int(text)
 
 
 def _load(model: str, device: DeviceName, *, dtype: str = "auto") -> tuple[Any, Any]:

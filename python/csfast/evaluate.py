@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from .judge import (
 )
 from .models import Ffn
 from .plan import Plan
-from .types import POOLED, TASKS, Document, LayerShape
+from .types import POOLED, TASKS, Code, Document, LayerShape
 
 RESAMPLES = 2000  # of the bootstrap: the quantiles of .025 and .975 rest on 50 draws each
 SHORT_TOKENS = 16  # longest response that is compared as an answer
@@ -43,7 +44,8 @@ def evaluate(
     documents: Sequence[Document],
     *,
     density: float = 0.5,
-    bits: int = 2,
+    bits: Code = 2,
+    block: int = 1,
     task: str = POOLED,
     tokens: int = 4000,
     response_tokens: int = 256,
@@ -67,7 +69,8 @@ def evaluate(
         documents: What to score; ``documents.split(..., "report")`` of a file that the plan was
             calibrated on.
         density: Fraction of the neurons to execute, in (0, 1]; 1 is the dense path.
-        bits: Bits of the sensing codes, among the plan's.
+        bits: Code of the sensor, among the plan's.
+        block: Neurons that are kept or skipped together, among the plan's.
         task: Whose thresholds to use, among the plan's.
         tokens: Scored tokens of each task to stop at, a document more or less.
         response_tokens: Tokens of one document to score at most.
@@ -83,8 +86,9 @@ def evaluate(
         What ``csfast eval --json`` writes; docs/quality.md explains every key.
 
     Raises:
-        PlanError: The plan is not for this model, or lacks the bits or the task.
-        ValueError: A number is out of range, or nothing in the documents would run sparse.
+        PlanError: The plan is not for this model.
+        ValueError: The plan does not hold what was asked for, a number is out of range, or nothing
+            in the documents would run sparse.
     """
     if not 0 < density <= 1:
         raise ValueError(f"[evaluate] density = {density}: want one in (0, 1].")
@@ -107,7 +111,7 @@ def evaluate(
     quizzes = _quizzes(tokenizer, documents, limit=answers, max_tokens=limit, seed=seed)
     total = len(pieces) + len(quizzes)
     report = progress or (lambda done, total: None)
-    setting = planned(model, plan, density=density, bits=bits, task=task)
+    setting = planned(model, plan, density=density, bits=bits, block=block, task=task)
     of = Judge(model, ffns, pieces, chunk=chunk, cache_bytes=0)
     sums = torch.zeros(len(pieces), 4, dtype=torch.float64)
     read = torch.zeros(len(pieces), len(ffns), len(setting.rule.counts), dtype=torch.int64)
@@ -123,7 +127,7 @@ def evaluate(
         report(done, total)
     right: dict[str, list[tuple[bool, bool]]] = {}
     if quizzes:
-        engine.apply(model, plan, density=density, bits=bits, task=task)
+        engine.apply(model, plan, density=density, bits=bits, block=block, task=task)
         try:
             for number, piece in enumerate(quizzes, 1):
                 pair = _decode_both(model, tokenizer, piece)
@@ -175,6 +179,7 @@ def evaluate(
         "token_bytes_fraction": (share * dense_bytes + rest) / (dense_bytes + rest),
         "asked_density": density,
         "bits": bits,
+        "block": block,
         "task": task,
         "seed": seed,
         "plan_hash": plan.plan_hash,
@@ -183,7 +188,13 @@ def evaluate(
 
 
 def planned(
-    model: nn.Module, plan: Plan, *, density: float = 0.5, bits: int = 2, task: str = POOLED
+    model: nn.Module,
+    plan: Plan,
+    *,
+    density: float = 0.5,
+    bits: Code = 2,
+    block: int = 1,
+    task: str = POOLED,
 ) -> Setting:
     """Give a plan at one density as a setting that the judge runs.
 
@@ -191,11 +202,26 @@ def planned(
         model: The plan's model.
         plan: The plan.
         density: Fraction of the neurons to execute, in (0, 1]; 1 is the dense path.
-        bits: Bits of the sensing codes, among the plan's.
+        bits: Code of the sensor, among the plan's.
+        block: Neurons that are kept or skipped together, among the plan's.
         task: Whose thresholds to use, among the plan's.
     """
-    rule = PlanRule(models.find_ffns(model), plan, density=density, bits=bits, task=task)
+    rule = PlanRule(
+        models.find_ffns(model), plan, density=density, bits=bits, block=block, task=task
+    )
     return Setting(rule, None, density, ((),) * len(plan.layers))
+
+
+@dataclass(frozen=True)
+class _Sensor:
+    """What the supports of one layer take; rows in the order of the blocks."""
+
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
+    equal: Tensor  # (d,), float32
+    row_scale: Tensor  # (n_neurons, 2), float32
+    offset: Tensor | None  # (n_neurons, 2), float32: from the biases
+    threshold: Tensor  # (), float32
+    order: Tensor  # (n_neurons,), int64
 
 
 class PlanRule(Rule):
@@ -207,21 +233,30 @@ class PlanRule(Rule):
     counts = ("neurons",)
 
     def __init__(
-        self, ffns: Sequence[Ffn], plan: Plan, *, density: float, bits: int, task: str
+        self, ffns: Sequence[Ffn], plan: Plan, *, density: float, bits: Code, block: int, task: str
     ) -> None:
         """Encode the layers for one setting of the plan."""
         super().__init__("plan", ffns)
         self._density = density
         self._bits = bits
+        self._block = block
         self._layers = []
         for layer, (ffn, of_plan) in enumerate(zip(ffns, plan.layers, strict=True)):
             device = ffn.gate.weight.device
-            threshold = plan.threshold(layer, bits=bits, density=density, task=task)
-            weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-            codes = of_plan.encode(*weights, bits=bits)
-            row_scale = of_plan.row_scale[bits].to(device).contiguous()
+            threshold = plan.threshold(layer, bits=bits, block=block, density=density, task=task)
+            n_neurons = ffn.shape.n_neurons
+            order = torch.arange(n_neurons) if block == 1 else of_plan.order[block]
+            order = order.to(device)
+            offset = ffn.offset()
             self._layers.append(
-                (codes, of_plan.equal.to(device), row_scale, torch.tensor(threshold, device=device))
+                _Sensor(
+                    codes=of_plan.encode(*ffn.weights, bits=bits, block=block),
+                    equal=of_plan.equal.to(device),
+                    row_scale=of_plan.row_scale[bits].to(device)[order],
+                    offset=None if offset is None else offset[order],
+                    threshold=torch.tensor(threshold, device=device),
+                    order=order,
+                )
             )
 
     def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
@@ -242,10 +277,21 @@ class PlanRule(Rule):
         n_neurons = self.ffns[layer].shape.n_neurons
         if self._density == 1:
             return torch.ones(len(x), n_neurons, dtype=torch.bool, device=x.device)
-        codes, equal, row_scale, threshold = self._layers[layer]
-        thresholds = threshold.expand(len(x)).contiguous()
-        tiles, _ = ops.select(codes, equal, row_scale, thresholds, x.contiguous(), bits=self._bits)
-        return _mask(tiles, n_neurons)
+        of = self._layers[layer]
+        tiles, _ = ops.select(
+            of.codes,
+            of.equal,
+            of.row_scale,
+            of.threshold.expand(len(x)).contiguous(),
+            x.contiguous(),
+            bits=self._bits,
+            tile_rows=self._block,
+            offset=of.offset,
+            activation=self.ffns[layer].activation,
+        )
+        keep = torch.empty(len(x), n_neurons, dtype=torch.bool, device=x.device)
+        keep[:, of.order] = _mask(tiles, n_neurons)
+        return keep
 
     def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
         """Give the codes and three rows and an index for each neuron; at density 1 the layer."""
@@ -272,13 +318,15 @@ def _compare(dense: Tensor, sparse: Tensor, batch: Batch) -> Tensor:
 
 
 def _mask(tiles: ops.TileList, n_neurons: int) -> Tensor:
-    """The neurons of tiles of one row, as a mask ``(batch, n_neurons)``."""
-    place = torch.arange(tiles.tile.shape[1], device=tiles.tile.device)
+    """The neurons of a tile list, as a mask ``(batch, n_neurons)``."""
+    n_tiles = tiles.tile.shape[1]
+    place = torch.arange(n_tiles, device=tiles.tile.device)
     valid = place < tiles.n_tiles[:, None]
     # What is not valid is undefined: it goes to a column that is cut off.
-    column = torch.where(valid, tiles.tile.long(), n_neurons)
-    mask = torch.zeros(len(column), n_neurons + 1, dtype=torch.bool, device=column.device)
-    return mask.scatter_(1, column, True)[:, :n_neurons]
+    column = torch.where(valid, tiles.tile.long(), n_tiles)
+    mask = torch.zeros(len(column), n_tiles + 1, dtype=torch.bool, device=column.device)
+    mask = mask.scatter_(1, column, True)[:, :n_tiles]
+    return mask.repeat_interleave(tiles.tile_rows, dim=1)[:, :n_neurons]
 
 
 # Short answers
@@ -349,7 +397,7 @@ def _is_right(document: Document, text: str) -> bool:
 
 def _rest_bytes(model: nn.Module, ffns: Sequence[Ffn]) -> float:
     """16-bit bytes of all other linear layers: attention and the language-model head."""
-    inside = {id(linear) for ffn in ffns for linear in (ffn.gate, ffn.up, ffn.down)}
+    inside = {id(linear) for ffn in ffns for linear in ffn.linears}
     return float(
         sum(
             module.weight.numel() * BYTES

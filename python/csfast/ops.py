@@ -13,9 +13,11 @@ inside tensors (indices, budgets) are not checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ __all__ = [
     "cuda_available",
     "execute",
     "ffn",
+    "ffn_workspace",
     "isa",
     "omp",
     "project",
@@ -45,25 +48,33 @@ __all__ = [
 ]
 
 _INT32_MAX = 2**31 - 1
+_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
 _CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
 
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """Which neurons matter to each row of a batch, from `recover`."""
+    """Which groups of neurons matter to each row of a batch, or to all together: from `recover`.
 
-    index: Tensor  # (batch, n_neurons) int32, ascending up to count, 0 beyond
-    count: Tensor  # (batch,) int32
-    usage: Tensor  # (batch, n_neurons) float32: what the measurements promise
-    missed: Tensor  # (batch,) float32: sum of usage^2 over the neurons that are not in it
+    With weights there is one list, otherwise one for each row of the batch.
+    """
+
+    index: Tensor  # (lists, n_groups) int32, ascending up to count, 0 beyond
+    count: Tensor  # (lists,) int32
+    usage: Tensor  # (lists, n_groups) float32: what the measurements promise
+    missed: Tensor  # (lists,) float32: sum of usage^2 over the groups that are not in it
+    group_rows: int = 1  # group t is neurons t * group_rows .. (t + 1) * group_rows - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TileList:
-    """Which blocks of neurons each row of a batch reads, from `tile` or `select`."""
+    """Which blocks of neurons each row of a batch reads, from `tile` or `select`.
 
-    tile: Tensor  # (batch, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
-    n_tiles: Tensor  # (batch,) int32
+    One list for each row, or one for all of them.
+    """
+
+    tile: Tensor  # (lists, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
+    n_tiles: Tensor  # (lists,) int32
     tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
 
 
@@ -118,6 +129,10 @@ def recover(
     *,
     threshold: Tensor | None = None,
     budget: Tensor | None = None,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_rows: int = 1,
+    activation: str = "silu",
 ) -> Support:
     """Decide from the measurements which neurons matter, by threshold or as the top of a budget.
 
@@ -125,21 +140,36 @@ def recover(
     every neuron. Ties at the end of a budget go to the lower index, not-a-number ranks with
     infinity.
 
+    With `group_rows` the decision is on groups of that many neighbouring neurons, the last perhaps
+    shorter, whose usage is the root of the sum of their squared usages. With `weight` it is one
+    decision for the whole batch, on the weighted sum of the rows' usages: a row of weight 0 has no
+    vote, whatever it holds, a voting row whose scale is not finite keeps everything, and nothing is
+    kept if no row votes.
+
     Args:
-        y: Measurements, ``(batch, n_neurons, 2)``, int32.
+        y: Measurements, ``(batch, n_neurons, columns)``, int32 or float32. Two columns are gate and
+            up; of one, the magnitude is the usage itself.
         scale: Scale of each row, ``(batch,)``, float32.
-        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32; the second holds the norm
-            of the neuron's down row as well.
-        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
-        budget: Neurons to keep, ``(batch,)``, int32, each in ``[0, n_neurons]``. Exactly one of
+        row_scale: Scales of the measurements, ``(n_neurons, columns)``, float32; of two columns the
+            second holds the norm of the neuron's down row as well.
+        threshold: Usage from which a group is kept, ``(lists,)``, float32; `lists` is 1 with
+            `weight`, otherwise `batch`.
+        budget: Groups to keep, ``(lists,)``, int32, each in ``[0, n_groups]``. Exactly one of
             threshold and budget is given.
+        offset: Added to the scaled measurements, ``(n_neurons, columns)``, float32: the biases, of
+            two columns the second times the norm of the neuron's down row.
+        weight: What each row's usage counts in a joint decision, ``(batch,)``, float32, none
+            negative.
+        group_rows: Neurons a group, at least 1.
+        activation: What the gate goes through, ``silu`` or ``gelu_tanh``; of no account for one
+            column.
 
     Returns:
         The support.
 
     Raises:
-        ValueError: The shapes do not fit together, a budget is out of range, or not exactly one of
-            threshold and budget is given.
+        ValueError: The shapes do not fit together, a budget or weight is out of range, the
+            activation is unknown, or not exactly one of threshold and budget is given.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
@@ -147,10 +177,15 @@ def recover(
     if limit is None or (threshold is not None and budget is not None):
         given = "neither" if limit is None else "both"
         raise ValueError(f"[recover] {given} of threshold and budget: want exactly one.")
-    _check_tensors("recover", y=y, scale=scale, row_scale=row_scale, limit=limit)
-    return Support(
-        *torch.ops.csfast.recover.default(y, scale, row_scale, limit, budget is not None)
+    _check_tensors(
+        "recover", y=y, scale=scale, row_scale=row_scale, limit=limit, offset=offset, weight=weight
     )
+    _check_ints("recover", group_rows=group_rows)
+    _check_activation("recover", activation)
+    index, count, usage, missed = torch.ops.csfast.recover.default(
+        y, scale, row_scale, limit, budget is not None, offset, weight, group_rows, activation
+    )
+    return Support(index, count, usage, missed, group_rows)
 
 
 def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
@@ -252,32 +287,69 @@ def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
     return y
 
 
-def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
+def execute(
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    tiles: TileList,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
     """Run the gated feed-forward layer on the neurons of a tile list.
 
-    Deterministic: equal inputs give equal bits, whatever the number of threads.
+    Deterministic: equal inputs give equal bits, whatever the number of threads and whatever else is
+    in the batch.
 
     Args:
         gate: Gate projection, ``(n_neurons, d)``, T.
         up: Up projection, ``(n_neurons, d)``, T.
         down_t: Transposed down projection, ``(n_neurons, d)``, T.
         x: Activations, ``(batch, d)``, T.
-        tiles: What each row reads.
+        tiles: What each row reads; a single list is that of every row.
+        gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
+        up_bias: Bias of the up projection, ``(n_neurons,)``, T.
+        down_bias: Bias of the down projection, ``(d,)``, T.
+        activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
 
     Returns:
-        Output, ``(batch, d)``, T; zeros where the list is empty.
+        Output, ``(batch, d)``, T; `down_bias` or zeros where the list is empty.
 
     Raises:
-        ValueError: The shapes do not fit together, or the tiles do not ascend within range.
+        ValueError: The shapes do not fit together, the tiles do not ascend within range, or the
+            activation is unknown.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
     _check_tensors(
-        "execute", gate=gate, up=up, down_t=down_t, x=x, tile=tiles.tile, n_tiles=tiles.n_tiles
+        "execute",
+        gate=gate,
+        up=up,
+        down_t=down_t,
+        x=x,
+        tile=tiles.tile,
+        n_tiles=tiles.n_tiles,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
     )
     _check_ints("execute", tile_rows=tiles.tile_rows)
+    _check_activation("execute", activation)
     out: Tensor = torch.ops.csfast.execute.default(
-        gate, up, down_t, x, tiles.tile, tiles.n_tiles, tiles.tile_rows
+        gate,
+        up,
+        down_t,
+        x,
+        tiles.tile,
+        tiles.n_tiles,
+        tiles.tile_rows,
+        gate_bias,
+        up_bias,
+        down_bias,
+        activation,
     )
     return out
 
@@ -291,34 +363,50 @@ def select(
     *,
     bits: Code,
     tile_rows: int = 1,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[TileList, Tensor]:
-    """Sense, recover by threshold and tile, in one pass over the codes.
+    """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
 
     Args:
         codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
-        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
+        threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
+            `weight`, otherwise `batch`.
         x: Activations, ``(batch, d)``, T.
         bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
+        offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
+        weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
+        activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
 
     Returns:
-        The tile list, equal entry for entry to that of the three operations, and the usage missed,
-        ``(batch,)``, float32.
+        The tile list, equal entry for entry to the support of `recover` with ``group_rows`` of
+        `tile_rows`, and the usage missed, ``(lists,)``, float32.
 
     Raises:
-        ValueError: The shapes do not fit together, or int32 could overflow.
+        ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
+            the activation is unknown.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
     _check_tensors(
-        "select", codes=codes, equal=equal, row_scale=row_scale, threshold=threshold, x=x
+        "select",
+        codes=codes,
+        equal=equal,
+        row_scale=row_scale,
+        threshold=threshold,
+        x=x,
+        offset=offset,
+        weight=weight,
     )
     code = _code("select", bits)
     _check_ints("select", tile_rows=tile_rows)
+    _check_activation("select", activation)
     tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, code, tile_rows
+        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
     )
     return TileList(tiles, n_tiles, tile_rows), missed
 
@@ -335,6 +423,12 @@ def ffn(
     *,
     bits: Code,
     tile_rows: int = 1,
+    offset: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
     stats: Tensor | None = None,
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
@@ -343,20 +437,29 @@ def ffn(
         codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
-        threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
+        threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
+            `weight`, otherwise `batch`.
         gate: Gate projection, ``(n_neurons, d)``, T.
         up: Up projection, ``(n_neurons, d)``, T.
         down_t: Transposed down projection, ``(n_neurons, d)``, T.
         x: Activations, ``(batch, d)``, T.
         bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
-        stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
+        offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
+        gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
+        up_bias: Bias of the up projection, ``(n_neurons,)``, T.
+        down_bias: Bias of the down projection, ``(d,)``, T.
+        weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
+        activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
+            of them.
 
     Returns:
         Output, ``(batch, d)``, T.
 
     Raises:
-        ValueError: The shapes do not fit together, or int32 could overflow.
+        ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
+            the activation is unknown.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
@@ -370,16 +473,25 @@ def ffn(
         up=up,
         down_t=down_t,
         x=x,
-        **({} if stats is None else {"stats": stats}),
+        offset=offset,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        weight=weight,
+        stats=stats,
     )
     code = _code("ffn", bits)
     _check_ints("ffn", tile_rows=tile_rows)
+    _check_activation("ffn", activation)
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
+    biases = (offset, gate_bias, up_bias, down_bias)
     out: Tensor
     if stats is None:
-        out = torch.ops.csfast.ffn.default(*layer, x, code, tile_rows)
+        out = torch.ops.csfast.ffn.default(*layer, x, code, tile_rows, *biases, weight, activation)
     else:
-        out = torch.ops.csfast.ffn.counted(*layer, x, code, tile_rows, stats)
+        out = torch.ops.csfast.ffn.counted(
+            *layer, x, code, tile_rows, stats, *biases, weight, activation
+        )
     return out
 
 
@@ -404,6 +516,9 @@ class Session:
         self._bound: list[tuple[Tensor | None, ...]] = []
         self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
         self._workspaces: dict[int, Tensor] = {}
+        self._place: torch.device | None = None  # of what is bound
+        # Made once: a step of decoding enters it for every layer.
+        self._current: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def bind(
         self,
@@ -418,6 +533,12 @@ class Session:
         bits: Code,
         max_batch: int,
         tile_rows: int = 1,
+        offset: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        activation: str = "silu",
         stats: Tensor | None = None,
     ) -> int:
         """Check the tensors of one layer and take them over.
@@ -426,46 +547,65 @@ class Session:
             codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
             equal: Channel equaliser, ``(d,)``, float32.
             row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32.
-            threshold: Usage from which a neuron is kept, ``(max_batch,)``, float32. Read at every
-                call, so writing to it changes what later calls keep.
+            threshold: Usage from which a tile is kept, ``(max_batch,)``, float32; with `weight`
+                the first entry is that of the joint decision. Read at every call, so writing to it
+                changes what later calls keep.
             gate: Gate projection, ``(n_neurons, d)``, T.
             up: Up projection, ``(n_neurons, d)``, T.
             down_t: Transposed down projection, ``(n_neurons, d)``, T.
             bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
             max_batch: The most rows that a call may bring.
             tile_rows: Neurons a tile, at least 1.
-            stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
+            offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
+            gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
+            up_bias: Bias of the up projection, ``(n_neurons,)``, T.
+            down_bias: Bias of the down projection, ``(d,)``, T.
+            weight: What each row counts in a joint decision, ``(max_batch,)``, float32, see
+                `recover`; read at every call, as far as its batch goes. Without it every row has a
+                support of its own.
+            activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+            stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in
+                all of them.
 
         Returns:
             The number of the layer.
 
         Raises:
-            ValueError: The shapes do not fit together, or a tensor is on another device.
+            ValueError: The shapes do not fit together, a tensor is on another device, or the
+                activation is unknown.
             TypeError: A tensor has another dtype or is not contiguous.
             BackendError: The device has no csfast backend.
         """
-        tensors = {
-            "codes": codes,
-            "equal": equal,
-            "row_scale": row_scale,
-            "threshold": threshold,
-            "gate": gate,
-            "up": up,
-            "down_t": down_t,
-            **({} if stats is None else {"stats": stats}),
-        }
-        _check_tensors("session", **tensors)
+        _check_tensors(
+            "session",
+            codes=codes,
+            equal=equal,
+            row_scale=row_scale,
+            threshold=threshold,
+            gate=gate,
+            up=up,
+            down_t=down_t,
+            offset=offset,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            weight=weight,
+            stats=stats,
+        )
         code = _code("session", bits)
         _check_ints("session", tile_rows=tile_rows, max_batch=max_batch)
-        if gate.device.type != self._device.type:
-            raise ValueError(f"[session] gate is on {gate.device}: want {self._device}.")
+        _check_activation("session", activation)
+        if gate.device.type != self._device.type or self._place not in (None, gate.device):
+            raise ValueError(
+                f"[session] gate is on {gate.device}: want {self._place or self._device}."
+            )
         if gate.dim() != 2 or threshold.shape != (max_batch,):
             raise ValueError(
                 f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
                 f"(n_neurons, d) and (max_batch = {max_batch},)."
             )
         _check_total("session", max_batch, gate.shape[0])
-        n_bytes = _native.ffn_workspace(max_batch, gate.shape[1], gate.shape[0], self._cuda)
+        n_bytes = ffn_workspace(max_batch, gate.shape[1], gate.shape[0], gate.device)
         workspace = self._workspaces.get(n_bytes)
         if workspace is None:
             workspace = torch.empty(n_bytes, dtype=torch.uint8, device=gate.device)
@@ -479,12 +619,22 @@ class Session:
             down_t.detach(),
             code,
             tile_rows,
+            _plain(offset),
+            _plain(gate_bias),
+            _plain(up_bias),
+            _plain(down_bias),
+            _plain(weight),
+            activation,
             stats,
             workspace,
             self._cuda,
         )
         self._workspaces[n_bytes] = workspace
-        self._bound.append((codes, equal, row_scale, threshold, gate, up, down_t, stats))
+        self._place = gate.device
+        if self._cuda:
+            self._current = torch.cuda.device(gate.device)
+        layer_tensors = (codes, equal, row_scale, threshold, gate, up, down_t, stats)
+        self._bound.append((*layer_tensors, offset, gate_bias, up_bias, down_bias, weight))
         self._rows.append((gate.dtype, gate.shape[1]))
         return layer
 
@@ -508,12 +658,25 @@ class Session:
             raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
         if not (x.is_contiguous() and out.is_contiguous()):
             raise TypeError("[session] x or out has other strides: want contiguous tensors.")
-        if x.device.type != self._device.type or out.device != x.device:
-            raise ValueError(
-                f"[session] x on {x.device}, out on {out.device}: want {self._device}."
-            )
-        stream = _stream(x) if self._cuda else 0
-        self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream)
+        if x.device != self._place or out.device != x.device:
+            raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
+        if not self._cuda:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, 0)
+            return
+        with self._current:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, _stream(x))
+
+
+def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
+    """Give the bytes of workspace that a `Session` keeps for layers of one size.
+
+    Raises:
+        ValueError: The device is neither the CPU nor CUDA, or a size is out of range.
+        BackendError: There are no kernels for the device.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"[session] device = {device}: want cpu or cuda.")
+    return _native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")
 
 
 def backend_info() -> dict[str, str]:
@@ -529,10 +692,12 @@ def backend_info() -> dict[str, str]:
     return {"isa": isa(), "cuda": cuda}
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
+def _check_tensors(op: str, **tensors: Tensor | None) -> None:
     """Refuse what torch could not even dispatch: no tensor, no plain memory, several devices."""
     first: torch.device | None = None
     for name, value in tensors.items():
+        if value is None and name in _OPTIONAL:
+            continue
         if not isinstance(value, Tensor):
             raise TypeError(f"[{op}] {name} is a {type(value).__name__}: want a torch.Tensor.")
         if value.layout != torch.strided:
@@ -565,6 +730,13 @@ def _check_ints(op: str, **values: int) -> None:
             raise ValueError(f"[{op}] {name} = {value}: want 0 to 2^31 - 1.")
 
 
+def _check_activation(op: str, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"[{op}] activation is a {type(name).__name__}: want a str.")
+    if name not in ("silu", "gelu_tanh"):
+        raise ValueError(f"[{op}] activation = {name}: want silu or gelu_tanh.")
+
+
 def _sizes(op: str, rows: Tensor, neurons: Tensor, n_axes: int) -> tuple[int, int, int]:
     """Sizes (batch, d, n_neurons) of what an operation will allocate, refused where absurd."""
     if rows.dim() != 2 or neurons.dim() != n_axes:
@@ -585,9 +757,9 @@ def _check_total(op: str, batch: int, n_neurons: int) -> None:
         )
 
 
-def _n_tiles_max(op: str, n_neurons: int, tile_rows: int) -> int:
+def _n_tiles_max(op: str, n_neurons: int, tile_rows: int, name: str = "tile_rows") -> int:
     if tile_rows < 1:
-        raise ValueError(f"[{op}] tile_rows = {tile_rows}: want at least 1.")
+        raise ValueError(f"[{op}] {name} = {tile_rows}: want at least 1.")
     return -(-n_neurons // tile_rows)
 
 
@@ -600,8 +772,7 @@ def _sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, 
     batch, d, _ = _sizes("sense", x, codes, 4)
     y, scale = _fake_sense(codes, equal, x, code)
     q = x.new_empty((batch, _native.q_width(d)), dtype=torch.int8)
-    codes, equal, x = _plain(codes, equal, x)
-    _native.sense(codes, equal, x, code, q, y, scale, _stream(x))
+    _native.sense(codes.detach(), equal.detach(), x.detach(), code, q, y, scale, _stream(x))
     return y, scale
 
 
@@ -612,26 +783,63 @@ def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Ten
 
 
 def _recover(
-    y: Tensor, scale: Tensor, row_scale: Tensor, limit: Tensor, top: bool
+    y: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    limit: Tensor,
+    top: bool,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_rows: int = 1,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    index, count, usage, missed = _fake_recover(y, scale, row_scale, limit, top)
-    y, scale, row_scale, limit = _plain(y, scale, row_scale, limit)
-    _native.recover(y, scale, row_scale, limit, top, usage, index, count, missed, _stream(y))
-    return index, count, usage, missed
+    made = _fake_recover(y, scale, row_scale, limit, top, offset, weight, group_rows, activation)
+    index, count, usage, missed = made
+    _native.recover(
+        y.detach(),
+        scale.detach(),
+        row_scale.detach(),
+        limit.detach(),
+        top,
+        _plain(offset),
+        _plain(weight),
+        y.dtype == torch.float32,
+        group_rows,
+        activation,
+        usage,
+        index,
+        count,
+        missed,
+        _stream(y),
+    )
+    return made
 
 
 def _fake_recover(
-    y: Tensor, scale: Tensor, row_scale: Tensor, limit: Tensor, top: bool
+    y: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    limit: Tensor,
+    top: bool,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    group_rows: int = 1,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if y.dim() != 3:
-        raise ValueError(f"[recover] y has {y.dim()} axes: want (batch, n_neurons, 2).")
+        raise ValueError(f"[recover] y has {y.dim()} axes: want (batch, n_neurons, 1 or 2).")
+    if y.dtype not in (torch.int32, torch.float32):
+        kind = str(y.dtype).removeprefix("torch.")
+        raise TypeError(f"[recover] y is {kind}: want int32 or float32.")
     batch, n_neurons = y.shape[0], y.shape[1]
     _check_total("recover", batch, n_neurons)
+    lists = batch if weight is None else 1
+    n_groups = _n_tiles_max("recover", n_neurons, group_rows, "group_rows")
     return (
-        y.new_zeros((batch, n_neurons), dtype=torch.int32),
-        y.new_empty((batch,), dtype=torch.int32),
-        y.new_empty((batch, n_neurons), dtype=torch.float32),
-        y.new_empty((batch,), dtype=torch.float32),
+        y.new_zeros((lists, n_groups), dtype=torch.int32),
+        y.new_empty((lists,), dtype=torch.int32),
+        y.new_empty((lists, n_groups), dtype=torch.float32),
+        y.new_empty((lists,), dtype=torch.float32),
     )
 
 
@@ -662,7 +870,7 @@ def _omp(
     tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     made = _fake_omp(gram, correlation, energy, budget, budget_max, tolerance)
-    gram, correlation, energy = _plain(gram, correlation, energy)
+    gram, correlation, energy = gram.detach(), correlation.detach(), energy.detach()
     batch, n_atoms = correlation.shape
     n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, gram.is_cuda)
     workspace = _workspace(n_bytes, gram)
@@ -709,8 +917,7 @@ def _fake_omp(
 
 def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
     y = _fake_project(phi, x, rows)
-    phi, x = _plain(phi, x)
-    _native.project(phi, x, y, _stream(x))
+    _native.project(phi.detach(), x.detach(), y, _stream(x))
     return y
 
 
@@ -737,12 +944,30 @@ def _execute(
     tiles: Tensor,
     n_tiles: Tensor,
     tile_rows: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     batch, d, n_neurons = _sizes("execute", x, gate, 2)
     workspace = _workspace(_native.execute_workspace(batch, d, n_neurons, x.is_cuda), x)
-    gate, up, down_t, x = _plain(gate, up, down_t, x)
     out = x.new_empty((batch, d))
-    _native.execute(gate, up, down_t, x, tiles, n_tiles, tile_rows, workspace, out, _stream(x))
+    _native.execute(
+        gate.detach(),
+        up.detach(),
+        down_t.detach(),
+        x.detach(),
+        tiles,
+        n_tiles,
+        tile_rows,
+        _plain(gate_bias),
+        _plain(up_bias),
+        _plain(down_bias),
+        activation,
+        workspace,
+        out,
+        _stream(x),
+    )
     return out
 
 
@@ -754,6 +979,10 @@ def _fake_execute(
     tiles: Tensor,
     n_tiles: Tensor,
     tile_rows: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
     batch, d, _ = _sizes("execute", x, gate, 2)
     return x.new_empty((batch, d))
@@ -767,26 +996,31 @@ def _select(
     x: Tensor,
     code: int,
     tile_rows: int,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles, n_tiles, missed = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows)
+    made = _fake_select(
+        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
+    )
     batch, d, n_neurons = _sizes("select", x, codes, 4)
     workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
-    codes, equal, row_scale, threshold, x = _plain(codes, equal, row_scale, threshold, x)
     _native.select(
-        codes,
-        equal,
-        row_scale,
-        threshold,
-        x,
+        codes.detach(),
+        equal.detach(),
+        row_scale.detach(),
+        threshold.detach(),
+        x.detach(),
         code,
         tile_rows,
+        _plain(offset),
+        _plain(weight),
+        activation,
         workspace,
-        tiles,
-        n_tiles,
-        missed,
+        *made,
         _stream(x),
     )
-    return tiles, n_tiles, missed
+    return made
 
 
 def _fake_select(
@@ -797,13 +1031,17 @@ def _fake_select(
     x: Tensor,
     code: int,
     tile_rows: int,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, n_neurons = _sizes("select", x, codes, 4)
+    lists = batch if weight is None else 1
     width = _n_tiles_max("select", n_neurons, tile_rows)
     return (
-        x.new_zeros((batch, width), dtype=torch.int32),
-        x.new_empty((batch,), dtype=torch.int32),
-        x.new_empty((batch,), dtype=torch.float32),
+        x.new_zeros((lists, width), dtype=torch.int32),
+        x.new_empty((lists,), dtype=torch.int32),
+        x.new_empty((lists,), dtype=torch.float32),
     )
 
 
@@ -818,24 +1056,34 @@ def _ffn(
     x: Tensor,
     code: int,
     tile_rows: int,
+    offset: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
     stats: Tensor | None = None,
 ) -> Tensor:
     batch, d, n_neurons = _sizes("ffn", x, codes, 4)
     workspace = _workspace(_native.ffn_workspace(batch, d, n_neurons, x.is_cuda), x)
-    codes, equal, row_scale, threshold = _plain(codes, equal, row_scale, threshold)
-    gate, up, down_t, x = _plain(gate, up, down_t, x)
     out = x.new_empty((batch, d))
     _native.ffn(
-        codes,
-        equal,
-        row_scale,
-        threshold,
-        gate,
-        up,
-        down_t,
-        x,
+        codes.detach(),
+        equal.detach(),
+        row_scale.detach(),
+        threshold.detach(),
+        gate.detach(),
+        up.detach(),
+        down_t.detach(),
+        x.detach(),
         code,
         tile_rows,
+        _plain(offset),
+        _plain(gate_bias),
+        _plain(up_bias),
+        _plain(down_bias),
+        _plain(weight),
+        activation,
         stats,
         workspace,
         out,
@@ -844,7 +1092,7 @@ def _ffn(
     return out
 
 
-def _fake_ffn(
+def _ffn_counted(
     codes: Tensor,
     equal: Tensor,
     row_scale: Tensor,
@@ -855,15 +1103,28 @@ def _fake_ffn(
     x: Tensor,
     code: int,
     tile_rows: int,
-    stats: Tensor | None = None,
+    stats: Tensor,
+    offset: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
+    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
+    biases = (offset, gate_bias, up_bias, down_bias)
+    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, stats)
+
+
+def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
+    x: Tensor = others[6]
     batch, d, _ = _sizes("ffn", x, codes, 4)
     return x.new_empty((batch, d))
 
 
-def _plain(*tensors: Tensor) -> list[Tensor]:
+def _plain(tensor: Tensor | None) -> Tensor | None:
     """Without autograd, which refuses to show its tensors to other libraries."""
-    return [t.detach() for t in tensors]
+    return None if tensor is None else tensor.detach()
 
 
 def _workspace(n_bytes: int, like: Tensor) -> Tensor:
@@ -874,11 +1135,21 @@ def _workspace(n_bytes: int, like: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-call]
 
 
+def _on_its_device(run: Callable[..., object]) -> Callable[..., object]:
+    """The same with the CUDA device of the first tensor made current: kernels start on that one."""
+
+    def guarded(first: Tensor, *rest: object) -> object:
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
+
 def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    for key, implementation in (("CPU", run), ("CUDA", _on_its_device(run))):
+        _LIBRARY.impl(name, implementation, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"csfast::{name}", fake, lib=_LIBRARY)
 
 
@@ -886,7 +1157,8 @@ _register(
     "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
 )
 _register(
-    "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top)"
+    "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top, Tensor? offset=None,"
+    " Tensor? weight=None, int group_rows=1, str activation='silu')"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _recover,
     _fake_recover,
@@ -901,21 +1173,28 @@ _register(
 _register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_project)
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
-    " int tile_rows) -> Tensor",
+    " int tile_rows, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None,"
+    " str activation='silu') -> Tensor",
     _execute,
     _fake_execute,
 )
 _register(
     "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int code,"
-    " int tile_rows) -> (Tensor, Tensor, Tensor)",
+    " int tile_rows, Tensor? offset=None, Tensor? weight=None, str activation='silu')"
+    " -> (Tensor, Tensor, Tensor)",
     _select,
     _fake_select,
 )
 # Two overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
-for _name, _stats in (("ffn", ""), ("ffn.counted", ", Tensor(a!) stats")):
+for _name, _stats, _run in (
+    ("ffn", "", _ffn),
+    ("ffn.counted", " Tensor(a!) stats,", _ffn_counted),
+):
     _register(
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
-        f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows{_stats}) -> Tensor",
-        _ffn,
+        f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows,{_stats}"
+        " Tensor? offset=None, Tensor? gate_bias=None, Tensor? up_bias=None,"
+        " Tensor? down_bias=None, Tensor? weight=None, str activation='silu') -> Tensor",
+        _run,
         _fake_ffn,
     )

@@ -7,6 +7,7 @@ that integers agree exactly; everything else is float64.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -48,24 +49,71 @@ def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
     return x.double() @ phi[:rows].double().T
 
 
-def usage(y: Tensor, scale: Tensor, row_scale: Tensor) -> Tensor:
-    """Give the usage ``(batch, n_neurons)`` that the measurements promise, float64."""
-    z = scale.double()[:, None, None] * row_scale.double() * y.double()
-    return (torch.nn.functional.silu(z[..., 0]) * z[..., 1]).abs()
+def activate(z: Tensor, activation: str = "silu") -> Tensor:
+    """Give what the gate goes through: ``silu`` or ``gelu_tanh``."""
+    if activation == "silu":
+        return torch.nn.functional.silu(z)
+    # 0.5 (1 + tanh(t)) as 1 / (1 + exp(-2 t)), which keeps its digits where 1 + tanh loses them.
+    return z * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (z + 0.044715 * z**3))
 
 
-def keep_threshold(usage: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-    """Give the mask ``(batch, n_neurons)`` of what the threshold keeps; NaN keeps."""
-    return ~(usage < threshold.double()[:, None]) | ~torch.isfinite(scale)[:, None]
+def usage(
+    y: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    offset: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """Give the usage ``(batch, n_neurons)`` that measurements of one or two columns promise."""
+    v = scale.double()[:, None, None] * row_scale.double() * y.double()
+    if offset is not None:
+        v = v + offset.double()
+    if v.shape[2] == 1:
+        return v[..., 0].abs()
+    return (activate(v[..., 0], activation) * v[..., 1]).abs()
 
 
-def keep_top(usage: Tensor, budget: Tensor, scale: Tensor) -> Tensor:
-    """Give the mask ``(batch, n_neurons)`` of the largest usages; ties go to the lower index."""
+def group(usage: Tensor, group_rows: int) -> Tensor:
+    """Give the usage ``(batch, n_groups)`` of groups of neighbouring neurons, float64."""
+    padded = torch.nn.functional.pad(usage.double(), (0, -usage.shape[1] % group_rows))
+    n_groups = padded.shape[1] // group_rows
+    return padded.view(usage.shape[0], n_groups, group_rows).square().sum(dim=2).sqrt()
+
+
+def joint(usage: Tensor, weight: Tensor) -> Tensor:
+    """Give the usage ``(1, n_groups)`` of a batch that decides together, float64."""
+    votes = weight != 0
+    return (weight[votes].double()[:, None] * usage[votes].double()).sum(dim=0, keepdim=True)
+
+
+def keep_threshold(
+    usage: Tensor, threshold: Tensor, scale: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Give the mask ``(lists, n_groups)`` of what the threshold keeps; NaN keeps.
+
+    With weights, usage is that of `joint`.
+    """
+    keep = ~(usage < threshold.double()[:, None])
+    return _overruled(keep, scale, weight)
+
+
+def _overruled(keep: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
+    """What a scale that is not finite, or the want of any vote, makes of a decision."""
+    if weight is None:
+        return keep | ~torch.isfinite(scale)[:, None]
+    votes = weight != 0
+    if not votes.any():
+        return torch.zeros_like(keep)
+    return keep | ~torch.isfinite(scale[votes]).all()
+
+
+def keep_top(usage: Tensor, budget: Tensor, scale: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Give the mask ``(lists, n_groups)`` of the largest usages; ties go to the lower index."""
     ranked = torch.where(torch.isnan(usage), torch.full_like(usage, float("inf")), usage)
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return (rank < budget.long()[:, None]) | ~torch.isfinite(scale)[:, None]
+    return _overruled(rank < budget.long()[:, None], scale, weight)
 
 
 def missed(usage: Tensor, keep: Tensor) -> Tensor:
@@ -79,17 +127,35 @@ def tile(keep: Tensor, *, tile_rows: int) -> list[Tensor]:
 
 
 def execute(
-    gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: list[Tensor], *, tile_rows: int
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    tiles: list[Tensor],
+    *,
+    tile_rows: int,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
 ) -> Tensor:
-    """Give the output ``(batch, d)`` of the layer on the neurons of the tiles, float64."""
+    """Give the output ``(batch, d)`` of the layer on the neurons of the tiles, float64.
+
+    A single list of tiles is that of every row of the batch.
+    """
     n_neurons = gate.shape[0]
     xd = x.double()
-    a = torch.nn.functional.silu(xd @ gate.double().T) * (xd @ up.double().T)
-    mask = torch.zeros(x.shape[0], n_neurons, dtype=torch.bool, device=x.device)
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return xd @ weight.double().T + (0 if bias is None else bias.double())
+
+    a = activate(project(gate, gate_bias), activation) * project(up, up_bias)
+    mask = torch.zeros(len(tiles), n_neurons, dtype=torch.bool, device=x.device)
     for row, chosen in enumerate(tiles):
         for t in chosen.tolist():
             mask[row, t * tile_rows : (t + 1) * tile_rows] = True
-    return torch.where(mask, a, torch.zeros_like(a)) @ down_t.double()
+    out = torch.where(mask, a, torch.zeros_like(a)) @ down_t.double()
+    return out if down_bias is None else out + down_bias.double()
 
 
 @dataclasses.dataclass(frozen=True)

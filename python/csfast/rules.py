@@ -299,13 +299,12 @@ class Fit:
 
 def activate(ffn: Ffn, z: Tensor) -> Tensor:
     """Apply the activation function of a layer."""
-    return F.silu(z)
+    return ffn.act(z)
 
 
 def activations(ffn: Ffn, x: Tensor) -> tuple[Tensor, Tensor]:
     """Give the activated gate and the intermediate activation, both ``(n, n_neurons)``."""
-    gate = activate(ffn, ffn.gate(x))
-    return gate, gate * ffn.up(x)
+    return ffn.activations(x)
 
 
 def masked_down(ffn: Ffn, a: Tensor, keep: Tensor) -> Tensor:
@@ -316,8 +315,7 @@ def masked_down(ffn: Ffn, a: Tensor, keep: Tensor) -> Tensor:
 
 def down_norm(ffn: Ffn) -> Tensor:
     """Give the norm of each neuron's down row, ``(n_neurons,)``, float32."""
-    norm: Tensor = ffn.down.weight.detach().float().norm(dim=0)
-    return norm
+    return ffn.down_norm()
 
 
 def neuron_bytes(shape: LayerShape) -> int:

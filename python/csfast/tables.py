@@ -61,8 +61,9 @@ def speed(results: dict[str, Any]) -> Table:
     machine = results["machine"]
     table = Table(
         title="Time of a feed-forward layer, median, in microseconds",
-        caption=f"{machine['cpu']}, {machine['threads']} threads. dense: the fastest of the whole "
-        "layer in torch; reads: share of the read bandwidth that csfast reaches.",
+        caption=f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}. dense: the "
+        "fastest of the whole layer in torch; reads: share of the read bandwidth that csfast "
+        "reaches.",
         padding=0,
     )
     for name in ("case", "variant", "dense", "csfast", "reads", "verdict"):

@@ -1,10 +1,10 @@
 // Execute: the gated feed-forward layer on the neurons of a tile list, nothing else read.
 //
-//   a[b, j] = silu(gate[j] . x[b]) * (up[j] . x[b])             j in the tiles of row b
-//   out[b, :] = sum_j a[b, j] * down_t[j, :]
+//   a[b, j] = act(gate[j] . x[b] + gate_bias[j]) * (up[j] . x[b] + up_bias[j])     j in the tiles
+//   out[b, :] = sum_j a[b, j] * down_t[j, :] + down_bias                           of row b
 //
 // Sums and a in float32, out rounded to T once. Deterministic: the order of summation depends on
-// the tile list and the sizes only, never on the number of threads.
+// the tile list and the sizes only, never on the number of threads or on the rest of the batch.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +18,19 @@ struct ExecuteParams {
   const void* gate;        // (n_neurons, d), T
   const void* up;          // (n_neurons, d), T
   const void* down_t;      // (n_neurons, d), T: the transposed down projection
+  const void* gate_bias;   // (n_neurons), T, or null
+  const void* up_bias;     // (n_neurons), T, or null
+  const void* down_bias;   // (d), T, or null
   const void* x;           // (batch, d), T
-  const int32_t* tile;     // (batch, n_tiles_max)
-  const int32_t* n_tiles;  // (batch)
+  const int32_t* tile;     // (lists, n_tiles_max)
+  const int32_t* n_tiles;  // (lists)
   void* workspace;         // execute_workspace() bytes, 64-byte aligned, content irrelevant
-  void* out;               // (batch, d), T, written; zeros where the tile list is empty
+  void* out;               // (batch, d), T, written; the bias or zeros where the list is empty
   int64_t batch, d, n_neurons;
   int tile_rows;
+  bool shared;  // one list for all rows: lists is 1, otherwise batch
   DType dtype;  // T
+  Activation activation;
 };
 
 // Bytes of workspace that execute wants on `device`.

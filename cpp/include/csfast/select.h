@@ -1,4 +1,5 @@
-// Select: sense, recover by threshold and tile in one pass; no intermediate leaves the caches.
+// Select: sense, then recover by threshold with the tiles as groups, in one pass; no intermediate
+// leaves the caches.
 #pragma once
 
 #include <cstdint>
@@ -12,21 +13,25 @@ struct SelectParams {
   const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
   const float* equal;      // (d)
   const float* row_scale;  // (n_neurons, 2)
-  const float* threshold;  // (batch)
+  const float* offset;     // (n_neurons, 2), or null
+  const float* weight;     // (batch), or null: every row has a list of its own, see recover.h
+  const float* threshold;  // (lists): 1 with weights, otherwise batch
   const void* x;           // (batch, d), T
   void* workspace;         // select_workspace() bytes, 64-byte aligned
-  int32_t* tile;           // (batch, n_tiles_max), written up to n_tiles
-  int32_t* n_tiles;        // (batch), written
-  float* missed;           // (batch), written, or null
+  int32_t* tile;           // (lists, n_tiles_max), written up to n_tiles
+  int32_t* n_tiles;        // (lists), written
+  float* missed;           // (lists), written, or null
   int64_t batch, d, n_neurons;
   Code code;
   int tile_rows;
   DType dtype;  // T
+  Activation activation;
 };
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);
 
-// Equal to tile(recover(sense(x))) entry for entry.
+// Equal to recover(sense(x)) with group_rows = tile_rows entry for entry, its groups being the
+// tiles.
 void select(const SelectParams& p, Device device, Stream stream);
 
 namespace cuda {

@@ -9,6 +9,9 @@ namespace csfast {
 enum class DType : uint8_t { kF32, kF16, kBF16 };
 enum class Device : uint8_t { kCpu, kCuda };
 
+// What a gate goes through: z / (1 + exp(-z)), or 0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))).
+enum class Activation : uint8_t { kSilu, kGeluTanh };
+
 // A cudaStream_t, without making every file that passes one include CUDA. Null on the CPU.
 using Stream = void*;
 

@@ -1,7 +1,9 @@
-// silu(g) = g / (1 + exp(-g)) on eight floats.
+// What a gate goes through, on eight floats.
 #pragma once
 
 #include <immintrin.h>
+
+#include "csfast/types.h"
 
 namespace csfast::avx2 {
 
@@ -37,9 +39,18 @@ inline __m256 exp(__m256 x) {
   return _mm256_mul_ps(_mm256_mul_ps(e, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 
-inline __m256 silu(__m256 g) {
-  const __m256 minus_g = _mm256_xor_ps(g, _mm256_set1_ps(-0.0f));
-  return _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), exp(minus_g)));
+// 0.5 (1 + tanh(t)) is 1 / (1 + exp(-2 t)), so gelu_tanh(z) = z / (1 + exp(-z (c1 + c3 z^2))) with
+// c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1: right to a few ulp where 1 + tanh cancels.
+inline __m256 activate(Activation activation, __m256 z) {
+  __m256 w = z;
+  if (activation == Activation::kGeluTanh) {
+    const __m256 inner =
+        _mm256_add_ps(_mm256_set1_ps(1.5957691216057308f),
+                      _mm256_mul_ps(_mm256_set1_ps(0.07135481627260025f), _mm256_mul_ps(z, z)));
+    w = _mm256_mul_ps(z, inner);
+  }
+  const __m256 minus_w = _mm256_xor_ps(w, _mm256_set1_ps(-0.0f));
+  return _mm256_div_ps(z, _mm256_add_ps(_mm256_set1_ps(1.0f), exp(minus_w)));
 }
 
 }  // namespace csfast::avx2

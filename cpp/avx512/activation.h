@@ -1,7 +1,9 @@
-// silu(g) = g / (1 + exp(-g)) on sixteen floats.
+// What a gate goes through, on sixteen floats.
 #pragma once
 
 #include <immintrin.h>
+
+#include "csfast/types.h"
 
 namespace csfast::avx512 {
 
@@ -30,9 +32,18 @@ inline __m512 exp(__m512 x) {
   return _mm512_scalef_ps(e, n);
 }
 
-inline __m512 silu(__m512 g) {
-  const __m512 minus_g = _mm512_xor_ps(g, _mm512_set1_ps(-0.0f));
-  return _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1.0f), exp(minus_g)));
+// 0.5 (1 + tanh(t)) is 1 / (1 + exp(-2 t)), so gelu_tanh(z) = z / (1 + exp(-z (c1 + c3 z^2))) with
+// c1 = 2 sqrt(2/pi) and c3 = 0.044715 c1: right to a few ulp where 1 + tanh cancels.
+inline __m512 activate(Activation activation, __m512 z) {
+  __m512 w = z;
+  if (activation == Activation::kGeluTanh) {
+    const __m512 inner =
+        _mm512_add_ps(_mm512_set1_ps(1.5957691216057308f),
+                      _mm512_mul_ps(_mm512_set1_ps(0.07135481627260025f), _mm512_mul_ps(z, z)));
+    w = _mm512_mul_ps(z, inner);
+  }
+  const __m512 minus_w = _mm512_xor_ps(w, _mm512_set1_ps(-0.0f));
+  return _mm512_div_ps(z, _mm512_add_ps(_mm512_set1_ps(1.0f), exp(minus_w)));
 }
 
 }  // namespace csfast::avx512
