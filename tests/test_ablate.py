@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 import tiny
 from csfast import ablate as ablate_
-from csfast import documents, models
+from csfast import documents, judge, models
+from csfast.judge import Rule
 from csfast.types import PlanError
-from texts import make_documents
+from texts import make_documents, make_pieces
 
 METHODS = (
     "oracle-neuron",
@@ -78,6 +80,36 @@ def test_rows_meet_the_bytes_asked_for(ablation):
         if row["target"] is not None:
             # Calibrated on a few hundred tokens of one part, met on the other.
             assert row["bytes_fraction"] == pytest.approx(row["target"], abs=0.06), row["method"]
+
+
+def test_a_rule_that_is_far_off_is_tried_again(model):
+    """A rule whose bytes are the square of what it is calibrated for meets them all the same."""
+    ffns = models.find_ffns(model)
+    pieces = make_pieces([(3, 8), (4, 12)])
+
+    class Squared(Rule):
+        counts = ("neurons",)
+
+        def calibrate(self, sample, densities):
+            return [((density,),) * 2 for density in densities]
+
+        def run(self, layer, x, thresholds, where):
+            kept = round(160 * thresholds[0] ** 2)
+            return torch.zeros_like(x), where.row.new_full((len(x), 1), kept)
+
+        def n_bytes(self, shape, counts):
+            return counts[0] / 160 * self.dense_bytes(shape)
+
+    rule = Squared("squared", ffns)
+    trial = judge.Judge(model, ffns, pieces)
+    wanted = [(0.25, 0.4), (0.25, 0.5), (None, 1.0)]
+    settings, measured, corrected = ablate_._met(rule, None, wanted, trial, lambda n: None)
+    # .4 reads 26 of 160 neurons instead of 40, hence .4 * 40 / 26 = 8 / 13, which reads 61; the
+    # line through both says .486. The second setting was right at once.
+    assert [setting.density for setting in settings] == [pytest.approx(8 / 13), 0.5, 1.0]
+    assert corrected[0][1] == pytest.approx(0.486, abs=0.001)
+    assert corrected[1:] == [(0.25, pytest.approx(0.5)), (None, 1.0)]
+    assert [judge.mean_read(pieces, of.read).mean() for of in measured] == [61, 40, 160]
 
 
 def test_a_sensor_above_the_target_is_noted(ablation):

@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from csfast import baselines, calibrate, documents, engine, evaluate, judge, models
-from csfast.judge import Judge, Piece, Rule, Setting
+from csfast.judge import Judge, Rule, Setting
 from csfast.rules import Fit
-from csfast.types import TASKS, Document
-from texts import make_documents
+from csfast.types import TASKS
+from texts import make_documents, make_pieces
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +234,10 @@ def test_the_dense_loss_is_that_of_the_model(model, pieces):
         )
 
 
-def test_sliding_windows_are_seen_from_the_true_positions(tokenizer, held_out):
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3"])
+def test_sliding_windows_are_seen_from_the_true_positions(tokenizer, held_out, kind):
     """Prompts are padded at the left: the window of a later position must not count padding."""
-    import transformers
-
-    config = transformers.MistralConfig(
-        **{**tiny.SIZES, "sliding_window": 24, "initializer_range": 0.1}
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        other = transformers.AutoModelForCausalLM.from_config(config).eval()
+    other = tiny.make_model(kind, sliding_window=24, initializer_range=0.1)
     pieces = pieces_of(other, tokenizer, held_out, tokens=60)
     assert max(p.ids.shape[1] for p in pieces) > 40 and len({p.n_prompt for p in pieces}) > 1
     dense = Judge(other, models.find_ffns(other), pieces).dense()
@@ -257,19 +251,6 @@ def test_sliding_windows_are_seen_from_the_true_positions(tokenizer, held_out):
 
 
 # Batches
-
-
-def make_pieces(sizes):
-    """Pieces of ``(n_prompt, n_sparse)`` with tokens of their own."""
-    draw = torch.Generator().manual_seed(0)
-    return [
-        Piece(
-            Document(f"{TASKS[i % 5]}/x", "a", "b"),
-            torch.randint(0, 200, (1, prompt + sparse + 1), generator=draw),
-            prompt,
-        )
-        for i, (prompt, sparse) in enumerate(sizes)
-    ]
 
 
 def test_batches_hold_every_position_once():

@@ -2,7 +2,10 @@
 
 import itertools
 
-from csfast.types import Document
+import torch
+
+from csfast.judge import Piece
+from csfast.types import TASKS, Document
 
 WORDS = ("stone", "river", "count", "seven", "lamp", "under", "green", "walks")
 
@@ -19,3 +22,16 @@ def make_documents(n):
             Document("instruct/say", f"Say {text[:20]}", f" {text[:24]}"),
         ]
     return found
+
+
+def make_pieces(sizes):
+    """Pieces of ``(n_prompt, n_sparse)`` with tokens of their own."""
+    draw = torch.Generator().manual_seed(0)
+    return [
+        Piece(
+            Document(f"{TASKS[i % 5]}/x", "a", "b"),
+            torch.randint(0, 200, (1, prompt + sparse + 1), generator=draw),
+            prompt,
+        )
+        for i, (prompt, sparse) in enumerate(sizes)
+    ]

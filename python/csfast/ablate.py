@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from .rules import Fit
 from .types import Document, PlanError
 
 RESAMPLES = 2000  # of the bootstrap: the quantiles of .025 and .975 rest on 50 draws each
+FAR = 0.05  # of the target: a trial that misses it by more is repeated
+DENSITY_MIN = 1e-4  # below it no rule keeps anything worth a row
 FORMAT = "csfast-ablation-1"  # of a resume file
 
 
@@ -170,10 +172,9 @@ def ablate(
             rule = baselines.build(name, fit)
             done(1)
             wanted, notes = _wanted(rule, bytes_fractions)
-            settings = _calibrated(rule, sample, wanted)
-            measured = trial.measure(settings, lambda n: done(1 + n))
+            settings, measured, wanted = _met(rule, sample, wanted, trial, lambda n: done(1 + n))
             chosen = _rows(settings, measured, trial_dense, tried, resamples=0, seed=seed)
-            settings = _calibrated(rule, sample, _corrected(settings, measured, tried))
+            settings = _calibrated(rule, sample, wanted)
             measured = final.measure(
                 settings, lambda n: done(1 + len(trial.batches) + n), record=True
             )
@@ -302,22 +303,54 @@ def _calibrated(
     ]
 
 
-def _corrected(
-    settings: Sequence[Setting], trial: Sequence[Measured], pieces: Sequence[Piece]
-) -> list[tuple[float | None, float]]:
-    """Targets with densities that make up for what the trial read too much or too little.
+def _met(
+    rule: Rule,
+    sample: Sample,
+    wanted: Sequence[tuple[float | None, float]],
+    trial: Judge,
+    done: Callable[[int], None],
+) -> tuple[list[Setting], list[Measured], list[tuple[float | None, float]]]:
+    """Bring settings to their targets on the trial's documents.
 
-    Thresholds were calibrated on dense states; sparse states differ, and so does what is kept.
+    Thresholds were calibrated on dense states; sparse states differ, and so does what is kept. The
+    density is corrected in proportion; where the first trial was far off, it is tried once more and
+    corrected along the line through both.
+
+    Returns:
+        Settings and what they measured, of the last trial of each, and targets with the densities
+        that should meet them.
     """
-    wanted = []
-    for setting, measured in zip(settings, trial, strict=True):
-        density = setting.density
-        if setting.target is not None and density < 1:
-            spent = judge.spent(setting.rule, judge.mean_read(pieces, measured.read))
-            empty = _bytes_at(setting.rule, 0.0)
-            density *= (setting.target - empty) / max(spent - empty, 1e-9)
-        wanted.append((setting.target, min(density, 1.0)))
-    return wanted
+    settings = _calibrated(rule, sample, wanted)
+    measured = trial.measure(settings, done)
+    spent = [judge.spent(rule, judge.mean_read(trial.pieces, of.read)) for of in measured]
+    empty = _bytes_at(rule, 0.0)
+    corrected = list(wanted)
+    for i, (target, density) in enumerate(wanted):
+        if target is not None and density < 1:
+            corrected[i] = (
+                target,
+                _inside(density * (target - empty) / max(spent[i] - empty, 1e-9)),
+            )
+    far = [
+        i
+        for i, (target, density) in enumerate(wanted)
+        if target is not None and density < 1 and abs(spent[i] - target) > FAR * target
+    ]
+    again = _calibrated(rule, sample, [corrected[i] for i in far])
+    for i, setting, of in zip(far, again, trial.measure(again, done), strict=True):
+        target, before, now = setting.target, settings[i].density, setting.density
+        assert target is not None
+        second = judge.spent(rule, judge.mean_read(trial.pieces, of.read))
+        settings[i], measured[i] = setting, of
+        if second != spent[i]:
+            slope = (now - before) / (second - spent[i])
+            corrected[i] = (target, _inside(now + (target - second) * slope))
+    return settings, measured, corrected
+
+
+def _inside(density: float) -> float:
+    """A density that a rule can be calibrated for."""
+    return min(max(density, DENSITY_MIN), 1.0)
 
 
 def _rows(

@@ -120,11 +120,21 @@ class JointPlanes(Planes):
             raise ValueError(f"[ablate] {name}: want 2 to 256 requests.")
         self._requests = requests
 
-    def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
-        """Give means over requests from positions far apart, of all tasks."""
-        score = self.score(layer, x, x, x, where)
-        groups = max(1, len(score) // self._requests)
-        return score[: groups * self._requests].view(-1, groups, score.shape[1]).mean(dim=0)
+    def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
+        """Calibrate one threshold for each number of voters: the fewer, the more their means vary.
+
+        Voters are positions far apart, of all tasks.
+        """
+        found: list[list[tuple[float, ...]]] = [[] for _ in densities]
+        for score in self.sample_scores(sample):
+            by_voters = []
+            for voters in range(1, self._requests + 1):
+                n = max(1, len(score) // voters)
+                parts = score[: n * voters].view(-1, n, score.shape[1])
+                by_voters.append(cuts(parts.mean(dim=0), densities))
+            for i, thresholds in enumerate(zip(*by_voters, strict=True)):
+                found[i].append(thresholds)
+        return [tuple(layers) for layers in found]
 
     def keep(
         self,
@@ -144,8 +154,9 @@ class JointPlanes(Planes):
         table = score.new_zeros(places, voted.shape[1])
         table.index_copy_(0, where.row * where.n_columns + where.position, voted)
         total = table.view(self._requests, groups * where.n_columns, -1).sum(dim=0)
-        mean = total[:, :-1] / total[:, -1:].clamp_min(1)
-        keep = ~(mean < thresholds[0])
+        voters = total[:, -1].clamp_min(1)
+        least = torch.tensor(thresholds, device=x.device).index_select(0, voters.long() - 1)
+        keep = ~(total[:, :-1] / voters[:, None] < least[:, None])
         return keep.index_select(0, where.row % groups * where.n_columns + where.position)
 
 

@@ -56,18 +56,19 @@ class NeuronRule(Rule):
         """
 
     def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
-        """Calibrate every layer by itself: a quantile of its scores for each density.
+        """Calibrate every layer by itself: a quantile of its scores for each density."""
+        layers = [cuts(score, densities) for score in self.sample_scores(sample)]
+        return [tuple((of_layer[i],) for of_layer in layers) for i in range(len(densities))]
 
-        The scores are kept for the next call with the same sample.
-        """
+    def sample_scores(self, sample: Sample) -> list[Tensor]:
+        """Give `sample_score` of every layer, kept for the next call with the same sample."""
         if self._scored is None or self._scored[0] is not sample:
             some = sample.some(ROWS)
             scores = [
                 self.sample_score(layer, x, some.where) for layer, x in enumerate(some.inputs)
             ]
             self._scored = (sample, scores)
-        layers = [cuts(score, densities) for score in self._scored[1]]
-        return [tuple((of_layer[i],) for of_layer in layers) for i in range(len(densities))]
+        return self._scored[1]
 
     def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
         """Give scores whose quantiles are thresholds of one layer, of any shape.
