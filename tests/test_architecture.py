@@ -60,7 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
     "report": {"types", "plan", "_version"},
     "doctor": {"_version", "models", "ops", "planes", "reference"},
-    "bench": {"cases", "doctor", "ops", "planes", "timing", "types"},
+    "bench_triton": set(),
+    "bench": {"bench_triton", "cases", "doctor", "ops", "planes", "timing", "types"},
     "tables": {"doctor"},
     "demo": {"bench", "calibrate", "doctor", "documents", "engine", "evaluate", "models", "plan"}
     | {"report", "tables", "timing", "types"},
@@ -168,6 +169,7 @@ def test_imports_point_downwards():
         ("typer", {"cli"}),
         ("jinja2", {"report"}),
         ("rich", {"cli", "demo", "tables"}),
+        ("triton", {"bench_triton"}),
     ],
 )
 def test_heavy_or_dangerous_packages_stay_where_they_belong(package, modules):

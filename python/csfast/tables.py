@@ -61,14 +61,17 @@ def speed(results: dict[str, Any]) -> Table:
     machine = results["machine"]
     table = Table(
         title="Time of a feed-forward layer, median, in microseconds",
-        caption=f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}. dense: the "
-        "fastest of the whole layer in torch; reads: share of the read bandwidth that csfast "
-        "reaches.",
+        caption=f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['isa']}. other: the fastest other way through the whole layer, dense or not; "
+        "reads: share of the read bandwidth that csfast reaches; sigma: share of the dense time "
+        "that is due, over the time taken.",
         padding=0,
     )
-    for name in ("case", "variant", "dense", "csfast", "reads", "verdict"):
-        right = name in ("csfast", "reads")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for name in ("case", "variant", "other", "csfast", "reads", "sigma", "verdict"):
+        right = name in ("csfast", "reads", "sigma")
+        # A narrow terminal breaks names, never figures.
+        wraps = name in ("case", "other")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps)
     for row in results["rows"]:
         best = min(row["baselines"], key=row["baselines"].__getitem__)
         table.add_row(
@@ -77,6 +80,7 @@ def speed(results: dict[str, Any]) -> Table:
             f"{row['baselines'][best]:.0f} {best.removeprefix('torch').lstrip(' .')}",
             f"{row['median_us']:.0f}",
             f"{row['fraction_of_read_bandwidth']:.2f}",
+            "-" if row["sigma"] is None else f"{row['sigma']:.2f}",
             verdict(row["ratio_vs_best"]),
         )
     return table
