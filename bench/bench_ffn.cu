@@ -668,8 +668,9 @@ std::vector<std::pair<std::string, std::string>> machine(const Options& options,
   want(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   int runtime = 0;
   want(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
-  std::string command;
-  for (int i = 0; i < argc; ++i) command += (i == 0 ? "[" : ", ") + quoted(argv[i]);
+  const std::string program = argv[0];
+  std::string command = "[" + quoted(program.substr(program.rfind('/') + 1));  // not its folder
+  for (int i = 1; i < argc; ++i) command += ", " + quoted(argv[i]);
   return {
       {"device", "\"cuda\""},
       {"gpu", quoted(properties.name)},
