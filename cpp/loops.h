@@ -39,6 +39,11 @@ struct Loops {
   void (*gather)(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n,
                  bool first, float* sum) noexcept;
 
+  // c (n) -= sum_i step[i] * gram[row[i], :] over `rows` rows of gram (n, n), see omp.h. Returns
+  // the bits of the largest |c[j] * weight[j]|, what is not a number on top.
+  int32_t (*subtract)(const float* gram, int64_t n, const int32_t* row, const float* step,
+                      int64_t rows, const float* weight, float* c) noexcept;
+
   // out (d) = the segments of sums (n_segments, d) added in order, rounded to T once.
   void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
 };
@@ -53,6 +58,8 @@ Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, floa
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
             float* sum) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace base
 
 namespace avx2 {
@@ -66,6 +73,8 @@ Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, floa
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
             float* sum) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx2
 
 namespace avx512 {
@@ -79,6 +88,8 @@ Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, floa
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
             float* sum) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx512
 
 // The loops in use, see isa.h.

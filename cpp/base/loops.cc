@@ -7,6 +7,7 @@ constinit const Loops kLoops{.name = "base",
                              .measure = measure,
                              .keep = keep,
                              .gather = gather,
+                             .subtract = subtract,
                              .finish = finish};
 
 }  // namespace csfast::base
