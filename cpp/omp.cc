@@ -350,6 +350,12 @@ void omp_on_cpu(const OmpParams& p) {
 // In this order: no row in the workspace that could be on the chip, as many problems at work at a
 // time as there are, more rows in registers.
 OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device) {
+  check_sizes(batch, n_atoms, budget_max);
+  if (device.processors < 1 || device.threads < kOmpGeneralThreads) {
+    refuse("a device of " + std::to_string(device.processors) + " processors of " +
+               std::to_string(device.threads) + " threads",
+           "at least one of at least " + std::to_string(kOmpGeneralThreads));
+  }
   constexpr int64_t kReserved = 1024;  // bytes that a processor keeps of every block's share
   constexpr int64_t kFactorShared = 16 << 10;  // bytes: two rows of 2048 atoms
   constexpr int64_t kBlocksMax = 32;           // a processor

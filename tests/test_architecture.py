@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"planes"},
     "documents": {"types"},
     "ops": {"_native", "types"},
+    "pursuit": {"ops"},
     "cases": {"planes", "reference", "types"},
     "models": {"types"},
     "plan": {"models", "planes", "types"},

@@ -1,4 +1,6 @@
 import math
+import random
+import re
 import warnings
 
 import pytest
@@ -608,6 +610,76 @@ def test_is_registered_with_torch(device):
     torch.library.opcheck(op, (*tensors, 4, 0.1), options, test_utils=checks)
     several = {"dictionary": 0 * tensors[3], "group": 2}
     torch.library.opcheck(op, (tensors[0][None], *tensors[1:], 4), several, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "plan"),
+    [
+        ((5000, 1024, 32), {}, "264 blocks of 256 threads, 2 .* 16 in registers, 16 in shared"),
+        (
+            (5000, 2048, 64),
+            {},
+            "132 blocks of 512 threads, 1 .* 12 in registers, 24 in .* 28 in the",
+        ),
+        (
+            (5000, 1024, 64),
+            {},
+            "132 blocks of 256 .* 16 in registers, 48 in shared memory, 0 in the",
+        ),
+        ((4096, 512, 16), {}, "660 blocks of 128 threads, 5 .* 0 in registers, 16 in shared"),
+        ((32, 512, 16), {}, "32 blocks of 128 threads, 4 .* 16 in registers, 0 in shared"),
+        ((4096, 128, 8), {}, "4096 blocks of 32 threads, 32 .* 0 in registers, 8 in shared"),
+        ((7, 1, 1), {}, "on chip: 7 blocks of 32 threads"),
+        ((0, 1024, 32), {}, "on chip: 0 blocks"),
+        ((4, 4096, 4096), {}, "on chip: 4 blocks of 1024 .* 0 in registers, .* R in the workspace"),
+        ((4, 4097, 8), {}, "general: 4 blocks of 256 threads, 8 a processor"),
+        ((5000, 4097, 8), {}, "general: 1056 blocks of 256 threads, 8 a processor"),
+        (
+            (5000, 1024, 32),
+            {"shared_per_block": 49152},
+            "12 in registers, .* [1-9]\\d* in the workspace",
+        ),
+        ((5000, 1024, 32), {"shared_per_block": 1024}, "general: 1056 blocks"),
+        ((5000, 2048, 64), {"registers": 32768}, "blocks of 512 threads.* 0 in registers"),
+    ],
+)
+def test_plans_are_those_of_the_sizes(sizes, device, plan):
+    assert re.search(plan, ops.omp_plan(*sizes, **device))
+
+
+def test_plans_fit_the_device():
+    """What a block asks for is there, and what is resident fits together."""
+    rng = random.Random(8)
+    for _ in range(3000):
+        n_atoms = rng.choice([rng.randint(1, 300), rng.randint(1, 6000)])
+        budget_max = rng.randint(1, min(n_atoms, rng.choice([8, 100, 6000])))
+        block = rng.choice([48 << 10, 99 << 10, 163 << 10, 232448])
+        plan = ops.omp_plan(rng.randint(1, 9999), n_atoms, budget_max, shared_per_block=block)
+        numbers = [int(number) for number in re.findall(r"\d+", plan)]
+        if plan.startswith("general"):
+            continue
+        blocks, threads, resident, held, in_shared, spilled, shared, workspace = numbers
+        assert 1 <= blocks <= resident * 132
+        assert 4 * threads >= n_atoms and threads % 32 == 0 and threads <= 1024
+        assert held + in_shared + spilled >= budget_max
+        assert shared <= block and resident * (shared + 1024) <= 233472
+        assert resident * threads * (128 if held else 64) <= 65536
+        assert workspace >= blocks * spilled * 16 * threads
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "message"),
+    [
+        ((-1, 8, 2), {}, "batch = -1: want 0 to 2"),
+        ((1, 0, 1), {}, "n_atoms = 0: want 1 to 2"),
+        ((1, 8, 9), {}, "budget_max = 9: want 1 to n_atoms = 8"),
+        ((1, 8, 2), {"processors": 0}, "a device of 0 processors of 2048 threads: want at least"),
+        ((1, 8, 2), {"threads": 128}, "a device of 132 processors of 128 threads: want at least"),
+    ],
+)
+def test_refuses_to_plan(sizes, device, message):
+    with pytest.raises(ValueError, match=r"\[omp\] " + message):
+        ops.omp_plan(*sizes, **device)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 #include "csfast/omp.h"
 
+#include <nanobind/stl/string.h>
+
 #include "call.h"
 
 using namespace nb::literals;
@@ -57,6 +59,14 @@ int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, bool c
                                cuda ? csfast::Device::kCuda : csfast::Device::kCpu);
 }
 
+std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, int processors,
+                     int registers, int threads, int64_t shared_per_block,
+                     int64_t shared_per_processor) {
+  return csfast::describe(
+      csfast::choose_omp(batch, n_atoms, budget_max,
+                         {processors, registers, threads, shared_per_block, shared_per_processor}));
+}
+
 }  // namespace
 
 void bind_omp(nb::module_& m) {
@@ -72,4 +82,6 @@ void bind_omp(nb::module_& m) {
                 "coef: torch.Tensor | None, count: torch.Tensor, residual: torch.Tensor, "
                 "status: torch.Tensor, stream: int) -> None"));
   m.def("omp_workspace", &omp_workspace, "batch"_a, "n_atoms"_a, "budget_max"_a, "cuda"_a);
+  m.def("omp_plan", &omp_plan, "batch"_a, "n_atoms"_a, "budget_max"_a, "processors"_a,
+        "registers"_a, "threads"_a, "shared_per_block"_a, "shared_per_processor"_a);
 }

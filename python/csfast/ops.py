@@ -36,6 +36,7 @@ __all__ = [
     "ffn",
     "isa",
     "omp",
+    "omp_plan",
     "recover",
     "select",
     "sense",
@@ -278,6 +279,47 @@ def omp(
             coef,
         )
     )
+
+
+def omp_plan(
+    batch: int,
+    n_atoms: int,
+    budget_max: int,
+    *,
+    processors: int = 132,
+    registers: int = 65536,
+    threads: int = 2048,
+    shared_per_block: int = 232448,
+    shared_per_processor: int = 233472,
+) -> str:
+    """Say how `omp` is launched on a CUDA device, without one.
+
+    Args:
+        batch: Signals.
+        n_atoms: Atoms of the dictionary.
+        budget_max: Atoms to make room for.
+        processors: Streaming multiprocessors of the device; what follows is of each. Left out, all
+            are those of Hopper.
+        registers: Of four bytes.
+        threads: That can be at work.
+        shared_per_block: Bytes of shared memory that one block may ask for.
+        shared_per_processor: Bytes of shared memory.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    sizes = {
+        "batch": batch,
+        "n_atoms": n_atoms,
+        "budget_max": budget_max,
+        "processors": processors,
+        "registers": registers,
+        "threads": threads,
+        "shared_per_block": shared_per_block,
+        "shared_per_processor": shared_per_processor,
+    }
+    _check_ints("omp", **sizes)
+    return _native.omp_plan(*sizes.values())
 
 
 def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
