@@ -40,11 +40,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"types", "plan", "_version"},
     "doctor": {"_version", "models", "ops", "planes", "reference"},
     "bench": {"cases", "doctor", "ops", "planes", "timing"},
+    "bench_omp": {"cases", "doctor", "ops", "reference", "timing"},
     "tables": {"doctor"},
     "demo": {"bench", "calibrate", "doctor", "documents", "engine", "evaluate", "models", "plan"}
     | {"report", "tables", "timing", "types"},
     "__init__": {"_version", "calibrate", "documents", "engine", "models", "ops", "plan", "types"},
-    "cli": {"_version", "bench", "calibrate", "demo", "doctor", "documents", "engine", "evaluate"}
+    "cli": {
+        "_version",
+        "bench",
+        "bench_omp",
+        "calibrate",
+        "demo",
+        "doctor",
+        "documents",
+        "engine",
+        "evaluate",
+    }
     | {"models", "ops", "plan", "report", "tables", "timing", "types"},
     "__main__": {"cli"},
 }

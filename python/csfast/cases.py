@@ -122,6 +122,8 @@ def _sparse(g: torch.Generator, rows: int, columns: int, filled: int) -> Tensor:
 class PursuitProblem:
     """A dictionary and signals that few of its atoms make up, in float64."""
 
+    atoms: Tensor  # (m, n_atoms)
+    signal: Tensor  # (batch, m)
     gram: Tensor  # (n_atoms, n_atoms)
     correlation: Tensor  # (batch, n_atoms)
     energy: Tensor  # (batch,)
@@ -160,6 +162,8 @@ class PursuitCase:
         noise *= (signal.norm(dim=1) / noise.norm(dim=1))[:, None] * 10.0 ** (noise_db / 20)
         signal += noise
         return PursuitProblem(
+            atoms=atoms,
+            signal=signal,
             gram=atoms.T @ atoms,
             correlation=signal @ atoms,
             energy=signal.square().sum(dim=1),
@@ -188,3 +192,19 @@ PURSUITS = (
     PursuitCase("wide", batch=2, m=96, n_atoms=2600, n_nonzero=12),
     PursuitCase("widest", batch=2, m=64, n_atoms=4100, n_nonzero=8),
 )
+# What is timed, by device: throughput of many signals, on CUDA also the latency of few.
+PURSUIT_LOADS = {
+    "cpu": (
+        PursuitCase("small", batch=400, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=40, m=512, n_atoms=2048, n_nonzero=64),
+    ),
+    "cuda": (
+        PursuitCase("small", batch=4096, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("middle", batch=4096, m=128, n_atoms=512, n_nonzero=16),
+        PursuitCase("standard", batch=5000, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=5000, m=512, n_atoms=2048, n_nonzero=64),
+        PursuitCase("layers", batch=32, m=112, n_atoms=448, n_nonzero=16),
+        PursuitCase("few", batch=132, m=256, n_atoms=1024, n_nonzero=32),
+    ),
+}
