@@ -446,9 +446,13 @@ def test_permuting_the_batch_permutes_the_result(device):
         assert torch.equal(getattr(got, name)[order], getattr(permuted, name))
 
 
-def test_two_runs_agree_bit_for_bit(device):
+@pytest.mark.parametrize("options", [{}, {"per_step": 3}, {"group": 4}], ids=str)
+def test_two_hundred_runs_agree_bit_for_bit(options, device):
+    """On the CPU five: there only the threads could make a difference."""
     problem = STANDARD.make(seed=2)
-    assert_equal(run(problem, device, 32, budget_max=32), run(problem, device, 32, budget_max=32))
+    want = run(problem, device, 32, budget_max=32, **options)
+    for _ in range(200 if device == "cuda" else 5):
+        assert_equal(run(problem, device, 32, budget_max=32, **options), want)
 
 
 # Atoms 0 and 1 are one and the same, atom 2 has norm 2.
@@ -688,22 +692,62 @@ def test_refuses_to_plan(sizes, device, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
-def test_replays_follow_signal_and_budget():
+@pytest.mark.parametrize("options", [{}, {"per_step": 3}, {"group": 2}], ids=str)
+def test_replays_follow_signal_and_budget(options):
     problem = SMALL.make()
     gram, correlation, energy = given(problem, "cuda")
     budget = filled(SMALL.batch, 4, "cuda")
-    ops.omp(gram, correlation, energy, budget, budget_max=16)  # kernels load at their first run
+    ops.omp(
+        gram, correlation, energy, budget, budget_max=16, **options
+    )  # kernels load at their first run
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = ops.omp(gram, correlation, energy, budget, budget_max=16)
+        got = ops.omp(gram, correlation, energy, budget, budget_max=16, **options)
     for seed, atoms in ((1, 16), (2, 0), (3, 9)):
         _, c, e = given(SMALL.make(seed=seed), "cuda")
         correlation.copy_(c)
         energy.copy_(e)
         budget.fill_(atoms)
         graph.replay()
-        assert_equal(got, ops.omp(gram, correlation, energy, budget, budget_max=16))
+        assert_equal(got, ops.omp(gram, correlation, energy, budget, budget_max=16, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n_atoms", [128, 2600, 4100], ids=["registers", "shared", "memory"])
+def test_what_is_out_of_range_on_cuda_does_no_harm(n_atoms):
+    """Values are not looked at before a kernel is: it clamps, passes over or gives up."""
+    case = PursuitCase("range", batch=6, m=64, n_atoms=n_atoms, n_nonzero=4)
+    problem = case.make()
+    gram, correlation, energy = given(problem, "cuda")
+    budget = torch.tensor([-3, 99, 8, 8, 8, 8], dtype=torch.int32, device="cuda")
+    start = torch.tensor([-1, n_atoms, 2**31 - 1, -(2**31)], dtype=torch.int32).repeat(6, 1).cuda()
+    count = torch.tensor([-5, 99, 4, 4, 0, 4], dtype=torch.int32, device="cuda")
+    got = ops.omp(gram, correlation, energy, budget, budget_max=8, start=start, start_count=count)
+    want = ops.omp(gram, correlation, energy, budget.clamp(0, 8), budget_max=8)
+    assert_equal(got, want)
+    dictionary = torch.tensor([0, 1, -1, 0, 2**31 - 1, 0], dtype=torch.int32, device="cuda")
+    got = ops.omp(gram[None], correlation, energy, budget, budget_max=8, dictionary=dictionary)
+    wrong = torch.tensor([1, 2, 4], device="cuda")
+    assert (got.status[wrong] == PursuitStatus.NOT_FINITE).all() and not got.count[wrong].any()
+    assert got.residual[wrong].isnan().all()
+    right = torch.tensor([0, 3, 5], device="cuda")
+    assert torch.equal(got.coef[right], want.coef[right])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+def test_unaligned_tensors_give_the_same():
+    case = PursuitCase("shifted", batch=3, m=64, n_atoms=512, n_nonzero=6)
+    tensors = given(case.make(), "cuda")
+    want = ops.omp(*tensors, filled(3, 6, "cuda"), budget_max=6)
+    for which in (0, 1):
+        shifted = list(tensors)
+        room = torch.empty(tensors[which].numel() + 1, device="cuda")[1:]
+        shifted[which] = room.view(tensors[which].shape).copy_(tensors[which])
+        assert shifted[which].data_ptr() % 16 != 0
+        assert_equal(ops.omp(*shifted, filled(3, 6, "cuda"), budget_max=6), want)
 
 
 def arguments(device="cpu"):
