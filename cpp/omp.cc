@@ -347,55 +347,98 @@ void omp_on_cpu(const OmpParams& p) {
 
 }  // namespace
 
-// In this order: no row in the workspace that could be on the chip, as many problems at work at a
-// time as there are, more rows in registers.
+namespace {
+
+// What a kernel is like, for the choice. Registers follow from the largest block, see
+// cuda/omp_chip.cuh.
+struct Shape {
+  OmpKernel kernel;
+  const char* name;
+  int atoms, held, registers, threads_max;
+  bool spills;
+};
+constexpr Shape kShapes[] = {
+    // Of two that cost the same, the first.
+    {OmpKernel::kFlat, "flat", 4, kOmpHeldFlat, 128, 512, false},
+    {OmpKernel::kDeep, "deep", 8, kOmpHeldDeep, 255, 256, true},
+    {OmpKernel::kWide, "wide", 8, 0, 128, 512, true},
+};
+
+// The mean over t in [0, n) of how many of the rows [first, first + count) lie below t.
+double mean_below(int64_t n, int64_t first, int64_t count) {
+  const auto sum = [](int64_t m) { return m > 0 ? m * (m - 1) / 2 : 0; };
+  return static_cast<double>(sum(n - first) - sum(n - first - count)) / static_cast<double>(n);
+}
+
+// Cycles of a processor that an atom taken costs, roughly: what bounds it of instructions, shared
+// memory, L2 and, with `at_work` problems at a time, the chain from one atom to the next.
+// Instructions are counted in the compiled kernels, the rest is what others measured on Hopper.
+// Good for comparing plans, not for more.
+double cost(const OmpPlan& plan, int64_t budget_max, int64_t at_work) {
+  constexpr double kInstructions = 300;  // of a warp, beside those for rows
+  constexpr double kIssue = 4;           // a cycle
+  constexpr double kChain = 500;         // cycles that wait for a barrier and for a row of gram
+  constexpr double kSpilled = 100;       // cycles that wait for a row from L2, some being under way
+  constexpr double kShared = 128;        // bytes a cycle
+  constexpr double kL2 = 20;             // bytes a cycle, a processor's part
+  const double held = mean_below(budget_max, 0, plan.held);
+  const double shared = mean_below(budget_max, plan.held, plan.rows_shared);
+  const double spilled = mean_below(budget_max, plan.held + plan.rows_shared, plan.rows_spilled);
+  const double bytes = static_cast<double>(OmpChipLayout::row_bytes(plan));  // of a row
+  const double loads = 2 + plan.atoms / 4;
+  const double instructions =
+      kInstructions + held * (plan.atoms + 1) + (shared + spilled) * (plan.atoms + loads);
+  const double chain = kChain + 1.5 * instructions + spilled * kSpilled;
+  return std::max({chain / static_cast<double>(at_work), plan.threads / 32 * instructions / kIssue,
+                   shared * bytes / kShared, spilled * bytes / kL2});
+}
+
+}  // namespace
+
 OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device) {
+  constexpr int64_t kReserved = 1024;  // bytes that a processor keeps of every block's share
+  constexpr int64_t kFactorShared = 16 << 10;  // bytes: two rows of 2048 atoms
+  constexpr int64_t kBlocksMax = 32;           // a processor
   check_sizes(batch, n_atoms, budget_max);
   if (device.processors < 1 || device.threads < kOmpGeneralThreads) {
     refuse("a device of " + std::to_string(device.processors) + " processors of " +
                std::to_string(device.threads) + " threads",
            "at least one of at least " + std::to_string(kOmpGeneralThreads));
   }
-  constexpr int64_t kReserved = 1024;  // bytes that a processor keeps of every block's share
-  constexpr int64_t kFactorShared = 16 << 10;  // bytes: two rows of 2048 atoms
-  constexpr int64_t kBlocksMax = 32;           // a processor
-  constexpr int64_t kThreadsMax = 1024;        // a block
-  const int64_t per_warp = 32 * kOmpAtomsPerThread;
-  const int64_t threads = (n_atoms + per_warp - 1) / per_warp * 32;
-
+  const int64_t waves = (batch + device.processors - 1) / device.processors;
   OmpPlan best{};
-  const auto useful = [&](const OmpPlan& plan) {
-    const int64_t waves = (batch + device.processors - 1) / device.processors;
-    return std::min<int64_t>(plan.resident, waves);
-  };
-  for (const int held : {kOmpHeld, kOmpHeldSpilling, 0}) {
-    const int registers = held > 0 ? 128 : 64;  // a thread, see __launch_bounds__ in omp_chip.cuh
-    if (threads > std::min<int64_t>(kThreadsMax, device.registers / registers)) continue;
+  double least = std::numeric_limits<double>::infinity();
+  for (const Shape& shape : kShapes) {
+    const int64_t per_warp = 32 * shape.atoms;
+    const int64_t threads = (n_atoms + per_warp - 1) / per_warp * 32;
+    if (threads > std::min<int64_t>(shape.threads_max, device.registers / shape.registers))
+      continue;
     OmpPlan plan{};
-    plan.on_chip = true;
+    plan.kernel = shape.kernel;
     plan.threads = static_cast<int>(threads);
-    plan.held = held;
+    plan.atoms = shape.atoms;
+    plan.held = shape.held;
     plan.factor_shared = OmpChipLayout::factor_bytes(budget_max) <= kFactorShared;
-    const int64_t rows = std::max<int64_t>(budget_max - held, 0);
+    const int64_t rows = std::max<int64_t>(budget_max - shape.held, 0);
     const int64_t room = device.shared_per_block - OmpChipLayout(plan, budget_max).shared;
     if (room < 0) continue;
-    plan.rows_shared =
-        static_cast<int>(std::min(rows, room / OmpChipLayout::row_bytes(plan.threads)));
+    plan.rows_shared = static_cast<int>(std::min(rows, room / OmpChipLayout::row_bytes(plan)));
     plan.rows_spilled = static_cast<int>(rows - plan.rows_shared);
-    if (held > 0 && held != (plan.rows_spilled > 0 ? kOmpHeldSpilling : kOmpHeld)) continue;
+    if (plan.rows_spilled > 0 && !shape.spills) continue;
     const OmpChipLayout layout(plan, budget_max);
     plan.shared = layout.shared;
-    plan.resident = static_cast<int>(
-        std::min({device.shared_per_processor / (plan.shared + kReserved),
-                  device.registers / (threads * registers), device.threads / threads, kBlocksMax}));
+    plan.resident = static_cast<int>(std::min(
+        {device.shared_per_processor / (plan.shared + kReserved),
+         device.registers / (threads * shape.registers), device.threads / threads, kBlocksMax}));
     if (plan.resident == 0) continue;
     plan.blocks = static_cast<int>(std::min<int64_t>(batch, plan.resident * device.processors));
     plan.workspace = plan.blocks * layout.workspace;
-    const bool better = !best.on_chip || plan.rows_spilled < best.rows_spilled ||
-                        (plan.rows_spilled == best.rows_spilled && useful(plan) > useful(best));
-    if (better) best = plan;
+    const int64_t at_work = std::max<int64_t>(std::min<int64_t>(plan.resident, waves), 1);
+    if (cost(plan, budget_max, at_work) >= least) continue;
+    least = cost(plan, budget_max, at_work);
+    best = plan;
   }
-  if (best.on_chip) return best;
+  if (best.kernel != OmpKernel::kGeneral) return best;
 
   best.threads = kOmpGeneralThreads;
   best.resident = device.threads / kOmpGeneralThreads;
@@ -405,16 +448,20 @@ OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const Omp
 }
 
 std::string describe(const OmpPlan& plan) {
-  const std::string blocks = std::to_string(plan.blocks) + " blocks of " +
-                             std::to_string(plan.threads) + " threads, " +
-                             std::to_string(plan.resident) + " a processor";
-  const std::string workspace = std::to_string(plan.workspace) + " bytes of workspace";
-  if (!plan.on_chip) return "general: " + blocks + "; " + workspace;
-  return "on chip: " + blocks + "; rows: " + std::to_string(plan.held) + " in registers, " +
-         std::to_string(plan.rows_shared) + " in shared memory, " +
-         std::to_string(plan.rows_spilled) + " in the workspace; R in " +
-         (plan.factor_shared ? "shared memory" : "the workspace") + "; " +
-         std::to_string(plan.shared) + " bytes of shared memory; " + workspace;
+  std::string text = "general";
+  for (const Shape& shape : kShapes) {
+    if (shape.kernel == plan.kernel) text = shape.name;
+  }
+  text += ": " + std::to_string(plan.blocks) + " blocks of " + std::to_string(plan.threads) +
+          " threads, " + std::to_string(plan.resident) + " a processor; ";
+  if (plan.kernel != OmpKernel::kGeneral) {
+    text += "rows: " + std::to_string(plan.held) + " in registers, " +
+            std::to_string(plan.rows_shared) + " in shared memory, " +
+            std::to_string(plan.rows_spilled) + " in the workspace; R in " +
+            (plan.factor_shared ? "shared memory" : "the workspace") + "; " +
+            std::to_string(plan.shared) + " bytes of shared memory; ";
+  }
+  return text + std::to_string(plan.workspace) + " bytes of workspace";
 }
 
 int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, Device device) {

@@ -37,19 +37,25 @@ int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max) {
 
 void omp(const OmpParams& p, Stream stream) {
   const OmpPlan plan = choose_omp(p.batch, p.n_atoms, p.budget_max, current_device());
-  const dim3 grid(static_cast<unsigned>(plan.blocks)), block(static_cast<unsigned>(plan.threads));
-  const auto shared = static_cast<size_t>(plan.shared);
-  const bool aligned = p.n_atoms % kAtoms == 0 && is_aligned(p.gram) && is_aligned(p.correlation);
+  const bool aligned = p.n_atoms % 4 == 0 && is_aligned(p.gram) && is_aligned(p.correlation);
   const OmpJob job{p, plan, OmpChipLayout(plan, p.budget_max), aligned};
-  if (!plan.on_chip) {
-    return launch("omp", "omp_general", omp_general_kernel, grid, block, stream, job);
-  }
+  const auto run = [&](const char* name, void (*kernel)(OmpJob)) {
+    launch("omp", name, kernel, dim3(static_cast<unsigned>(plan.blocks)),
+           dim3(static_cast<unsigned>(plan.threads)), stream, job,
+           static_cast<size_t>(plan.shared));
+  };
   dispatch_bool(p.per_step == 1 && p.group == 1, [&]<bool kOne>() {
     dispatch_bool(plan.rows_spilled > 0, [&]<bool kSpills>() {
-      const bool held = plan.held > 0;
-      launch("omp", held ? "omp_held" : "omp_bare",
-             held ? omp_held_kernel<kOne, kSpills> : omp_bare_kernel<kOne, kSpills>, grid, block,
-             stream, job, shared);
+      switch (plan.kernel) {
+        case OmpKernel::kGeneral:
+          return run("omp_general", omp_general_kernel);
+        case OmpKernel::kFlat:
+          return run("omp_flat", omp_flat_kernel<kOne>);
+        case OmpKernel::kDeep:
+          return run("omp_deep", omp_deep_kernel<kOne, kSpills>);
+        case OmpKernel::kWide:
+          return run("omp_wide", omp_wide_kernel<kOne, kSpills>);
+      }
     });
   });
 }

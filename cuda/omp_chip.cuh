@@ -5,8 +5,9 @@
 // kHeld in registers, the next in shared memory, and those for which there is no room in the
 // workspace, which the L2 cache holds. A new row costs one multiplication and addition for every
 // row before it and every atom, budget^2 / 2 * n_atoms in all; shared memory has to deliver 4 bytes
-// for each of them that is not in a register. One barrier an atom: a dependent chain of some 600
-// cycles, which a second block on the processor hides.
+// for each of them that is not in a register. Beside that every warp runs some 250 instructions an
+// atom taken, with one barrier among them: that is what bounds it, so a thread has as many atoms as
+// its registers hold.
 #pragma once
 
 #include "common/shared.cuh"
@@ -16,31 +17,43 @@
 
 namespace csfast::cuda {
 
-inline constexpr int kAtoms = kOmpAtomsPerThread;  // a thread's own, neighbours: one 16-byte load
-static_assert(kAtoms == 4);
-
 // What a warp says of one atom: its best one, or the one that was asked for.
 template <int kHeld>
 struct alignas(16) OmpSlot {
-  unsigned score;     // bits; in load(): of the largest correlation
-  int atom;           // or group
+  unsigned score;  // bits; in load(): of the largest correlation
+  int atom;        // or group
+  int padding[2];
   float correlation;  // <a, r>
   float pivot;        // |a|^2 less what the span of the atoms taken has of it
-  float weight;
-  float padding[3];
+  float weight;       // 1 / |a|, 0 for what may not be taken
+  float padding_too;
   float held[kHeld > 0 ? kHeld : 4];  // D_t[atom] of the rows in registers
 };
 static_assert(sizeof(OmpSlot<0>) == OmpChipLayout::slot_bytes(0));
-static_assert(sizeof(OmpSlot<kOmpHeld>) == OmpChipLayout::slot_bytes(kOmpHeld));
-static_assert(sizeof(OmpSlot<kOmpHeldSpilling>) == OmpChipLayout::slot_bytes(kOmpHeldSpilling));
+static_assert(sizeof(OmpSlot<kOmpHeldFlat>) == OmpChipLayout::slot_bytes(kOmpHeldFlat));
+static_assert(sizeof(OmpSlot<kOmpHeldDeep>) == OmpChipLayout::slot_bytes(kOmpHeldDeep));
 
-template <int kHeld, bool kOne, bool kSpills>
+// Calls f.operator()<i>() for the i in [kLow, kHigh) that is asked for: registers have no index at
+// run time, and a few branches are fewer instructions than all cases with conditions.
+template <int kLow, int kHigh, typename F>
+__device__ __forceinline__ void at_index(int i, F&& f) {
+  if constexpr (kHigh - kLow == 1) {
+    f.template operator()<kLow>();
+  } else if constexpr (kHigh > kLow) {
+    constexpr int kMiddle = (kLow + kHigh) / 2;
+    if (i < kMiddle) {
+      at_index<kLow, kMiddle>(i, f);
+    } else {
+      at_index<kMiddle, kHigh>(i, f);
+    }
+  }
+}
+
+// A thread has kAtoms atoms: four neighbours of every `4 * threads`, one 16-byte load each.
+template <int kAtoms, int kHeld, bool kOne, bool kSpills>
 class OnChip {
  public:
   static constexpr bool kSingle = kOne;
-  // Spilled rows on their way at a time: as many as registers are left for.
-  static constexpr int kAhead = kHeld == 0 ? 1 : kOne ? 4 : 2;
-  static_assert(kHeld % 4 == 0);
 
   __device__ explicit OnChip(const OmpJob& job) : job_(job) {}
 
@@ -59,28 +72,24 @@ class OnChip {
       float square[kAtoms];
 #pragma unroll
       for (int e = 0; e < kAtoms; ++e) {
-        const int64_t j = first() + e;
+        const int64_t j = atom_at(e);
         square[e] = j < n() ? __ldg(gram + j * n() + j) : 0.0f;
       }
       store_atoms(squares(), square);
     }
-    const float4 c = load_atoms(p.correlation + int64_t{b} * n());
-    correlation_[0] = c.x;
-    correlation_[1] = c.y;
-    correlation_[2] = c.z;
-    correlation_[3] = c.w;
+    load_atoms(p.correlation + int64_t{b} * n(), correlation_);
     unsigned peak = 0;
     unsigned worst = isfinite(signal) && signal >= 0.0f ? 0 : kInfinity;
 #pragma unroll
     for (int e = 0; e < kAtoms; ++e) {
-      pivot_[e] = squares()[first() + e];
+      pivot_[e] = squares()[atom_at(e)];
       weight_[e] = weight_of(pivot_[e]);
       peak = max(peak, magnitude(correlation_[e]));
       worst = max(worst, max(magnitude(weight_[e]), magnitude(pivot_[e])));
 #pragma unroll
       for (int t = 0; t < kHeld; ++t) held_[t][e] = 0.0f;
     }
-    peak = choose(worst >= kInfinity ? kInfinity : peak, first(), false);
+    peak = choose(worst >= kInfinity ? kInfinity : peak, static_cast<int>(threadIdx.x), -1);
     if (peak >= kInfinity) return false;
 
     exponent = peak > 0 ? exponent_of(peak) : 0;
@@ -98,21 +107,23 @@ class OnChip {
 
   __device__ __forceinline__ Taken take(int atom) {
     if (asked_ != atom) ask(atom);
-    // The row of gram is under way while everything else goes on.
-    const float4 row = load_atoms(gram_ + int64_t{atom} * n());
-    const Slot& slot = *chosen_;
     asked_ = -1;  // what the slot says holds until an atom is taken
-    if (slot.weight == 0.0f) return Taken::kPassedOver;
-    if (!isfinite(slot.pivot) || !isfinite(slot.correlation)) return Taken::kNotFinite;
-#pragma unroll
-    for (int e = 0; e < kAtoms; ++e) {
-      if (first() + e == atom) weight_[e] = 0.0f;
-    }
-    const float share = slot.pivot * slot.weight * slot.weight;
+    // The row of gram is under way while everything else goes on.
+    float row[kAtoms];
+    load_atoms(gram_ + uint64_t{static_cast<unsigned>(atom)} * static_cast<unsigned>(n()), row);
+    const Slot& slot = *chosen_;
+    const float4 known = *reinterpret_cast<const float4*>(&slot.correlation);
+    const float correlation = known.x, pivot = known.y, weight = known.z;
+    if (weight == 0.0f) return Taken::kPassedOver;
+    if (!isfinite(pivot) || !isfinite(correlation)) return Taken::kNotFinite;
+    const int own = own_index(atom);
+    if (own >= 0) at_index<0, kAtoms>(own, [&]<int e>() { weight_[e] = 0.0f; });
+    const float share = pivot * weight * weight;
     if (!(share * least_ > static_cast<float>(kPivot))) return Taken::kPassedOver;
     least_ = fminf(least_, share);
 
-    const float scale = __frsqrt_rn(slot.pivot);
+    const float scale = __frsqrt_rn(pivot);
+    const float along = correlation * scale;
     float sum[kAtoms] = {};
 #pragma unroll
     for (int t = 0; t < kHeld; t += 4) {
@@ -133,11 +144,10 @@ class OnChip {
     if constexpr (kSpills) add_memory(atom, max(count - kHeld - rows_shared(), 0), sum);
     if (factored()) keep_column(slot, atom);
 
-    const float along = slot.correlation * scale;
-    const float d[kAtoms] = {(row.x - sum[0]) * scale, (row.y - sum[1]) * scale,
-                             (row.z - sum[2]) * scale, (row.w - sum[3]) * scale};
+    float d[kAtoms];
 #pragma unroll
     for (int e = 0; e < kAtoms; ++e) {
+      d[e] = (row[e] - sum[e]) * scale;
       correlation_[e] = __fmaf_rn(-along, d[e], correlation_[e]);
       pivot_[e] = __fmaf_rn(-d[e], d[e], pivot_[e]);
     }
@@ -158,16 +168,16 @@ class OnChip {
 #pragma unroll
     for (int e = 0; e < kAtoms; ++e) score[e] = __fmul_rn(correlation_[e], weight_[e]);
     if constexpr (kSingle) {
-      unsigned top = 0;
-      int atom = first();
+      unsigned top = magnitude(score[0]);
+      int own = 0;
 #pragma unroll
-      for (int e = 0; e < kAtoms; ++e) {
+      for (int e = 1; e < kAtoms; ++e) {
         if (magnitude(score[e]) > top) {
           top = magnitude(score[e]);
-          atom = first() + e;
+          own = e;
         }
       }
-      return choose(top, atom, true);
+      return choose(top, atom_at(own), own);
     }
     // Behind the barrier of the last choose() nobody reads scores any more.
     store_atoms(scores(), score);
@@ -185,11 +195,11 @@ class OnChip {
     return choose_group();
   }
 
-  __device__ __forceinline__ int pick(int most, double limit, unsigned best) {
+  __device__ __forceinline__ int pick(int most, float limit, unsigned best) {
     if constexpr (kSingle) return 1;
     int picked = 0;
-    while (square_of(best, group()) > limit) {
-      const int g = chosen_->atom;
+    while (__uint_as_float(best) > limit) {
+      const int g = found_;
       if (threadIdx.x == 0) picks()[picked] = g;
       if (++picked == most || picked == n() / group()) break;
       if (g % threads() == static_cast<int>(threadIdx.x)) scores()[g * group()] = 0.0f;
@@ -199,7 +209,7 @@ class OnChip {
     return picked;
   }
 
-  __device__ __forceinline__ int picked(int i) const { return kSingle ? asked_ : picks()[i]; }
+  __device__ __forceinline__ int picked(int i) const { return kSingle ? found_ : picks()[i]; }
 
   // The first warp writes the problem out: x = R^-1 z, from the last coefficient to the first.
   __device__ __forceinline__ void write(const OmpParams& p, int b, OmpStatus status) {
@@ -232,31 +242,55 @@ class OnChip {
 
  private:
   using Slot = OmpSlot<kHeld>;
+  static_assert(kAtoms % 4 == 0 && kHeld % 4 == 0);
 
   __device__ int n() const { return static_cast<int>(job_.asked.n_atoms); }
   __device__ int group() const { return static_cast<int>(job_.asked.group); }
   __device__ int threads() const { return job_.plan.threads; }
+  __device__ int warps() const {
+    return static_cast<int>(static_cast<unsigned>(job_.plan.threads) / kWarp);
+  }
   __device__ int pitch() const { return job_.plan.threads * kAtoms; }
   __device__ int rows_shared() const { return job_.plan.rows_shared; }
   __device__ bool factored() const { return job_.asked.coef != nullptr; }
-  __device__ static int first() { return static_cast<int>(threadIdx.x) * kAtoms; }  // own atom
+
+  // This thread's e-th atom; they ascend with e.
+  __device__ __forceinline__ int atom_at(unsigned e) const {
+    return static_cast<int>(e / 4 * 4 * job_.plan.threads + threadIdx.x * 4 + e % 4);
+  }
+  // The e of an atom that is this thread's, or -1.
+  __device__ __forceinline__ int own_index(int atom) const {
+#pragma unroll
+    for (int e = 0; e < kAtoms; e += 4) {
+      const int past = atom - atom_at(e);
+      if (past >= 0 && past < 4) return e + past;
+    }
+    return -1;
+  }
+
+  // The warp that has an atom.
+  __device__ __forceinline__ int warp_of(int atom) const {
+#pragma unroll
+    for (int e = 4; e < kAtoms; e += 4) {
+      if (atom >= 4 * threads()) atom -= 4 * threads();
+    }
+    return static_cast<int>(static_cast<unsigned>(atom) / (4 * kWarp));
+  }
 
   template <typename T>
   __device__ static T* shared_at(int64_t offset) {
     return reinterpret_cast<T*>(dynamic_shared() + offset);
   }
   // The slots that are written next; (warps).
-  __device__ Slot* slots() const {
-    return shared_at<Slot>(job_.layout.slots) + parity_ * (threads() / kWarp);
-  }
+  __device__ Slot* slots() const { return shared_at<Slot>(job_.layout.slots) + parity_ * warps(); }
   __device__ float* squares() const { return shared_at<float>(job_.layout.square); }     // (pitch)
   __device__ float* scores() const { return shared_at<float>(job_.layout.score); }       // (pitch)
   __device__ double* solved() const { return shared_at<double>(job_.layout.solved); }    // (width)
   __device__ float* alongs() const { return shared_at<float>(job_.layout.along); }       // (width)
   __device__ float* scales() const { return shared_at<float>(job_.layout.scale); }       // (width)
   __device__ int32_t* indices() const { return shared_at<int32_t>(job_.layout.index); }  // (width)
-  __device__ int* exponents() const { return shared_at<int>(job_.layout.exponent); }     // (1)
   __device__ int32_t* picks() const { return shared_at<int32_t>(job_.layout.pick); }     // (width)
+  __device__ int* exponents() const { return shared_at<int>(job_.layout.exponent); }     // (1)
   __device__ float* row_of_shared(int t) const {                                         // (pitch)
     return shared_at<float>(job_.layout.rows) + t * pitch();
   }
@@ -273,31 +307,45 @@ class OnChip {
   }
 
   // This thread's atoms of a row (n) of memory that nobody writes, zeros beyond the last.
-  __device__ __forceinline__ float4 load_atoms(const float* row) const {
-    const float* own = row + first();
-    if (first() + kAtoms <= n() && job_.aligned) return __ldg(reinterpret_cast<const float4*>(own));
-    float4 v{0.0f, 0.0f, 0.0f, 0.0f};
-    if (first() < n()) v.x = __ldg(own);
-    if (first() + 1 < n()) v.y = __ldg(own + 1);
-    if (first() + 2 < n()) v.z = __ldg(own + 2);
-    if (first() + 3 < n()) v.w = __ldg(own + 3);
-    return v;
+  __device__ __forceinline__ void load_atoms(const float* row, float (&v)[kAtoms]) const {
+#pragma unroll
+    for (int e = 0; e < kAtoms; e += 4) {
+      const int first = atom_at(e);
+      const float* own = row + first;
+      if (first + 4 <= n() && job_.aligned) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(own));
+        v[e] = four.x;
+        v[e + 1] = four.y;
+        v[e + 2] = four.z;
+        v[e + 3] = four.w;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[e + i] = first + i < n() ? __ldg(own + i) : 0.0f;
+      }
+    }
   }
 
-  __device__ __forceinline__ static void store_atoms(float* row, const float (&v)[kAtoms]) {
-    *reinterpret_cast<float4*>(row + first()) = {v[0], v[1], v[2], v[3]};
+  __device__ __forceinline__ void store_atoms(float* row, const float (&v)[kAtoms]) const {
+#pragma unroll
+    for (int e = 0; e < kAtoms; e += 4) {
+      *reinterpret_cast<float4*>(row + atom_at(e)) = {v[e], v[e + 1], v[e + 2], v[e + 3]};
+    }
   }
 
-  __device__ __forceinline__ static void add(float w, const float* row, float (&sum)[kAtoms]) {
-    const float4 d = *reinterpret_cast<const float4*>(row + first());
-    sum[0] = __fmaf_rn(w, d.x, sum[0]);
-    sum[1] = __fmaf_rn(w, d.y, sum[1]);
-    sum[2] = __fmaf_rn(w, d.z, sum[2]);
-    sum[3] = __fmaf_rn(w, d.w, sum[3]);
+  __device__ __forceinline__ void add(float w, const float* row, float (&sum)[kAtoms]) const {
+#pragma unroll
+    for (int e = 0; e < kAtoms; e += 4) {
+      const float4 d = *reinterpret_cast<const float4*>(row + atom_at(e));
+      sum[e] = __fmaf_rn(w, d.x, sum[e]);
+      sum[e + 1] = __fmaf_rn(w, d.y, sum[e + 1]);
+      sum[e + 2] = __fmaf_rn(w, d.z, sum[e + 2]);
+      sum[e + 3] = __fmaf_rn(w, d.w, sum[e + 3]);
+    }
   }
 
   // The rows that have been spilled: a lane fetches the atom's entry of one for the whole warp.
   __device__ __forceinline__ void add_memory(int atom, int rows, float (&sum)[kAtoms]) const {
+    constexpr int kAhead = kHeld > 0 ? 2 : 4;  // rows on their way: as registers are left
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     for (int from = 0; from < rows; from += kWarp) {
       const float own = from + lane < rows ? row_of_memory(from + lane)[atom] : 0.0f;
@@ -311,16 +359,14 @@ class OnChip {
   // The next row of D.
   __device__ __forceinline__ void keep_row(const float (&d)[kAtoms]) {
     const int t = count - kHeld;
-    if (kSpills && t >= rows_shared()) return store_atoms(row_of_memory(t - rows_shared()), d);
-    if (t >= 0) return store_atoms(row_of_shared(t), d);
+    if (t < 0) {
+      at_index<0, kHeld>(count, [&]<int i>() {
 #pragma unroll
-    for (int four = 0; four < kHeld; four += 4) {  // registers have no index at run time
-      if (count / 4 != four / 4) continue;
-#pragma unroll
-      for (int i = four; i < four + 4; ++i) {
-#pragma unroll
-        for (int e = 0; e < kAtoms; ++e) held_[i][e] = i == count ? d[e] : held_[i][e];
-      }
+        for (int e = 0; e < kAtoms; ++e) held_[i][e] = d[e];
+      });
+    } else {
+      store_atoms(
+          kSpills && t >= rows_shared() ? row_of_memory(t - rows_shared()) : row_of_shared(t), d);
     }
   }
 
@@ -340,49 +386,42 @@ class OnChip {
     }
   }
 
-  // Says what is known of one of this thread's atoms.
-  __device__ __forceinline__ void publish(Slot& slot, int atom, unsigned score) const {
-    slot.score = score;
-    slot.atom = atom;
-#pragma unroll
-    for (int e = 0; e < kAtoms; ++e) {
-      if (first() + e != atom) continue;
-      slot.correlation = correlation_[e];
-      slot.pivot = pivot_[e];
-      slot.weight = weight_[e];
+  // Says what is known of this thread's atom of index `own`.
+  __device__ __forceinline__ void publish(Slot& slot, int own) const {
+    at_index<0, kAtoms>(own, [&]<int e>() {
+      *reinterpret_cast<float4*>(&slot.correlation) = {correlation_[e], pivot_[e], weight_[e],
+                                                       0.0f};
 #pragma unroll
       for (int t = 0; t < kHeld; t += 4) {
         *reinterpret_cast<float4*>(slot.held + t) = {held_[t][e], held_[t + 1][e], held_[t + 2][e],
                                                      held_[t + 3][e]};
       }
-    }
+    });
   }
 
-  // Finds the best of all threads' scores, ties to the lower atom or group: chosen_ is the slot of
-  // its warp, and says what is known of the atom if it is `known` to be one.
-  __device__ __forceinline__ unsigned choose(unsigned score, int atom, bool known) {
+  // Finds the best of all threads' scores, ties to the lower atom or group, which is then found_.
+  // Of an atom, `own` is its index, and chosen_ is a slot that says what is known of it.
+  __device__ __forceinline__ unsigned choose(unsigned score, int atom, int own) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const unsigned top = __reduce_max_sync(kFull, score);
     const int lowest = __reduce_min_sync(kFull, score == top ? atom : INT32_MAX);
     Slot* slots = this->slots();
     if (score == top && atom == lowest) {
-      if (known) {
-        publish(slots[warp], atom, score);
-      } else {
-        slots[warp].score = score;
-        slots[warp].atom = atom;
-      }
+      slots[warp].score = score;
+      slots[warp].atom = atom;
+      if (own >= 0) publish(slots[warp], own);
     }
     __syncthreads();  // these slots were read last before the barrier of the last choose() or ask()
-    const bool listens = lane < threads() / kWarp;
+    const bool listens = lane < warps();
     const unsigned said = listens ? slots[lane].score : 0;
     const int about = listens ? slots[lane].atom : INT32_MAX;
     const unsigned best = __reduce_max_sync(kFull, said);
-    const int winner = __reduce_min_sync(kFull, said == best ? about : INT32_MAX);
-    const unsigned votes = __ballot_sync(kFull, listens && said == best && about == winner);
-    chosen_ = slots + (__ffs(static_cast<int>(votes)) - 1);
-    asked_ = known ? winner : -1;
+    found_ = __reduce_min_sync(kFull, said == best ? about : INT32_MAX);
+    if (own >= 0) {
+      chosen_ = slots + warp_of(found_);
+      asked_ = found_;
+    }
     parity_ ^= 1;
     return best;
   }
@@ -397,13 +436,14 @@ class OnChip {
       top = score;
       found = g;
     }
-    return choose(top, found, false);
+    return choose(top, found, -1);
   }
 
   // Lets the thread that has an atom say what is known of it.
   __device__ __forceinline__ void ask(int atom) {
     Slot* slots = this->slots();
-    if (atom >= first() && atom < first() + kAtoms) publish(slots[0], atom, 0);
+    const int own = own_index(atom);
+    if (own >= 0) publish(slots[0], own);
     __syncthreads();  // as in choose()
     chosen_ = slots;
     asked_ = atom;
@@ -413,18 +453,19 @@ class OnChip {
   const OmpJob& job_;
   const float* gram_ = nullptr;  // (n, n)
   const Slot* chosen_ = nullptr;
-  float least_ = 1.0f;         // share of an atom taken that was not in the span of those before it
-  int asked_ = -1;             // the atom that chosen_ is about, if any
-  int parity_ = 0;             // of the slots that are written next
-  float weight_[kAtoms];       // 1 / |a|, 0 for what may not be taken
-  float pivot_[kAtoms];        // as in OmpSlot
-  float correlation_[kAtoms];  // <a, r>
+  float least_ = 1.0f;  // share of an atom taken that was not in the span of those before it
+  int found_ = 0;
+  int asked_ = -1;                             // the atom that chosen_ is about, if any
+  int parity_ = 0;                             // of the slots that are written next
+  float weight_[kAtoms];                       // as in OmpSlot
+  float pivot_[kAtoms];                        // as in OmpSlot
+  float correlation_[kAtoms];                  // <a, r>
   float held_[kHeld > 0 ? kHeld : 1][kAtoms];  // D
 };
 
-template <int kHeld, bool kOne, bool kSpills>
+template <int kAtoms, int kHeld, bool kOne, bool kSpills>
 __device__ __forceinline__ void pursue_on_chip(const OmpJob& job) {
-  OnChip<kHeld, kOne, kSpills> engine(job);
+  OnChip<kAtoms, kHeld, kOne, kSpills> engine(job);
   const int batch = static_cast<int>(job.asked.batch);
   for (int b = static_cast<int>(blockIdx.x); b < batch; b += static_cast<int>(gridDim.x)) {
     const OmpStatus status = pursue(engine, job.asked, b);
@@ -432,15 +473,20 @@ __device__ __forceinline__ void pursue_on_chip(const OmpJob& job) {
   }
 }
 
-// A row in registers is four of a thread's 128; the others hold what is known of its atoms.
+// A thread has 65,536 registers over the threads of the largest block: cpp/omp.cc counts on that.
 template <bool kOne, bool kSpills>
-__global__ void __launch_bounds__(512, 1) omp_held_kernel(const OmpJob job) {
-  pursue_on_chip<kSpills ? kOmpHeldSpilling : kOmpHeld, kOne, kSpills>(job);
+__global__ void __launch_bounds__(256, 1) omp_deep_kernel(const OmpJob job) {
+  pursue_on_chip<8, kOmpHeldDeep, kOne, kSpills>(job);
+}
+
+template <bool kOne>
+__global__ void __launch_bounds__(512, 1) omp_flat_kernel(const OmpJob job) {
+  pursue_on_chip<4, kOmpHeldFlat, kOne, false>(job);
 }
 
 template <bool kOne, bool kSpills>
-__global__ void __launch_bounds__(1024, 1) omp_bare_kernel(const OmpJob job) {
-  pursue_on_chip<0, kOne, kSpills>(job);
+__global__ void __launch_bounds__(512, 1) omp_wide_kernel(const OmpJob job) {
+  pursue_on_chip<8, 0, kOne, kSpills>(job);
 }
 
 }  // namespace csfast::cuda

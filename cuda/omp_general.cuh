@@ -232,7 +232,7 @@ __device__ __forceinline__ unsigned General::best() {
 __device__ __forceinline__ int General::pick(int most, double limit, unsigned best) {
   const int groups = n_ / group_;
   int picked = 0;
-  while (square_of(best, group_) > limit) {
+  while (__uint_as_float(best) > limit) {
     const int g = group_of(key_);
     if (threadIdx.x == 0) pick_[picked] = g;
     if (++picked == most || picked == groups) break;

@@ -7,9 +7,10 @@
 //   bool load(const OmpParams&, int b)            the problem; false if something is not finite
 //   Taken take(int atom)                          refits with one atom more, or says why not
 //   unsigned best()                               bits of the best score, what is no number on top
-//   int pick(int most, double limit, unsigned)    groups above the limit, at most `most`
+//   int pick(int most, Sum limit, unsigned)       groups with a score above limit, at most `most`
 //   int picked(int i)                             the i-th of them
 //   Sum energy, left, gained                      |y|^2, |r|^2, and by how much takes lower it
+//                                                 (a step sets it to 0, or a take does if kSingle)
 //   int count, exponent                           atoms taken; the power of two that the signal has
 //                                                 been divided by
 //
@@ -50,11 +51,6 @@ __device__ __forceinline__ int exponent_of(unsigned v) {
   return static_cast<int>(__double_as_longlong(__uint_as_float(v)) >> 52) - 1023;
 }
 
-__device__ __forceinline__ double square_of(unsigned score, int64_t group) {
-  const double value = __uint_as_float(score);
-  return group == 1 ? value * value : value;
-}
-
 template <typename Engine>
 __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, int b) {
   using Sum = decltype(engine.energy);
@@ -63,6 +59,10 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
   const int budget = min(max(p.budget[b], 0), static_cast<int>(p.budget_max));
   const double residual = p.residual_max * power_of_two(-engine.exponent);
   const Sum last = max(p.tolerance * engine.energy, static_cast<Sum>(residual * residual));
+  const Sum gain = p.gain_min * engine.energy;
+  const double share = p.correlation_min;
+  const double square = max(kNothing, share * share) * engine.energy;
+  const Sum limit = static_cast<Sum>(p.group == 1 ? sqrt(square) : square);  // of a score
   int starts = p.start == nullptr ? 0 : static_cast<int>(p.n_start);
   if (p.start_count != nullptr) starts = min(max(p.start_count[b], 0), starts);
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
     int group = 1;
     if (step > 0) {
       if (engine.left <= last) return OmpStatus::kConverged;
-      if (engine.gained < p.gain_min * engine.energy) return OmpStatus::kNoGain;
+      if (engine.gained < gain) return OmpStatus::kNoGain;
       int most = min(1, budget - engine.count);
       if constexpr (!Engine::kSingle) {
         group = static_cast<int>(p.group);
@@ -81,9 +81,7 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
       if (most == 0) return OmpStatus::kBudget;
       const unsigned best = engine.best();
       if (best >= kInfinity) return OmpStatus::kNotFinite;
-      const double share = p.correlation_min;
-      const double limit = max(kNothing, share * share) * engine.energy;
-      if (square_of(best, group) <= limit) return OmpStatus::kConverged;
+      if (__uint_as_float(best) <= limit) return OmpStatus::kConverged;
       picked = engine.pick(most, limit, best);
       engine.gained = 0;
     }
@@ -99,7 +97,7 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
       if (engine.take(atom) == Taken::kNotFinite) return OmpStatus::kNotFinite;
     }
     if (step == 0) {
-      engine.gained = engine.energy;
+      engine.gained = gain;
     } else if (engine.count == count) {
       return OmpStatus::kDependent;
     }

@@ -623,56 +623,74 @@ def test_is_registered_with_torch(device):
 @pytest.mark.parametrize(
     ("sizes", "device", "plan"),
     [
-        ((5000, 1024, 32), {}, "264 blocks of 256 threads, 2 .* 16 in registers, 16 in shared"),
+        (
+            (5000, 1024, 32),
+            {},
+            "deep: 264 blocks of 128 threads, 2 .* 16 in registers, 16 in shared",
+        ),
         (
             (5000, 2048, 64),
             {},
-            "132 blocks of 512 threads, 1 .* 12 in registers, 24 in .* 28 in the",
+            "deep: 132 blocks of 256 threads, 1 .* 25 in shared memory, 23 in the",
         ),
+        ((132, 1024, 32), {}, "flat: 132 blocks of 256 threads, .* 12 in registers, 20 in shared"),
         (
             (5000, 1024, 64),
             {},
-            "132 blocks of 256 .* 16 in registers, 48 in shared memory, 0 in the",
+            "flat: 132 blocks of 256 .* 52 in shared memory, 0 in the workspace",
         ),
-        ((4096, 512, 16), {}, "660 blocks of 128 threads, 5 .* 0 in registers, 16 in shared"),
-        ((32, 512, 16), {}, "32 blocks of 128 threads, 4 .* 16 in registers, 0 in shared"),
-        ((4096, 128, 8), {}, "4096 blocks of 32 threads, 32 .* 0 in registers, 8 in shared"),
-        ((7, 1, 1), {}, "on chip: 7 blocks of 32 threads"),
-        ((0, 1024, 32), {}, "on chip: 0 blocks"),
-        ((4, 4096, 4096), {}, "on chip: 4 blocks of 1024 .* 0 in registers, .* R in the workspace"),
+        ((4096, 512, 16), {}, "wide: 660 blocks of 64 threads, 5 .* 0 in registers, 16 in shared"),
+        ((32, 448, 16), {}, "flat: 32 blocks of 128 threads, 4 .* 12 in registers, 4 in shared"),
+        ((4096, 128, 8), {}, "flat: 2112 blocks of 32 threads, 16 .* 12 in registers, 0 in shared"),
+        ((7, 1, 1), {}, "flat: 7 blocks of 32 threads"),
+        ((0, 1024, 32), {}, "flat: 0 blocks"),
+        ((4, 2048, 100), {}, "deep: 4 blocks of 256 .* 59 in the workspace; R in the workspace"),
+        (
+            (4, 2049, 8),
+            {},
+            "wide: 4 blocks of 288 threads, 1 .* 0 in registers, 8 in shared memory",
+        ),
+        ((4, 4096, 4096), {}, "wide: 4 blocks of 512 .* 0 in registers, .* R in the workspace"),
         ((4, 4097, 8), {}, "general: 4 blocks of 256 threads, 8 a processor"),
         ((5000, 4097, 8), {}, "general: 1056 blocks of 256 threads, 8 a processor"),
         (
             (5000, 1024, 32),
             {"shared_per_block": 49152},
-            "12 in registers, .* [1-9]\\d* in the workspace",
+            "deep: .* 9 in shared memory, 7 in the work",
         ),
         ((5000, 1024, 32), {"shared_per_block": 1024}, "general: 1056 blocks"),
-        ((5000, 2048, 64), {"registers": 32768}, "blocks of 512 threads.* 0 in registers"),
+        ((5000, 2048, 64), {"registers": 32768}, "wide: 132 blocks of 256 threads"),
+        ((5000, 2048, 64), {"registers": 16384}, "general: 1056 blocks"),
     ],
 )
 def test_plans_are_those_of_the_sizes(sizes, device, plan):
-    assert re.search(plan, ops.omp_plan(*sizes, **device))
+    assert re.search("^" + plan, ops.omp_plan(*sizes, **device))
 
 
 def test_plans_fit_the_device():
     """What a block asks for is there, and what is resident fits together."""
     rng = random.Random(8)
+    kernels = {"flat": (4, 128, 512), "deep": (8, 255, 256), "wide": (8, 128, 512)}
+    seen = set()
     for _ in range(3000):
         n_atoms = rng.choice([rng.randint(1, 300), rng.randint(1, 6000)])
         budget_max = rng.randint(1, min(n_atoms, rng.choice([8, 100, 6000])))
         block = rng.choice([48 << 10, 99 << 10, 163 << 10, 232448])
         plan = ops.omp_plan(rng.randint(1, 9999), n_atoms, budget_max, shared_per_block=block)
-        numbers = [int(number) for number in re.findall(r"\d+", plan)]
-        if plan.startswith("general"):
+        kernel, _, rest = plan.partition(":")
+        seen.add(kernel)
+        if kernel == "general":
             continue
+        atoms, registers, threads_max = kernels[kernel]
+        numbers = [int(number) for number in re.findall(r"\d+", rest)]
         blocks, threads, resident, held, in_shared, spilled, shared, workspace = numbers
         assert 1 <= blocks <= resident * 132
-        assert 4 * threads >= n_atoms and threads % 32 == 0 and threads <= 1024
+        assert atoms * threads >= n_atoms and threads % 32 == 0 and threads <= threads_max
         assert held + in_shared + spilled >= budget_max
         assert shared <= block and resident * (shared + 1024) <= 233472
-        assert resident * threads * (128 if held else 64) <= 65536
-        assert workspace >= blocks * spilled * 16 * threads
+        assert resident * threads * registers <= 65536
+        assert workspace >= blocks * spilled * 4 * atoms * threads
+    assert seen == {*kernels, "general"}
 
 
 @pytest.mark.parametrize(

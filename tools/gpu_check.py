@@ -64,19 +64,19 @@ SANITIZED = (
     Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
 )
 
-# One atom, fewer atoms than lanes, more than threads, and what asks for each kernel: rows in
-# registers or none, all on the chip or some spilled, or everything in memory; and of each kernel
-# the form for one atom a step and that for several.
+# One atom, fewer atoms than lanes, more than threads, and what asks for each kernel and for rows
+# that are spilled; and of each kernel the form for one atom a step and that for several.
 SANITIZED_PURSUITS = tuple(
     (cases.PursuitCase(name, batch=batch, m=m, n_atoms=n_atoms, n_nonzero=n_nonzero), options)
     for name, batch, m, n_atoms, n_nonzero in (
         ("one", 1, 1, 1, 1),
         ("few", 3, 12, 17, 4),
-        ("many", 4, 80, 300, 20),
-        ("registers and spilled", 2, 240, 1024, 80),
-        ("no registers", 2, 90, 2600, 6),
-        ("no registers and spilled", 2, 140, 2600, 24),
-        ("in memory", 2, 60, 4100, 4),
+        ("flat", 4, 80, 300, 20),
+        ("deep", 140, 40, 1024, 4),
+        ("deep and spilled", 2, 240, 1024, 80),
+        ("wide", 2, 90, 2600, 6),
+        ("wide and spilled", 2, 140, 2600, 24),
+        ("general", 2, 60, 4100, 4),
     )
     for options in ({}, {"per_step": 2}, {"group": 2, "per_step": 2})
     if n_atoms % options.get("group", 1) == 0

@@ -120,16 +120,24 @@ struct OmpDevice {
 };
 
 inline constexpr int kOmpGeneralThreads = 256;  // eight blocks fill a processor of 2048
-inline constexpr int kOmpAtomsPerThread = 4;
-inline constexpr int kOmpHeld = 16;          // rows in registers: 64 of a thread's 128
-inline constexpr int kOmpHeldSpilling = 12;  // the same beside four rows on their way from memory
+inline constexpr int kOmpHeldFlat = 12;         // rows of D in registers: 48 of a thread's 128
+inline constexpr int kOmpHeldDeep = 16;         // 128 of 255
+
+// Which kernel: where it keeps D, and how many atoms a thread has.
+enum class OmpKernel {
+  kGeneral,  // everything in memory
+  kFlat,     // 4 atoms a thread, 12 rows in registers, the rest in shared memory: least latency
+  kDeep,     // 8 atoms a thread, 16 rows in registers: fewest instructions
+  kWide,     // 8 atoms a thread, no rows in registers: most atoms
+};
 
 // How a batch is launched.
 struct OmpPlan {
-  bool on_chip;        // or the general kernel
+  OmpKernel kernel;
   int blocks;          // each takes one problem after another
   int threads;         // a block
-  int held;            // rows of D in registers, see math.md
+  int atoms;           // a thread
+  int held;            // rows of D in registers
   int rows_shared;     // rows in shared memory
   int rows_spilled;    // rows in the workspace
   bool factor_shared;  // R in shared memory, or in the workspace
@@ -159,9 +167,9 @@ struct OmpChipLayout {
   constexpr OmpChipLayout(const OmpPlan& plan, int64_t budget_max)
       : slots(0),
         rows(padded(2 * (plan.threads / 32) * slot_bytes(plan.held))),
-        square(rows + plan.rows_shared * row_bytes(plan.threads)),
-        score(square + row_bytes(plan.threads)),
-        solved(score + row_bytes(plan.threads)),
+        square(rows + plan.rows_shared * row_bytes(plan)),
+        score(square + row_bytes(plan)),
+        solved(score + row_bytes(plan)),
         along(solved + padded(8 * budget_max)),
         scale(along + padded(4 * budget_max)),
         index(scale + padded(4 * budget_max)),
@@ -169,15 +177,14 @@ struct OmpChipLayout {
         exponent(pick + padded(4 * budget_max)),
         shared(exponent + padded(4) + (plan.factor_shared ? factor_bytes(budget_max) : 0)),
         spilled(0),
-        factor(plan.factor_shared ? exponent + padded(4)
-                                  : plan.rows_spilled * row_bytes(plan.threads)),
-        workspace(plan.rows_spilled * row_bytes(plan.threads) +
+        factor(plan.factor_shared ? exponent + padded(4) : plan.rows_spilled * row_bytes(plan)),
+        workspace(plan.rows_spilled * row_bytes(plan) +
                   (plan.factor_shared ? 0 : factor_bytes(budget_max))) {}
 
   static constexpr int64_t padded(int64_t bytes) { return OmpLayout::padded(bytes); }
   static constexpr int64_t slot_bytes(int held) { return 32 + 4 * (held > 0 ? held : 4); }
-  static constexpr int64_t row_bytes(int threads) {
-    return int64_t{4} * kOmpAtomsPerThread * threads;
+  static constexpr int64_t row_bytes(const OmpPlan& plan) {
+    return int64_t{4} * plan.atoms * plan.threads;
   }
   static constexpr int64_t factor_bytes(int64_t budget_max) {
     return padded(4 * budget_max * (budget_max - 1) / 2);
