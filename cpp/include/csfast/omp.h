@@ -32,7 +32,7 @@
 // residual_max is 0. A residual below 2^-12 of the signal's norm is noise of the float32 energy.
 //
 // On the CPU correlations are float32, what is summed over atoms is float64. On CUDA so it is in
-// the general kernel; the others keep everything but the energy in float32.
+// the general kernel; the others keep everything in float32 and solve for coef in float64.
 #pragma once
 
 #include <cstdint>
