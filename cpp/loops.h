@@ -66,6 +66,11 @@ struct Loops {
   void (*gather)(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
                  bool first) noexcept;
 
+  // c (n) -= sum_i step[i] * gram[row[i], :] over `rows` rows of gram (n, n), see omp.h. Returns
+  // the bits of the largest |c[j] * weight[j]|, what is not a number on top.
+  int32_t (*subtract)(const float* gram, int64_t n, const int32_t* row, const float* step,
+                      int64_t rows, const float* weight, float* c) noexcept;
+
   // out (d) = the segments of sums (n_segments, d) added in order, and bias (d), T, unless that is
   // null; rounded to T once.
   void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
@@ -84,6 +89,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace base
 
 namespace avx2 {
@@ -99,6 +106,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx2
 
 namespace avx512 {
@@ -114,6 +123,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx512
 
 // The loops in use, see isa.h.

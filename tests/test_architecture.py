@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"planes", "types"},
     "documents": {"types"},
     "ops": {"_native", "types"},
+    "pursuit": {"ops"},
     "cases": {"planes", "reference", "types"},
     "models": {"types"},
     "plan": {"models", "planes", "types"},
@@ -61,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"types", "plan", "_version"},
     "doctor": {"_version", "models", "ops", "planes", "reference"},
     "bench": {"cases", "doctor", "ops", "planes", "timing", "types"},
+    "bench_omp": {"cases", "doctor", "ops", "reference", "timing"},
     "tables": {"doctor"},
     "demo": {"bench", "calibrate", "doctor", "documents", "engine", "evaluate", "models", "plan"}
     | {"report", "tables", "timing", "types"},
@@ -69,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_version",
         "ablate",
         "bench",
+        "bench_omp",
         "calibrate",
         "demo",
         "doctor",

@@ -137,6 +137,17 @@ def test_ablate_writes_the_agreed_json(data, folder):
     assert not list(folder.glob("*.partial"))
 
 
+def test_bench_of_omp_writes_its_json(folder):
+    out = folder / "omp.json"
+    done = call("bench", "omp", "--quick", "--json", out, "--commit", "abc")
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert [row["variant"] for row in results["rows"]] == ["complete", "support", "pursuit"]
+    assert {row["agreement"] for row in results["rows"]} == {1.0}
+    assert results["machine"]["commit"] == "abc"
+    assert "problems/s" in done.output
+
+
 def test_bench_writes_the_agreed_json(folder):
     out = folder / "bench.json"
     done = call("bench", "execute", "--quick", "--json", out)

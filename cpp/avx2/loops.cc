@@ -11,6 +11,7 @@ const Loops* loops() {
                                 .usage = usage,
                                 .keep = keep,
                                 .gather = gather,
+                                .subtract = subtract,
                                 .finish = finish};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");

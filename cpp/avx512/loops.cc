@@ -11,6 +11,7 @@ const Loops* loops() {
                                 .usage = usage,
                                 .keep = keep,
                                 .gather = gather,
+                                .subtract = subtract,
                                 .finish = finish};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

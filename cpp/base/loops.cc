@@ -9,6 +9,7 @@ constinit const Loops kLoops{.name = "base",
                              .usage = usage,
                              .keep = keep,
                              .gather = gather,
+                             .subtract = subtract,
                              .finish = finish};
 
 }  // namespace csfast::base

@@ -183,6 +183,8 @@ class ProjectCase:
 class PursuitProblem:
     """A dictionary and signals that few of its atoms make up, in float64."""
 
+    atoms: Tensor  # (m, n_atoms)
+    signal: Tensor  # (batch, m)
     gram: Tensor  # (n_atoms, n_atoms)
     correlation: Tensor  # (batch, n_atoms)
     energy: Tensor  # (batch,)
@@ -198,6 +200,7 @@ class PursuitCase:
     m: int  # length of a signal
     n_atoms: int
     n_nonzero: int  # atoms in a signal
+    group: int = 1  # neighbouring atoms that a signal has all or none of
 
     def make(self, *, noise_db: float = -20.0, seed: int = 0) -> PursuitProblem:
         """Make Gaussian atoms of unit norm and signals with Gaussian coefficients and noise.
@@ -209,8 +212,9 @@ class PursuitCase:
         g = torch.Generator().manual_seed(seed)
         atoms = torch.randn(self.m, self.n_atoms, generator=g, dtype=torch.float64)
         atoms /= atoms.norm(dim=0)
-        order = torch.rand(self.batch, self.n_atoms, generator=g).argsort(dim=1)
-        support = order[:, : self.n_nonzero].sort(dim=1).values
+        order = torch.rand(self.batch, self.n_atoms // self.group, generator=g).argsort(dim=1)
+        groups = order[:, : self.n_nonzero // self.group].sort(dim=1).values
+        support = (groups[..., None] * self.group + torch.arange(self.group)).flatten(1)
         coef = torch.zeros(self.batch, self.n_atoms, dtype=torch.float64)
         drawn = torch.randn(self.batch, self.n_nonzero, generator=g, dtype=torch.float64)
         coef.scatter_(1, support, drawn)
@@ -219,6 +223,8 @@ class PursuitCase:
         noise *= (signal.norm(dim=1) / noise.norm(dim=1))[:, None] * 10.0 ** (noise_db / 20)
         signal += noise
         return PursuitProblem(
+            atoms=atoms,
+            signal=signal,
             gram=atoms.T @ atoms,
             correlation=signal @ atoms,
             energy=signal.square().sum(dim=1),
@@ -249,4 +255,25 @@ PURSUITS = (
     PursuitCase("off_block", batch=5, m=64, n_atoms=257, n_nonzero=7),
     PursuitCase("empty_batch", batch=0, m=8, n_atoms=16, n_nonzero=2),
     PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+    PursuitCase("pairs", batch=5, m=40, n_atoms=66, n_nonzero=8, group=2),
+    PursuitCase("blocks", batch=20, m=128, n_atoms=480, n_nonzero=24, group=6),
+    PursuitCase("deep", batch=2, m=160, n_atoms=300, n_nonzero=72),
+    PursuitCase("wide", batch=2, m=96, n_atoms=2600, n_nonzero=12),
+    PursuitCase("widest", batch=2, m=64, n_atoms=4100, n_nonzero=8),
 )
+# What is timed, by device: throughput of many signals, on CUDA also the latency of few.
+PURSUIT_LOADS = {
+    "cpu": (
+        PursuitCase("small", batch=400, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=40, m=512, n_atoms=2048, n_nonzero=64),
+    ),
+    "cuda": (
+        PursuitCase("small", batch=4096, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("middle", batch=4096, m=128, n_atoms=512, n_nonzero=16),
+        PursuitCase("standard", batch=5000, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=5000, m=512, n_atoms=2048, n_nonzero=64),
+        PursuitCase("layers", batch=32, m=112, n_atoms=448, n_nonzero=16),
+        PursuitCase("few", batch=132, m=256, n_atoms=1024, n_nonzero=32),
+    ),
+}

@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import bench as bench_
+from . import bench_omp as bench_omp_
 from . import demo as demo_
 from . import doctor as doctor_
 from . import documents, engine, models, ops, report, tables, timing
@@ -57,6 +58,7 @@ class Operation(StrEnum):
     EXECUTE = "execute"
     SELECT = "select"
     SENSE = "sense"
+    OMP = "omp"
 
 
 class Commands(TyperGroup):
@@ -346,13 +348,16 @@ def ablate(
 
 @app.command()
 def bench(
-    operation: Annotated[Operation | None, typer.Argument(help="All if left out.")] = None,
+    operation: Annotated[Operation | None, typer.Argument(help="All but omp if left out.")] = None,
     device: Where = DeviceName.CPU,
     json_file: Json = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
     commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
-    """Time the operations of a layer beside the dense layer in torch."""
+    """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
+    if operation is Operation.OMP:
+        _bench_omp(device, json_file, quick, commit)
+        return
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
     where = torch.device(device.value)
     settings: Sequence[bench_.Setting] = (
@@ -371,6 +376,23 @@ def bench(
         )
     results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
     Console().print(tables.speed(results))
+    _write_json(json_file, results)
+
+
+def _bench_omp(
+    device: DeviceName, json_file: pathlib.Path | None, quick: bool, commit: str | None
+) -> None:
+    """Time orthogonal matching pursuit."""
+    where = torch.device(device.value)
+    with _notes().status("bench") as status:
+        results = bench_omp_.run(
+            bench_omp_.QUICK if quick else None,
+            device=where,
+            runs=3 if quick else 20,
+            progress=status.update,
+        )
+    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
+    Console().print(tables.pursuits(results))
     _write_json(json_file, results)
 
 

@@ -82,6 +82,33 @@ def speed(results: dict[str, Any]) -> Table:
     return table
 
 
+def pursuits(results: dict[str, Any]) -> Table:
+    """Give the benchmark of omp: the best other way beside ours, and whether ours is right."""
+    table = Table(
+        title="Orthogonal matching pursuit, median",
+        caption="other: the fastest of the other ways, from the signals; us/atom: of the whole "
+        "batch; agrees: share of the signals with the support of float64.",
+        padding=0,
+    )
+    for name in ("case", "variant", "other", "problems/s", "us/atom", "agrees", "verdict"):
+        right = name in ("problems/s", "us/atom", "agrees")
+        # A narrow terminal breaks names, never figures.
+        wraps = name in ("case", "other")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps)
+    for row in results["rows"]:
+        best = min(row["baselines"], key=row["baselines"].__getitem__)
+        table.add_row(
+            row["case"].removeprefix("omp "),
+            row["variant"],
+            best,
+            f"{row['problems_per_second']:,.0f}",
+            f"{row['us_per_atom']:.2f}",
+            f"{row['agreement']:.4f}",
+            verdict(row["ratio_vs_best"]),
+        )
+    return table
+
+
 def verdict(ratio: float) -> str:
     """Say in words how csfast compares; `ratio` is the dense time over ours."""
     if ratio >= 1:
