@@ -61,7 +61,7 @@ def speed(results: list[dict[str, Any]]) -> str:
 
 
 def selection(results: list[dict[str, Any]]) -> str:
-    """Loss over dense at equal bytes: every width of few-bit selection beside the best other rule."""
+    """Loss over dense at equal bytes: few-bit selection beside the best other rule."""
     rows = []
     for result in results:
         for best in result.get("best", ()):
