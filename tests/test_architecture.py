@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"types"},
     "evaluate": {"engine", "judge", "models", "ops", "plan", "rules", "tasks", "types"},
     "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
+    "effort": {"engine", "evaluate", "judge", "plan", "types"},
     "phase": {"judge", "models", "operators", "ops", "plan", "rules", "types"},
     "dictionaries": {"judge", "models", "operators", "planes", "rules"},
     "report": {"types", "plan", "_version"},
