@@ -123,6 +123,28 @@ def test_recovery_is_measured_where_neurons_are_kept(ablation):
     assert static["energy"] < ours["energy"] < by_key["oracle-neuron", 0.75]["energy"]
 
 
+def test_rules_on_other_structures_are_measured(run):
+    found = run(
+        methods=("oracle-head", "oracle-layer", "planes-b2-joint-2", "mmse-20", "gptq-int4"),
+        bytes_fractions=(0.7,),
+    )
+    structures = {row["method"]: row["structure"] for row in found["rows"]}
+    assert structures == {
+        "oracle-head": "attention",
+        "oracle-layer": "layer",
+        "planes-b2-joint-2": "ffn",
+        "mmse-20": "ffn",
+        "gptq-int4": "ffn",
+    }
+    by_method = {row["method"]: row for row in found["rows"]}
+    # Keys and values are a third of this attention.
+    assert 1 / 3 < by_method["oracle-head"]["bytes_fraction"] < 1
+    assert 0 < by_method["oracle-head"]["density"] < 1
+    assert by_method["oracle-layer"]["bytes_fraction"] == by_method["oracle-layer"]["density"]
+    assert by_method["gptq-int4"]["target"] is None
+    json.dumps(found, allow_nan=False)
+
+
 # Progress, interruption, going on
 
 
@@ -199,6 +221,19 @@ def test_no_documents_are_refused(model, tokenizer):
 def test_an_unknown_method_is_refused(run):
     with pytest.raises(ValueError, match=r"^\[ablate\] method 'magic': want one of "):
         run(methods=["magic"])
+
+
+def test_an_unknown_set_of_methods_is_refused(run):
+    with pytest.raises(
+        ValueError, match=r"^\[ablate\] methods = 'all': want full, quick or a list"
+    ):
+        run(methods="all")
+
+
+@pytest.mark.parametrize("options", [{"methods": []}, {"bytes_fractions": []}])
+def test_nothing_to_do_is_refused(run, options):
+    with pytest.raises(ValueError, match=r"^\[ablate\] no methods or no bytes fractions: want"):
+        run(**options)
 
 
 def test_a_method_named_twice_is_refused(run):

@@ -98,6 +98,24 @@ def test_eval_writes_the_agreed_json(plan, data, folder):
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
 
 
+def test_ablate_writes_the_agreed_json(data, folder):
+    out, page = folder / "ablation.json", folder / "ablation.html"
+    done = call(
+        *("ablate", "demo", "--data", data, "--tokens", 30, "--bytes", ".5,.9"),
+        *("--methods", "planes-b2,oracle-neuron", "--json", out, "--html", page),
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["target"]) for row in rows] == [
+        *(("planes-b2", 0.5), ("planes-b2", 0.9), ("oracle-neuron", 0.5), ("oracle-neuron", 0.9)),
+    ]
+    for row in rows:
+        assert {"density", "sensor_fraction", "bytes_fraction", "delta", "per_task"} <= set(row)
+        assert {"recall", "energy", "density_per_layer", "density_per_task"} <= set(row)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+    assert not list(folder.glob("*.partial"))
+
+
 def test_bench_writes_the_agreed_json(folder):
     out = folder / "bench.json"
     done = call("bench", "execute", "--quick", "--json", out)
@@ -142,6 +160,10 @@ def test_a_sample_limit_counts_for_every_task(data):
         (("eval", "demo", "{plan}", "--data", "{folder}/missing.jsonl"), "[read]"),
         (("eval", "demo", "{plan}", "--data", "{data}", "--density", "nan"), "density"),
         (("ablate", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("ablate", "demo", "--data", "{data}", "--methods", "magic"), "method 'magic'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", ".5,x"), "--bytes '.5,x'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", "1.5"), "bytes fraction 1.5"),
+        (("ablate", "demo", "--data", "{data}", "--resume"), "--resume without --json"),
         (("eval", "demo", "{plan}", "--data", "{one}", "--part", "report"), "no document"),
         (("bench", "sense", "--quick", "--json", "{folder}/no/such/folder.json"), "no/such"),
     ],

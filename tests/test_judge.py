@@ -298,6 +298,12 @@ def test_long_prompts_bound_a_batch():
     assert [len(batch.members) for batch in found] == [4] * 5
 
 
+def test_long_and_short_prompts_stand_apart():
+    pieces = make_pieces([(2, 3), (900, 3), (128, 1), (700, 5), (210, 2)])
+    found = judge.batches(pieces, torch.device("cpu"))
+    assert [batch.members for batch in found] == [(2, 0), (4,), (3,), (1,)]
+
+
 def test_gather_and_scatter_are_inverse():
     (batch,) = judge.batches(make_pieces([(2, 3), (2, 1)]), torch.device("cpu"))
     x = torch.arange(12.0).view(2, 3, 2)

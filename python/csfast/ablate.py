@@ -34,7 +34,7 @@ def ablate(
     documents_select: Sequence[Document],
     documents_report: Sequence[Document],
     *,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] | str = "full",
     bytes_fractions: Sequence[float] = (0.25, 0.35, 0.55, 0.75),
     tokens: int = 1500,
     calibration_tokens: int = 2000,
@@ -59,7 +59,8 @@ def ablate(
         tokenizer: Its tokenizer.
         documents_select: What to fit and choose on.
         documents_report: What to report on.
-        methods: Names, see `baselines.default_methods`, which is the default.
+        methods: Names of methods, ``"full"`` for `baselines.default_methods` or ``"quick"`` for
+            `baselines.quick_methods`.
         bytes_fractions: Bytes to meet, as fractions of the dense 16-bit bytes of the structure.
         tokens: Scored tokens of each task to stop at; half as many for choosing.
         calibration_tokens: Tokens of each task to fit operators and thresholds to.
@@ -88,7 +89,17 @@ def ablate(
         if not 0 < fraction <= 1:
             raise ValueError(f"[ablate] bytes fraction {fraction}: want one in (0, 1].")
     ffns = models.find_ffns(model)
-    names = tuple(methods) if methods is not None else baselines.default_methods(ffns[0].shape)
+    sets = {"full": baselines.default_methods, "quick": baselines.quick_methods}
+    if isinstance(methods, str):
+        if methods not in sets:
+            raise ValueError(
+                f"[ablate] methods = {methods!r}: want full, quick or a list of names."
+            )
+        names = sets[methods](ffns[0].shape)
+    else:
+        names = tuple(methods)
+    if not names or not bytes_fractions:
+        raise ValueError("[ablate] no methods or no bytes fractions: want at least one of both.")
     for name in names:
         baselines.family(name)
         if names.count(name) > 1:

@@ -7,19 +7,25 @@ calibration positions, and all that it has to read is counted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from . import oracles, planes, quantize, reference
+from . import compressed, oracles, planes, quantize, reference
 from .judge import BYTES, Rule, Sample, Thresholds, Where
 from .models import Ffn
 from .plan import LayerPlan
 from .rules import (
     INDEX_BYTES,
     ROWS,
+    BlockRule,
     Fit,
     NeuronRule,
     activate,
@@ -28,12 +34,18 @@ from .rules import (
     channel_density,
     cuts,
     keep_large,
+    largest_first,
+    ranks,
+    second_moment,
 )
-from .types import LayerShape
+from .types import TERNARY, Code, LayerShape
 
-_METHODS = (
-    "oracle-neuron, planes-b<bits>, teal, cats, griffin, static, lowrank-<rank>, rtn-int<bits>"
-)
+GREEDY_STEP = 0.05  # of one matrix' density in the search of `GreedyTeal`
+GREEDY_ROWS = 256  # positions that the search looks at
+NOISE_ROWS = 251  # positions after which `Random` repeats itself: a prime, unlike any period
+TRAIN_STEPS = 400  # of `DejaVu`; twice as many gain nothing on the demo model
+TRAIN_ROWS = 512  # positions of one step
+TOP = 0.25  # share of the neurons that `DejaVu` learns to tell from the others
 
 
 class Planes(NeuronRule):
@@ -43,39 +55,97 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(self, name: str, fit: Fit, *, bits: int) -> None:
+    def __init__(self, name: str, fit: Fit, bits: Code) -> None:
         """Code the rows of every layer, with the channels evened out over the sample."""
         super().__init__(name, fit.ffns)
         self.bits = bits
-        self._equal = []
-        self._value = []  # odd integers of the gate rows, then of the up rows, (2 n_neurons, d)
-        self._row_scale = []  # (n_neurons, 2)
-        for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True):
-            if 127 * (2**bits - 1) * ffn.shape.d >= 2**24:
+        for ffn in fit.ffns:
+            if 127 * planes.level_max(bits) * ffn.shape.d >= 2**24:
                 raise ValueError(
-                    f"[ablate] planes-b{bits} with d = {ffn.shape.d}: sums of float32 are exact "
+                    f"[ablate] {name} with d = {ffn.shape.d}: sums of float32 are exact "
                     f"below 2^24 only, want fewer bits."
                 )
-            equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
-            weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-            layer = LayerPlan.fit(*weights, equal, (bits,))
-            codes = layer.encode(*weights, bits=bits)
-            unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-            self._equal.append(equal)
-            self._value.append(2 * unpacked.float() - (2**bits - 1))
-            self._row_scale.append(layer.row_scale[bits].to(x.device))
+        self._codes = fit.once(
+            ("planes", bits),
+            lambda: [
+                _coded(ffn, x, bits) for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True)
+            ],
+        )
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the estimated usage; a scale that is not finite makes all of it not-a-number."""
-        q, scale = reference.quantize(x, self._equal[layer])
-        y = (q.float() @ self._value[layer].T).unflatten(1, (2, -1))
-        z = scale[:, None, None] * self._row_scale[layer].T * y
+        codes = self._codes[layer]
+        q, scale = reference.quantize(x, codes.equal)
+        y = (q.float() @ codes.value.T).view(len(x), 2, -1)
+        z = scale[:, None, None] * codes.row_scale.T * y
         usage: Tensor = (activate(self.ffns[layer], z[:, 0]) * z[:, 1]).abs()
         return usage
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give the bytes of the codes, their scales and the equaliser."""
         return float(planes.n_bytes(shape.n_neurons, shape.d, self.bits))
+
+
+class BlockPlanes(BlockRule):
+    """The rule of csfast for blocks: the root of the sum of squared estimates, for large tiles."""
+
+    def __init__(self, name: str, fit: Fit, bits: int, block: int) -> None:
+        """Code the rows and cluster the neurons."""
+        _check_block(name, fit.ffns, block)
+        super().__init__(name, fit.ffns, fit.layouts(block))
+        self._planes = Planes(name, fit, bits)
+
+    def block_score(self, layer: int, x: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the estimated usage of every block."""
+        return self.layouts[layer].grouped(self._planes.score(layer, x, a, a, where))
+
+    def sensor_bytes(self, shape: LayerShape) -> float:
+        """Give the bytes of the codes, their scales and the equaliser."""
+        return self._planes.sensor_bytes(shape)
+
+
+class JointPlanes(Planes):
+    """The rule of csfast for batches that share a support: mean estimate of some requests.
+
+    Documents that run together are requests: in every step the positions of equal number vote,
+    those of finished ones do not. Every request counts the bytes of the joint support as if it ran
+    alone, so that a row shows what sharing costs; what a step of the batch reads is the same once.
+    """
+
+    def __init__(self, name: str, fit: Fit, bits: int, requests: int) -> None:
+        """Code the rows; a support is shared by at most so many requests."""
+        super().__init__(name, fit, bits)
+        if not 2 <= requests <= 256:
+            raise ValueError(f"[ablate] {name}: want 2 to 256 requests.")
+        self._requests = requests
+
+    def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
+        """Give means over requests from positions far apart, of all tasks."""
+        score = self.score(layer, x, x, x, where)
+        groups = max(1, len(score) // self._requests)
+        return score[: groups * self._requests].view(-1, groups, score.shape[1]).mean(dim=0)
+
+    def keep(
+        self,
+        layer: int,
+        x: Tensor,
+        gate: Tensor,
+        a: Tensor,
+        thresholds: tuple[float, ...],
+        where: Where,
+    ) -> Tensor:
+        """Choose for every position what the mean over its requests' estimates wants."""
+        score = self.score(layer, x, gate, a, where)
+        groups = -(-where.n_rows // self._requests)
+        # Document r is request r // groups of group r % groups: long beside short.
+        voted = torch.cat([score, torch.ones_like(score[:, :1])], dim=1)
+        places = self._requests * groups * where.n_columns
+        table = score.new_zeros(places, voted.shape[1])
+        table.index_copy_(0, where.row * where.n_columns + where.position, voted)
+        total = table.view(self._requests, groups * where.n_columns, -1).sum(dim=0)
+        mean = total[:, :-1] / total[:, -1:].clamp_min(1)
+        keep = ~(mean < thresholds[0])
+        return keep.index_select(0, where.row % groups * where.n_columns + where.position)
 
 
 class Cats(NeuronRule):
@@ -125,8 +195,14 @@ class LowRank(NeuronRule):
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
         """Give the usage of the low-rank estimate."""
         xf = x.float()
-        z_gate, z_up = ((xf @ right.T) @ left.T for left, right in self._factors[layer])
-        return (activate(self.ffns[layer], z_gate) * z_up).abs() * self.norm[layer]
+        ffn = self.ffns[layer]
+        z_gate, z_up = (
+            F.linear(xf @ right.T, left, None if bias is None else bias.float())
+            for (left, right), bias in zip(
+                self._factors[layer], (ffn.gate.bias, ffn.up.bias), strict=True
+            )
+        )
+        return (activate(ffn, z_gate) * z_up).abs() * self.norm[layer]
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give two pairs of factors at 16 bits."""
@@ -148,15 +224,116 @@ class Static(NeuronRule):
         return self._usage[layer].expand(len(x), -1)
 
 
+class Random(NeuronRule):
+    """Keep random neurons, others at every position: what a rule must beat to say anything."""
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Draw a table of uniform numbers for every layer."""
+        super().__init__(name, fit.ffns)
+        self._noise = [
+            torch.rand(NOISE_ROWS, ffn.shape.n_neurons, generator=fit.generator(layer)).to(
+                ffn.gate.weight.device
+            )
+            for layer, ffn in enumerate(fit.ffns)
+        ]
+
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the row of the table that the position's number points at."""
+        return self._noise[layer].index_select(0, where.position % NOISE_ROWS)
+
+    def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
+        """Give the table."""
+        return self._noise[layer]
+
+
+class Previous(NeuronRule):
+    """Keep what the position before would have wanted, by its true usage; the first runs dense.
+
+    A limit of rules that wait for nothing: decoding would know only what it executed itself.
+    """
+
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the usage of the position before, infinity at the first of a document."""
+        before = self.usage(layer, a).roll(1, dims=0)
+        return torch.where((where.position == 0)[:, None], float("inf"), before)
+
+    def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
+        """Give the usage of the positions themselves: evenly spaced, they have no neighbours."""
+        return self.usage(layer, activations(self.ffns[layer], x)[1])
+
+
+class Linear(NeuronRule):
+    """Estimate the usage of every neuron by a linear map of the input, fitted by least squares."""
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Fit the map of every layer, with a little ridge."""
+        super().__init__(name, fit.ffns)
+        self._map = [fit.ridge(layer, fit.usage(layer)) for layer in range(len(fit.ffns))]
+
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the estimate, which may be negative."""
+        return x.float() @ self._map[layer][:-1] + self._map[layer][-1]
+
+    def sensor_bytes(self, shape: LayerShape) -> float:
+        """Give the map with its constants at 16 bits."""
+        return float((shape.d + 1) * shape.n_neurons * BYTES)
+
+
+class DejaVu(NeuronRule):
+    """Predict by a small network which neurons are among the most used quarter.
+
+    Two matrices with a rectifier between (the publication's are for layers whose activation is
+    one), trained by binary cross entropy on the calibration positions.
+
+    Source:
+        Liu et al., "Deja Vu: contextual sparsity for efficient LLMs at inference time", 2023.
+    """
+
+    def __init__(self, name: str, fit: Fit, width: int) -> None:
+        """Train a predictor with `width` hidden units for every layer."""
+        super().__init__(name, fit.ffns)
+        _check_rank(name, fit.ffns, width)
+        self.width = width
+        self._nets = []
+        for layer, x in enumerate(fit.sample.inputs):
+            usage = fit.usage(layer)
+            n_top = max(1, round(TOP * usage.shape[1]))
+            least = usage.topk(n_top, dim=1).values[:, -1:]
+            draw = fit.generator(layer, width)
+            self._nets.append(_trained(x.float(), usage >= least, width, draw))
+
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the logit of every neuron."""
+        inner, outer, bias = self._nets[layer]
+        return F.linear(F.relu(F.linear(x.float(), inner)), outer, bias)
+
+    def sensor_bytes(self, shape: LayerShape) -> float:
+        """Give both matrices and the constants at 16 bits."""
+        return float((self.width * (shape.d + shape.n_neurons) + shape.n_neurons) * BYTES)
+
+
 class RankedRule(NeuronRule):
     """A rule that ranks the neurons for whole documents: each keeps the same number of them."""
 
-    def thresholds(
-        self, layer: int, x: Tensor, where: Where, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
+    def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
         """Give the least score of the first neurons; nothing to calibrate."""
-        n_neurons = self.ffns[layer].shape.n_neurons
-        return [(1.0 - round(density * n_neurons),) for density in densities]
+        return [
+            tuple((1.0 - round(density * ffn.shape.n_neurons),) for ffn in self.ffns)
+            for density in densities
+        ]
+
+
+class TaskStatic(RankedRule):
+    """Keep the same neurons for every token of a task: those used most over its positions."""
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Rank the neurons of every layer for every task."""
+        super().__init__(name, fit.ffns)
+        self._rank = [ranks(fit.task_usage(layer)) for layer in range(len(fit.ffns))]
+
+    def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
+        """Give the negative rank of each neuron for the task."""
+        return -self._rank[layer].index_select(0, where.task.index_select(0, where.row))
 
 
 class Griffin(RankedRule):
@@ -242,12 +419,158 @@ class Teal(Rule):
         return channel_density(shape, counts)
 
 
+class RSparse(Teal):
+    """Skip what `Teal` skips, and put a low-rank product in its place.
+
+    ``W x ~ W x_S + W_r (x - x_S)`` with ``x_S`` the large entries and ``W_r`` the best matrix of
+    rank `r`, for gate, up and down.
+
+    Source:
+        Zhang et al., "R-Sparse: rank-aware activation sparsity for efficient LLM inference", 2025.
+    """
+
+    def __init__(self, name: str, fit: Fit, rank: int) -> None:
+        """Cut the singular value decomposition of the three matrices of every layer."""
+        super().__init__(name, fit.ffns)
+        _check_rank(name, fit.ffns, rank)
+        self.rank = rank
+        self._factors = []  # of gate, up and down: (n_out, rank), (rank, n_in)
+        every = fit.once(("singular",), lambda: [_singular(ffn) for ffn in fit.ffns])
+        for whole in every:
+            self._factors.append(
+                [(left[:, :rank].contiguous(), right[:rank].contiguous()) for left, right in whole]
+            )
+
+    def inner(self, layer: int, x: Tensor, kept: Tensor) -> Tensor:
+        """Give the intermediate activation, the skipped channels by low rank."""
+        ffn = self.ffns[layer]
+        gate, up, _ = self._factors[layer]
+        rest = x - kept
+        a: Tensor = ffn.up(kept) + _product(rest, up)
+        return a * activate(ffn, ffn.gate(kept) + _product(rest, gate))
+
+    def outer(self, layer: int, a: Tensor, kept: Tensor) -> Tensor:
+        """Give the output, the skipped neurons by low rank."""
+        return super().outer(layer, a, kept) + _product(a - kept, self._factors[layer][2])
+
+    def sensor_bytes(self, shape: LayerShape) -> float:
+        """Give three pairs of factors at 16 bits, which are always read."""
+        return 3.0 * self.rank * (shape.d + shape.n_neurons) * BYTES
+
+
+class MatrixRule(Rule):
+    """A rule with a threshold for each of the three matrices on the weighted size of its input."""
+
+    counts = ("gate_channels", "up_channels", "neurons")
+
+    def weights(self, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give what entries of the input of gate, up and down are weighted by; None for 1."""
+        return None, None, None
+
+    def split(self, layer: int, density: float) -> tuple[float, float, float]:
+        """Give the densities of gate, up and down whose mean is `density`."""
+        return density, density, density
+
+    def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
+        """Calibrate gate and up first, then the intermediate activation that they leave."""
+        some = sample.some(ROWS)
+        found: list[list[tuple[float, ...]]] = [[] for _ in densities]
+        for layer, x in enumerate(some.inputs):
+            ffn = self.ffns[layer]
+            by_gate, by_up, by_down = self.weights(layer)
+            for i, density in enumerate(densities):
+                gate, up, down = self.split(layer, density)
+                (gate,) = cuts(_weighted(x, by_gate), [gate])
+                (up,) = cuts(_weighted(x, by_up), [up])
+                a = activate(ffn, ffn.gate(_large(x, by_gate, gate)[1])) * ffn.up(
+                    _large(x, by_up, up)[1]
+                )
+                found[i].append((gate, up, *cuts(_weighted(a, by_down), [down])))
+        return [tuple(layers) for layers in found]
+
+    def run(
+        self, layer: int, x: Tensor, thresholds: tuple[float, ...], where: Where
+    ) -> tuple[Tensor, Tensor]:
+        """Run one layer on the large entries of every input."""
+        ffn = self.ffns[layer]
+        by_gate, by_up, by_down = self.weights(layer)
+        gates, x_gate = _large(x, by_gate, thresholds[0])
+        ups, x_up = _large(x, by_up, thresholds[1])
+        a = activate(ffn, ffn.gate(x_gate)) * ffn.up(x_up)
+        neurons, kept = _large(a, by_down, thresholds[2])
+        counts = torch.stack([mask.sum(dim=1) for mask in (gates, ups, neurons)], dim=1)
+        return ffn.down(kept), counts
+
+    def full(self, shape: LayerShape) -> tuple[float, ...]:
+        """Give all channels twice, and all neurons."""
+        return float(shape.d), float(shape.d), float(shape.n_neurons)
+
+    def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
+        """Give the columns of gate and of up, the rows of down and the indices of all."""
+        gate, up, neurons = counts
+        column = shape.n_neurons * BYTES + INDEX_BYTES
+        return (gate + up) * column + neurons * (shape.d * BYTES + INDEX_BYTES)
+
+    def density(self, shape: LayerShape, counts: Sequence[float]) -> float:
+        """Give the fraction of the weights that was read."""
+        gate, up, neurons = counts
+        return ((gate + up) / shape.d + neurons / shape.n_neurons) / 3
+
+
+class Wina(MatrixRule):
+    """Skip entries of each matrix' input that are small times the norm of their column.
+
+    Source:
+        Chen et al., "WINA: weight informed neuron activation for accelerating large language model
+        inference", 2025.
+    """
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Take the norms of the columns of all three matrices."""
+        super().__init__(name, fit.ffns)
+        self._norms = [
+            tuple(m.weight.detach().float().norm(dim=0) for m in (ffn.gate, ffn.up, ffn.down))
+            for ffn in fit.ffns
+        ]
+
+    def weights(self, layer: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give the norms of the columns."""
+        gate, up, down = self._norms[layer]
+        return gate, up, down
+
+
+class GreedyTeal(MatrixRule):
+    """`Teal` with densities of the three matrices of a layer searched greedily.
+
+    From all dense, the matrix whose density costs the layer's output least goes down by a step,
+    again and again; a density is met by the mean of the three, the same in all layers.
+
+    Source:
+        Liu et al., "Training-free activation sparsity in large language models" (TEAL), 2024,
+        section on block-wise greedy optimisation.
+    """
+
+    def __init__(self, name: str, fit: Fit) -> None:
+        """Search a path for every layer."""
+        super().__init__(name, fit.ffns)
+        some = fit.sample.some(GREEDY_ROWS)
+        # Rows of density of gate, up and down, from 1 on, and their mean.
+        self._paths = [_greedy(ffn, x) for ffn, x in zip(fit.ffns, some.inputs, strict=True)]
+
+    def split(self, layer: int, density: float) -> tuple[float, float, float]:
+        """Give the place on the path, between its steps if need be."""
+        path = self._paths[layer]
+        mean = path.mean(axis=1)
+        gate, up, down = (np.interp(density, mean[::-1], column[::-1]) for column in path.T)
+        return float(gate), float(up), float(down)
+
+
 class Rounded(Rule):
     """Read everything, at fewer bits: plain round-to-nearest."""
 
     counts = ("neurons",)
 
-    def __init__(self, name: str, fit: Fit, *, bits: int) -> None:
+    def __init__(self, name: str, fit: Fit, bits: int) -> None:
         """Round all three matrices of every layer."""
         super().__init__(name, fit.ffns)
         self._weights: list[list[Tensor]] = []
@@ -273,7 +596,8 @@ class Rounded(Rule):
         """Run the whole layer with rounded weights."""
         gate, up, down = self._weights[layer]
         ffn = self.ffns[layer]
-        out = F.linear(activate(ffn, F.linear(x, gate)) * F.linear(x, up), down)
+        a = activate(ffn, F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
+        out = F.linear(a, down, ffn.down.bias)
         return out, where.row.new_full((len(x), 1), ffn.shape.n_neurons)
 
     def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
@@ -282,11 +606,20 @@ class Rounded(Rule):
         return sum(members) / len(members)
 
 
-def ranks(score: Tensor) -> Tensor:
-    """Give the place of every entry in its row, the largest first; ties to the lower index."""
-    order = score.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(score.shape[1], device=score.device, dtype=torch.float32)
-    return torch.empty_like(score, dtype=torch.float32).scatter_(1, order, place.expand_as(order))
+class Calibrated(Rounded):
+    """Read everything, at fewer bits, rounded with feedback on the calibration inputs.
+
+    The down projection is fitted to what the rounded gate and up projections give it.
+    """
+
+    def rounded(self, fit: Fit, layer: int, bits: int) -> list[tuple[Tensor, float]]:
+        """Give gate, up and down of one layer, each with its bytes."""
+        ffn = fit.ffns[layer]
+        x = fit.sample.inputs[layer]
+        gate, up = (quantize.gptq(m.weight, fit.moment(layer), bits) for m in (ffn.gate, ffn.up))
+        a = activate(ffn, F.linear(x, gate[0], ffn.gate.bias))
+        a = a * F.linear(x, up[0], ffn.up.bias)
+        return [gate, up, quantize.gptq(ffn.down.weight, second_moment(a), bits)]
 
 
 def build(method: str, fit: Fit) -> Rule:
@@ -299,30 +632,96 @@ def build(method: str, fit: Fit) -> Rule:
     Raises:
         ValueError: The name is unknown, or its number is out of range.
     """
-    kind, number = _parse(method)
+    kind, numbers = _parse(method)
     with torch.no_grad():
-        return _makers(method, number, fit)[kind]()
+        return _makers(method, numbers, fit)[kind]()
 
 
-def _makers(method: str, number: int, fit: Fit) -> dict[str, Callable[[], Rule]]:
+def _makers(method: str, numbers: Sequence[int], fit: Fit) -> dict[str, Callable[[], Rule]]:
     """What makes a rule of each kind."""
+    ffns, watched = fit.ffns, fit.sample.watched
     return {
-        "oracle-neuron": lambda: oracles.Oracle(method, fit.ffns),
-        "teal": lambda: Teal(method, fit.ffns),
-        "cats": lambda: Cats(method, fit.ffns),
+        "oracle-neuron": lambda: oracles.Oracle(method, ffns),
+        "oracle-block": lambda: _block_oracle(method, fit, *numbers, clustered=True),
+        "oracle-block-original": lambda: _block_oracle(method, fit, *numbers, clustered=False),
+        "oracle-channel": lambda: oracles.ChannelOracle(method, ffns),
+        "oracle-head": lambda: oracles.HeadOracle(
+            method, ffns, oracles.find_attention(fit.model, ffns)
+        ),
+        "oracle-layer": lambda: oracles.LayerOracle(method, ffns, watched[oracles.STREAM]),
+        "planes": lambda: Planes(method, fit, *numbers),
+        "ternary": lambda: Planes(method, fit, TERNARY),
+        "planes-block": lambda: BlockPlanes(method, fit, *numbers),
+        "planes-joint": lambda: JointPlanes(method, fit, *numbers),
+        "teal": lambda: Teal(method, ffns),
+        "teal-greedy": lambda: GreedyTeal(method, fit),
+        "wina": lambda: Wina(method, fit),
+        "rsparse": lambda: RSparse(method, fit, *numbers),
+        "cats": lambda: Cats(method, ffns),
+        "lowrank": lambda: LowRank(method, fit, *numbers),
+        "linear": lambda: Linear(method, fit),
+        "dejavu": lambda: DejaVu(method, fit, *numbers),
         "griffin": lambda: Griffin(method, fit),
         "static": lambda: Static(method, fit),
-        "planes": lambda: Planes(method, fit, bits=number),
-        "lowrank": lambda: LowRank(method, fit, number),
-        "rtn": lambda: Rounded(method, fit, bits=number),
+        "static-task": lambda: TaskStatic(method, fit),
+        "previous": lambda: Previous(method, ffns),
+        "random": lambda: Random(method, fit),
+        "random-pursuit": lambda: compressed.RawPursuit(method, fit, *numbers),
+        "innovation": lambda: compressed.InnovationPursuit(method, fit, *numbers),
+        "mmse": lambda: compressed.Mmse(method, fit, *numbers),
+        "probe": lambda: compressed.Probe(method, fit, *numbers),
+        "rtn": lambda: Rounded(method, fit, *numbers),
+        "gptq": lambda: Calibrated(method, fit, *numbers),
     }
 
 
 def default_methods(shape: LayerShape) -> tuple[str, ...]:
     """Name the rules that an ablation of layers of this size compares."""
+    d, n_blocks = shape.d, -(-shape.n_neurons // compressed.BLOCK)
+
+    def parts(whole: int, *divisors: int) -> list[int]:
+        return sorted({max(1, whole // divisor) for divisor in divisors})
+
+    sizes = (4, 8, 16, 32, 64, 128)
+    return (
+        "oracle-neuron",
+        *(f"oracle-block-{size}" for size in sizes),
+        *(f"oracle-block-{size}-original" for size in sizes),
+        "oracle-channel",
+        "oracle-head",
+        "oracle-layer",
+        *(f"planes-b{bits}" for bits in planes.BITS),
+        "ternary",
+        *(f"planes-b2-block-{size}" for size in (4, 16, 64)),
+        *(f"planes-b2-joint-{requests}" for requests in (2, 4, 16)),
+        "teal",
+        "teal-greedy",
+        "wina",
+        *(f"rsparse-{rank}" for rank in parts(d, 16, 8)),
+        "cats",
+        *(f"lowrank-{rank}" for rank in parts(d, 16, 8, 4)),
+        "linear",
+        *(f"dejavu-{width}" for width in parts(d, 8, 4)),
+        "griffin",
+        "static",
+        "static-task",
+        "previous",
+        "random",
+        *(f"random-{n}" for n in parts(n_blocks, 2)),
+        *(f"innovation-{n}" for n in parts(n_blocks, 8, 4)),
+        *(f"mmse-{n}" for n in parts(n_blocks, 8, 4, 2)),
+        f"probe-{max(compressed.SPARSITY, shape.n_neurons // 16)}",
+        *(f"rtn-int{bits}" for bits in (8, 4, 3, 2)),
+        *(f"gptq-int{bits}" for bits in (8, 4, 3, 2)),
+    )
+
+
+def quick_methods(shape: LayerShape) -> tuple[str, ...]:
+    """Name a few rules that already tell the story."""
     ranks = sorted({max(1, shape.d // part) for part in (16, 8, 4)})
     return (
         "oracle-neuron",
+        "ternary",
         "planes-b2",
         "planes-b3",
         "planes-b4",
@@ -338,23 +737,169 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
 def family(method: str) -> str:
     """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
     kind, _ = _parse(method)
-    return {"oracle-neuron": "oracle", "planes": "few-bit", "rtn": "quantised"}.get(
-        kind, "selection"
-    )
+    for start, name in (("oracle", "oracle"), ("planes", "few-bit"), ("ternary", "few-bit")):
+        if kind.startswith(start):
+            return name
+    return "quantised" if kind in ("rtn", "gptq") else "selection"
 
 
-def _parse(method: str) -> tuple[str, int]:
-    """Split a method's name in its kind and its number, 0 where it has none."""
-    if method in ("oracle-neuron", "teal", "cats", "griffin", "static"):
-        return method, 0
-    for kind, prefix in (("planes", "planes-b"), ("lowrank", "lowrank-"), ("rtn", "rtn-int")):
-        number = method.removeprefix(prefix)
-        if number != method and number.isdecimal() and len(number) < 6:
-            return kind, int(number)
-    raise ValueError(f"[ablate] method {method!r}: want one of {_METHODS}.")
+# What each kind is called; <name> stands for a whole number of at most five digits.
+_NAMES = {
+    "oracle-neuron": "oracle-neuron",
+    "oracle-block": "oracle-block-<size>",
+    "oracle-block-original": "oracle-block-<size>-original",
+    "oracle-channel": "oracle-channel",
+    "oracle-head": "oracle-head",
+    "oracle-layer": "oracle-layer",
+    "planes": "planes-b<bits>",
+    "ternary": "ternary",
+    "planes-block": "planes-b<bits>-block-<size>",
+    "planes-joint": "planes-b<bits>-joint-<requests>",
+    "teal": "teal",
+    "teal-greedy": "teal-greedy",
+    "wina": "wina",
+    "rsparse": "rsparse-<rank>",
+    "cats": "cats",
+    "lowrank": "lowrank-<rank>",
+    "linear": "linear",
+    "dejavu": "dejavu-<width>",
+    "griffin": "griffin",
+    "static": "static",
+    "static-task": "static-task",
+    "previous": "previous",
+    "random": "random",
+    "random-pursuit": "random-<measurements>",
+    "innovation": "innovation-<measurements>",
+    "mmse": "mmse-<measurements>",
+    "probe": "probe-<neurons>",
+    "rtn": "rtn-int<bits>",
+    "gptq": "gptq-int<bits>",
+}
+
+
+def _parse(method: str) -> tuple[str, tuple[int, ...]]:
+    """Split a method's name in its kind and its numbers."""
+    for kind, name in _NAMES.items():
+        found = re.fullmatch(re.sub(r"<\w+>", r"(\\d{1,5})", name), method, re.ASCII)
+        if found:
+            return kind, tuple(int(number) for number in found.groups())
+    raise ValueError(f"[ablate] method {method!r}: want one of {', '.join(_NAMES.values())}.")
 
 
 def _check_rank(method: str, ffns: Iterable[Ffn], rank: int) -> None:
     limit = min(ffn.shape.d for ffn in ffns)
     if not 1 <= rank <= limit:
         raise ValueError(f"[ablate] {method}: want a rank from 1 to {limit}.")
+
+
+def _check_block(method: str, ffns: Iterable[Ffn], block: int) -> None:
+    limit = min(ffn.shape.n_neurons for ffn in ffns)
+    if not 2 <= block <= limit:
+        raise ValueError(f"[ablate] {method}: want blocks of 2 to {limit} neurons.")
+
+
+def _block_oracle(method: str, fit: Fit, block: int, *, clustered: bool) -> Rule:
+    _check_block(method, fit.ffns, block)
+    return oracles.BlockOracle(method, fit.ffns, fit.layouts(block, clustered=clustered))
+
+
+@dataclass(frozen=True, eq=False)
+class _Codes:
+    """Few-bit codes of one layer as numbers."""
+
+    equal: Tensor  # (d,)
+    value: Tensor  # (2 n_neurons, d): levels of the gate rows, then of the up rows
+    row_scale: Tensor  # (n_neurons, 2)
+
+
+def _coded(ffn: Ffn, x: Tensor, bits: Code) -> _Codes:
+    setting = cast(int, bits)  # plans are typed for bits; their codes are those of `planes`
+    equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
+    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
+    layer = LayerPlan.fit(*weights, equal, (setting,))
+    codes = layer.encode(*weights, bits=setting)
+    unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
+    row_scale = layer.row_scale[setting].to(x.device)
+    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale)
+
+
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Size of every entry, times the weight of its column, float32."""
+    size = x.float().abs()
+    return size if weight is None else size * weight
+
+
+def _large(x: Tensor, weight: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+    """A mask of the entries whose weighted size is not below, and them with zeros elsewhere."""
+    used = ~(_weighted(x, weight) < threshold)
+    return used, torch.where(used, x, 0.0)
+
+
+def _product(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """A low-rank product, in the dtype of `x`."""
+    left, right = factors
+    return ((x.float() @ right.T) @ left.T).to(x.dtype)
+
+
+def _singular(ffn: Ffn) -> list[tuple[Tensor, Tensor]]:
+    """Factors of gate, up and down, of the largest singular value first, float32."""
+    found = []
+    for linear in (ffn.gate, ffn.up):
+        w = linear.weight.detach().double()
+        vectors = largest_first(w.T @ w)
+        found.append(((w @ vectors).float(), vectors.T.float()))
+    w = ffn.down.weight.detach().double()
+    vectors = largest_first(w @ w.T)
+    found.append((vectors.float(), (vectors.T @ w).float()))
+    return found
+
+
+def _greedy(ffn: Ffn, x: Tensor) -> NDArray[np.float64]:
+    """Densities of gate, up and down on the way from dense to a step each, ``(n_steps, 3)``."""
+    last = round(1 / GREEDY_STEP)
+    densities = [i * GREEDY_STEP for i in range(1, last + 1)]
+    kept = [keep_large(x, cut)[1] for cut in cuts(x.abs(), densities)]
+    gates = [activate(ffn, ffn.gate(of)) for of in kept]
+    ups = [ffn.up(of) for of in kept]
+    dense = ffn.down(gates[-1] * ups[-1])
+
+    def error(at: Sequence[int]) -> float:
+        a = gates[at[0]] * ups[at[1]]
+        (cut,) = cuts(a.abs(), [densities[at[2]]])
+        return float((ffn.down(keep_large(a, cut)[1]) - dense).float().square().sum())
+
+    now = [last - 1] * 3
+    path = [now]
+    while any(now):
+        ways = [[n - (i == j) for j, n in enumerate(now)] for i in range(3) if now[i]]
+        now = min(ways, key=error)
+        path.append(now)
+    return np.array([[densities[n] for n in at] for at in path])
+
+
+def _trained(
+    x: Tensor, label: Tensor, width: int, draw: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train ``outer relu(inner x) + bias`` to tell labels ``(n, n_neurons)``."""
+    d, n_neurons = x.shape[1], label.shape[1]
+    scale = x.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    inner = (torch.randn(width, d, generator=draw) / d**0.5).to(x.device)
+    outer = (torch.randn(n_neurons, width, generator=draw) / width**0.5).to(x.device)
+    share = label.float().mean(dim=0).clamp(1e-3, 1 - 1e-3)
+    weights = [inner, outer, torch.logit(share)]
+    rows = torch.randint(len(x), (TRAIN_STEPS, TRAIN_ROWS), generator=draw).to(x.device)
+    with torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        optimizer = torch.optim.Adam(weights, lr=3e-3)
+        for step in range(TRAIN_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * (1 - step / TRAIN_STEPS)
+            some = x.index_select(0, rows[step]) / scale
+            logit = F.linear(F.relu(F.linear(some, inner)), outer, weights[2])
+            wanted = label.index_select(0, rows[step]).float()
+            loss = F.binary_cross_entropy_with_logits(logit, wanted)
+            for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
+                weight.grad = gradient
+            optimizer.step()
+    return (inner / scale).detach(), outer.detach(), weights[2].detach()

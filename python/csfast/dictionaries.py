@@ -2,7 +2,7 @@
 
 Two kinds: the columns of a random operator that measures groups, and the rows of the gate and up
 matrices that few-bit and low-rank sensors stand for, with lengths and angles as the layer's inputs
-see them. Equations 21 to 23 and 34 in docs/math.md.
+see them. Equations 21 to 23 and 54 in docs/math.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def facts(
     Returns:
         Its sizes, its coherence and the least that there can be, its cumulative coherence over the
         largest support, how many atoms may be combined at will and are recovered for certain
-        (eq. 34), and the extreme squared singular values over supports that are used and drawn.
+        (eq. 54), and the extreme squared singular values over supports that are used and drawn.
     """
     live = dictionary.square().sum(dim=0) > 0
     number = live.cumsum(dim=0) - 1
@@ -136,7 +136,7 @@ def facts(
 
 
 def guaranteed(dictionary: Tensor) -> int:
-    """Give how many atoms may be combined at will such that pursuit finds them (eq. 34).
+    """Give how many atoms may be combined at will such that pursuit finds them (eq. 54).
 
     The largest `k` with ``babel(k) + babel(k - 1) < 1``. It is at least what the coherence ``mu``
     promises by itself, ``k < (1 + 1 / mu) / 2``.

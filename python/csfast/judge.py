@@ -30,6 +30,7 @@ BYTES = 2  # of a dense weight
 CHUNK = 4096  # sparse positions of one forward: 0.1 TFLOP of the demo model, 2 ms of an H100
 LOGITS = 1 << 26  # of one forward: 256 MiB in float32
 PROMPTS = 8  # prompt positions of one forward, as a multiple of the sparse ones: no logits
+SHORT_PROMPT = 128  # prompts up to this length stand together
 CACHE_BYTES = 1 << 31  # of prompts that are kept; what is beyond runs again for every rule
 RETRIEVAL_TOKENS = (200, 1500)  # shortest and longest retrieval prompt that is made
 NONE = -100  # a target that cross entropy leaves out
@@ -508,17 +509,18 @@ def batches(pieces: Sequence[Piece], device: torch.device, *, chunk: int = CHUNK
         device: Where the tensors go.
         chunk: Sparse positions of a batch at most, padding included; a longer document is alone.
     """
-    order = sorted(
-        range(len(pieces)),
-        key=lambda i: (pieces[i].n_prompt.bit_length(), pieces[i].n_sparse, i),
-    )
+    # Per setting a prompt position costs a hundredth of a sparse one, to read its keys and values:
+    # where prompts are short, lengths of responses matter more.
+    size = [math.ceil(2 * math.log2(max(piece.n_prompt, SHORT_PROMPT))) for piece in pieces]
+    order = sorted(range(len(pieces)), key=lambda i: (size[i], pieces[i].n_sparse, i))
     found = []
     members: list[int] = []
     n_before = n_columns = 0
     for i in order:
         before, columns = max(n_before, pieces[i].n_prompt), max(n_columns, pieces[i].n_sparse)
         n_rows = len(members) + 1
-        if members and (n_rows * columns > chunk or n_rows * before > PROMPTS * chunk):
+        full = n_rows * columns > chunk or n_rows * before > PROMPTS * chunk
+        if members and (full or size[i] != size[members[0]]):
             found.append(_batch(pieces, members, device))
             members, before, columns = [], pieces[i].n_prompt, pieces[i].n_sparse
         members, n_before, n_columns = [*members, i], before, columns

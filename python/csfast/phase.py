@@ -3,7 +3,7 @@
 A signal has `n_atoms` entries, of which `k` are wanted. A random Gaussian operator measures it,
 ``y = Phi v``, and orthogonal matching pursuit finds the entries again; the largest correlations
 alone are the floor. Real signals are what groups of neurons contribute to a layer's output for one
-token. Equations 30 to 33 in docs/math.md.
+token. Equations 50 to 53 in docs/math.md.
 """
 
 from __future__ import annotations

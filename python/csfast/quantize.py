@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 64  # weights of a row that share a scale
+DAMP = 0.01  # of the mean second moment, added to all: what the sample never showed stays bounded
 _CLIPS = (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)  # fractions of a group's maximum, tried in turn
 
 
@@ -41,6 +42,75 @@ def round_to_nearest(weight: Tensor, bits: int) -> tuple[Tensor, float]:
     best, scales = (symmetric, 1) if error[0] <= error[1] else (affine, 2)
     rounded = best.flatten(1)[:, :d].to(weight.dtype).contiguous()
     return rounded, n_bytes(n, d, bits, scales)
+
+
+def gptq(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, float]:
+    """Round a matrix to few bits column by column, making up for the errors in later columns.
+
+    The error of a column moves what is left of its row so that the product with the calibration
+    inputs changes least. Both codes are tried, each with columns in their order, where a group's
+    scale is fitted when its first column is reached, and with columns of large inputs first, where
+    scales are fitted beforehand; the clipping point of every group is the best of six. The variant
+    of least error is taken.
+
+    Args:
+        weight: ``(n, d)``, floating.
+        moment: Second moment of the inputs, ``(d, d)``, float64.
+        bits: 2 to 8.
+
+    Returns:
+        The rounded matrix in the shape and dtype of `weight`, and its size in bytes.
+
+    Raises:
+        ValueError: `bits` is out of range.
+
+    Source:
+        Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: accurate post-training quantization for
+        generative pre-trained transformers", 2022.
+    """
+    _check_bits("gptq", bits)
+    n, d = weight.shape
+    w = weight.detach().float()
+    damp = DAMP * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    damped = moment + damp * torch.eye(d, dtype=moment.dtype, device=moment.device)
+    importance = damped.diagonal().float()
+    orders = [torch.arange(d, device=w.device), importance.argsort(descending=True, stable=True)]
+    # Everything below is for all variants at once: (n_orders, n_codes, n, columns).
+    feedback = torch.stack([_feedback(damped[order][:, order]) for order in orders])
+    grids = [_fit_grid(w, importance, bits, affine=affine) for affine in (False, True)]
+    low = torch.stack([torch.stack([g[0][:, o] for g in grids]) for o in orders])
+    step = torch.stack([torch.stack([g[1][:, o] for g in grids]) for o in orders])
+    left = torch.stack([w[:, order].expand(2, n, d) for order in orders]).contiguous()
+    rounded = torch.empty_like(left)
+    for start in range(0, d, GROUP):
+        stop = min(start + GROUP, d)
+        for code, affine in enumerate((False, True)):
+            now = left[0, code, :, start:stop]
+            fitted = _fit_grid(now, importance[start:stop], bits, affine=affine)
+            low[0, code, :, start:stop], step[0, code, :, start:stop] = fitted
+        error = torch.empty_like(left[..., start:stop])
+        for i in range(start, stop):
+            column = left[..., i]
+            rounded[..., i] = _on_grid(column, low[..., i], step[..., i], bits)
+            error[..., i - start] = (column - rounded[..., i]) / feedback[:, None, None, i, i]
+            row = feedback[:, None, None, i, i + 1 : stop]
+            left[..., i + 1 : stop] -= error[..., i - start, None] * row
+        left[..., stop:] -= error @ feedback[:, None, start:stop, stop:]
+    best, least, scales = w, float("inf"), 0
+    for order, of_order in zip(orders, rounded, strict=True):
+        for code, found in enumerate(of_order):
+            back = torch.empty_like(w)
+            back[:, order] = found
+            total = moment_error(back - w, moment)
+            if total < least:
+                best, least, scales = back, total, code + 1
+    return best.to(weight.dtype).contiguous(), n_bytes(n, d, bits, scales)
+
+
+def moment_error(difference: Tensor, moment: Tensor) -> float:
+    """Give the mean squared error of a product whose weights differ: ``tr(D M D')``."""
+    wide = difference.double()
+    return float(((wide @ moment) * wide).sum())
 
 
 def n_bytes(n: int, d: int, bits: int, scales: int) -> float:
@@ -74,6 +144,58 @@ def _affine(w: Tensor, bits: int) -> Tensor:
     low, high = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)
     low = low.half().float()
     step = ((high - low) / (2**bits - 1)).half().float()
+    code = torch.round((w - low) / torch.where(step > 0, step, torch.ones_like(step)))
+    rounded: Tensor = code.clamp(0, 2**bits - 1) * step + low
+    return rounded
+
+
+def _feedback(damped: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, float32: row `i` says how an error spreads."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
+
+
+def _fit_grid(w: Tensor, importance: Tensor, bits: int, *, affine: bool) -> tuple[Tensor, Tensor]:
+    """Lowest level and step of every weight ``(n, d)``, the best of six clipping points a group.
+
+    The error counts by the importance ``(d,)`` of its column.
+    """
+    n, d = w.shape
+    groups = -(-d // GROUP)
+    missing = groups * GROUP - d
+    # What is missing at the end repeats the last column and counts for nothing.
+    parts = F.pad(w, (0, missing), mode="replicate").view(n, groups, GROUP)
+    weight = F.pad(importance, (0, missing)).view(groups, GROUP)
+    levels = 2**bits
+    if affine:
+        bottom, top = parts.amin(dim=2, keepdim=True), parts.amax(dim=2, keepdim=True)
+    else:
+        peak = parts.abs().amax(dim=2, keepdim=True)
+        bottom, top = -peak, peak
+    best_low, best_step = torch.zeros_like(bottom), torch.zeros_like(bottom)
+    least = torch.full_like(bottom, float("inf"))
+    for clip in _CLIPS:
+        if affine:
+            low = (bottom * clip).half().float()
+            step = ((top - bottom) * clip / (levels - 1)).half().float()
+        else:
+            step = (top * clip * 2 / levels).half().float()
+            low = step * (0.5 - levels / 2)
+        error = (_on_grid(parts, low, step, bits) - parts).square() * weight
+        total = error.sum(dim=2, keepdim=True)
+        better = total < least
+        best_low = torch.where(better, low, best_low)
+        best_step = torch.where(better, step, best_step)
+        least = torch.where(better, total, least)
+    return (
+        best_low.expand(n, groups, GROUP).flatten(1)[:, :d],
+        best_step.expand(n, groups, GROUP).flatten(1)[:, :d],
+    )
+
+
+def _on_grid(w: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+    """The nearest of the levels ``low + q step``."""
     code = torch.round((w - low) / torch.where(step > 0, step, torch.ones_like(step)))
     rounded: Tensor = code.clamp(0, 2**bits - 1) * step + low
     return rounded

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import blocks, planes
 from .judge import BYTES, Recovery, Rule, Sample, Thresholds, Where
 from .models import Ffn
-from .types import TASKS, LayerShape
+from .types import TASKS, Code, LayerShape
 
 INDEX_BYTES = 4  # of the number of one neuron, block or channel that is read
 ROWS = 2048  # positions whose scores give a quantile: a density is met to about .001
@@ -38,6 +38,7 @@ class NeuronRule(Rule):
         super().__init__(name, ffns)
         self.norm = [down_norm(ffn) for ffn in ffns]
         self._recovery: Recovery | None = None
+        self._scored: tuple[Sample, list[Tensor]] | None = None
 
     @abc.abstractmethod
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
@@ -55,19 +56,28 @@ class NeuronRule(Rule):
         """
 
     def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
-        """Calibrate every layer by itself."""
-        some = sample.some(ROWS)
-        layers = [
-            self.thresholds(layer, x, some.where, densities) for layer, x in enumerate(some.inputs)
-        ]
-        return [tuple(of_layer[i] for of_layer in layers) for i in range(len(densities))]
+        """Calibrate every layer by itself: a quantile of its scores for each density.
 
-    def thresholds(
-        self, layer: int, x: Tensor, where: Where, densities: Sequence[float]
-    ) -> list[tuple[float, ...]]:
-        """Calibrate one layer: a quantile of its scores for each density."""
-        score = self.score(layer, x, *activations(self.ffns[layer], x), where)
-        return [(threshold,) for threshold in cuts(score, densities)]
+        The scores are kept for the next call with the same sample.
+        """
+        if self._scored is None or self._scored[0] is not sample:
+            some = sample.some(ROWS)
+            scores = [
+                self.sample_score(layer, x, some.where) for layer, x in enumerate(some.inputs)
+            ]
+            self._scored = (sample, scores)
+        layers = [cuts(score, densities) for score in self._scored[1]]
+        return [tuple((of_layer[i],) for of_layer in layers) for i in range(len(densities))]
+
+    def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
+        """Give scores whose quantiles are thresholds of one layer, of any shape.
+
+        Args:
+            layer: Number of the layer.
+            x: Inputs at evenly spaced positions, ``(n, d)``.
+            where: Whose they are; neighbours of a position may be missing.
+        """
+        return self.score(layer, x, *activations(self.ffns[layer], x), where)
 
     def keep(
         self,
@@ -327,7 +337,7 @@ def channel_density(shape: LayerShape, counts: Sequence[float]) -> float:
     return (2 * channels / shape.d + neurons / shape.n_neurons) / 3
 
 
-def planes_bytes(shape: LayerShape, bits: int, neurons: float) -> float:
+def planes_bytes(shape: LayerShape, bits: Code, neurons: float) -> float:
     """Give all bytes that the few-bit rule reads of one layer for one position."""
     return planes.n_bytes(shape.n_neurons, shape.d, bits) + neurons * neuron_bytes(shape)
 
@@ -352,6 +362,13 @@ def keep_large(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Give a mask of the entries whose magnitude is not below, and them with zeros elsewhere."""
     used = ~(x.float().abs() < threshold)
     return used, torch.where(used, x, 0.0)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Give the place of every entry in its row, the largest first; ties to the lower index."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(score.shape[1], device=score.device, dtype=torch.float32)
+    return torch.empty_like(score, dtype=torch.float32).scatter_(1, order, place.expand_as(order))
 
 
 def second_moment(x: Tensor) -> Tensor:
