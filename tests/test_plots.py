@@ -28,7 +28,7 @@ def line(points, name="a line", **options):
 def drawn(lines, *, width=plots.WIDE, height=400, margin=True):
     points = [p for each in lines for p in each.points]
     x = plots.linear("along", min(p.x for p in points), max(p.x for p in points))
-    y = plots.losses("up", [p.y for p in points])
+    y = plots.losses([p.y for p in points])
     return plots.chart(lines, x, y, title="t", width=width, height=height, margin=margin)
 
 
@@ -46,8 +46,8 @@ AXES = {
     "log": plots.logarithmic("", 17e6, 120e6),
     "long log": plots.logarithmic("", 1e-4, 300.0),
     "one log": plots.logarithmic("", 5.0, 5.0),
-    "losses": plots.losses("", [-0.03, 0.4, 2.2]),
-    "no losses": plots.losses("", []),
+    "losses": plots.losses([-0.03, 0.4, 2.2]),
+    "no losses": plots.losses([]),
 }
 
 

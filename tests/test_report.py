@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 import pages
-from csfast import panels, plots, report
+from csfast import fronts, panels, plots, report
 from csfast.types import ResultsError
 from pages import Page, words
 
@@ -231,7 +231,7 @@ def test_the_bound_of_coherence_is_strict(coherence, k):
 
 
 def test_the_front_is_what_no_other_row_beats(ablation):
-    front = panels.front(ablation["rows"], None)
+    front = fronts.front(ablation["rows"], None)
     assert [(r["method"], r["bytes_fraction"]) for r in front] == [
         ("rtn-int2", 0.14),
         ("planes-b2", 0.35),
@@ -252,8 +252,8 @@ def test_the_front_is_what_no_other_row_beats(ablation):
 
 def test_of_equal_bytes_the_lesser_loss_is_the_front():
     rows = [pages.row(name, "selection", 0.5, delta) for name, delta in (("a", 0.2), ("b", 0.1))]
-    assert [r["method"] for r in panels.front(rows, None)] == ["b"]
-    assert [r["method"] for r in panels.front([rows[1], rows[1]], None)] == ["b"]
+    assert [r["method"] for r in fronts.front(rows, None)] == ["b"]
+    assert [r["method"] for r in fronts.front([rows[1], rows[1]], None)] == ["b"]
 
 
 def test_lines_join_what_was_chosen_elsewhere_and_rings_mark_the_front():
@@ -262,7 +262,7 @@ def test_lines_join_what_was_chosen_elsewhere_and_rings_mark_the_front():
     chosen = pages.row("chosen", "few-bit", 0.5, 0.2, target=0.5)
     lucky["select_delta"], chosen["select_delta"] = 0.3, 0.2
     rows = [lucky, chosen]
-    joined, loose = panels.family_lines(rows, None, panels.front(rows, None))
+    joined, loose = fronts.family_lines(rows, None, fronts.front(rows, None))
     assert [p.name for p in joined.points] == ["chosen"] and not joined.points[0].ring
     assert [p.name for p in loose.points] == ["lucky"] and loose.points[0].ring
     assert joined.joined and not loose.joined and joined.name == loose.name
@@ -283,11 +283,11 @@ def test_lines_join_what_was_chosen_elsewhere_and_rings_mark_the_front():
     ],
 )
 def test_compressed_sensing_stands_apart(method, family, shown):
-    assert panels.family({"method": method, "family": family}) == shown
+    assert fronts.family({"method": method, "family": family}) == shown
 
 
 def test_families_differ_in_more_than_colour():
-    marks = [mark for _, _, mark, _ in panels.FAMILIES.values()]
+    marks = [mark for _, _, mark, _ in fronts.FAMILIES.values()]
     assert len(set(marks)) == len(marks) == 6
 
 
@@ -297,6 +297,16 @@ def test_attention_is_not_compared_with_feed_forward_layers():
     assert "attention: bytes of its linear layers" in words(text)
     main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
     assert "oracle-head" not in main and "oracle-block" in main
+
+
+def test_an_ablation_of_one_kind_of_rule_is_shown():
+    for wanted in ("oracle-neuron", "rtn-int8", "planes-b2"):
+        made = pages.MADE["ablation"]()
+        made["rows"] = [of for of in made["rows"] if of["method"] == wanted]
+        shown = words(report.render(ablation=made))
+        assert wanted in shown and ("The front" in shown) == (wanted != "oracle-neuron")
+    made["rows"] = [{**of, "structure": "attention"} for of in made["rows"]]
+    assert "planes-b2" in words(report.render(ablation=made))
 
 
 # Effort
@@ -365,8 +375,8 @@ def test_texts_and_marks_stand_out_from_what_is_behind_them(dark):
     for name in ("ink", "soft", "bad"):
         assert contrast(of[name], of["card"]) >= 4.5, name
         assert contrast(of[name], of["page"]) >= 4.5, name
-    styles = [style for _, style, _, _ in panels.FAMILIES.values()]
-    for name in (*styles, *(f"s{i}" for i in range(panels.PALETTE)), "unknown", "ghost", "over"):
+    styles = [style for _, style, _, _ in fronts.FAMILIES.values()]
+    for name in (*styles, *(f"s{i}" for i in range(plots.PALETTE)), "unknown", "ghost", "over"):
         assert contrast(of[name], of["card"]) >= 3, name
 
 

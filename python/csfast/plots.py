@@ -18,9 +18,15 @@ LETTER = 7.0  # width of a letter of 12 pixels, pixels: the mean of a wide sans 
 LINE = 15  # height of a line of such text
 LINEAR = 0.002  # nats: below it a scale of losses is linear, as differences there are noise
 WIDE, NARROW = 980, 336  # of a plot on a desk and on a telephone, pixels
+HALF = 640  # of one that shares its row
+DELTA = "loss over dense, nats"  # what axes of `losses` are labelled by
+PALETTE = 10  # classes s0 .. s9 of the page
 
 _LOSSES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 _MARK = 4.5  # half the size of a mark
+
+
+Draw = Callable[[int, bool], Markup]  # (width, whether names stand at the right)
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def logarithmic(label: str, low: float, high: float) -> Axis:
     return Axis(label, low, high, "log", kept)
 
 
-def losses(label: str, values: Iterable[float]) -> Axis:
+def losses(values: Iterable[float], label: str = DELTA) -> Axis:
     """Give an axis for differences of losses, from the least, or zero, to the largest."""
     members = [0.0, LINEAR, *values]
     low, high = min(members) * 1.15, max(members) * 1.15
@@ -492,6 +498,17 @@ MARKS: dict[str, Callable[[float, float], str]] = {
     "wedge": _wedge,
     "cross": _cross,
 }
+
+
+def palette(number: int) -> str:
+    """Give the class of the colour of a line by its number; they repeat."""
+    return f"s{number % PALETTE}"
+
+
+def mark_of(number: int) -> str:
+    """Give the mark of a line by its number, another pairing with colours in every round."""
+    names = list(MARKS)
+    return names[(number + number // PALETTE) % len(names)]
 
 
 def shape(mark: str, x: float, y: float, style: str, title: str = "") -> Markup:

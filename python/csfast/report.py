@@ -12,14 +12,14 @@ from typing import Any
 
 import jinja2
 
-from . import panels, results
+from . import fronts, panels, plots, results
 from ._version import __version__
 from .plan import write_atomic
 
 # What a page can show, in its order: what it is called there, and what makes it.
 SECTIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "evaluation": ("Quality of one plan", panels.evaluation),
-    "ablation": ("Loss against bytes", panels.ablation),
+    "ablation": ("Loss against bytes", fronts.ablation),
     "effort": ("Effort, token by token", panels.effort),
     "phase": ("Phases of recovery", panels.phase),
     "dictionaries": ("Coherence and isometry", panels.dictionaries),
@@ -96,7 +96,7 @@ def render(
     environment.filters.update(signed=_signed, fixed=_fixed, share=_share, interval=_interval)
     template = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        shown, version=__version__, titles=titles, palette=range(panels.PALETTE)
+        shown, version=__version__, titles=titles, palette=range(plots.PALETTE)
     )
 
 
