@@ -71,6 +71,12 @@ def test_every_method_has_its_rows(ablation):
             assert row["sensor_fraction"] < row["bytes_fraction"]
             assert row["density"] == pytest.approx(sum(row["density_per_layer"]) / 2)
             assert row["density"] == pytest.approx(sum(row["density_per_task"].values()) / 4)
+            by_task = row["density_per_task_layer"]
+            assert set(by_task) == set(row["density_per_task"])
+            for group, layers in by_task.items():
+                assert row["density_per_task"][group] == pytest.approx(sum(layers) / 2)
+            for layer, density in enumerate(row["density_per_layer"]):
+                assert density == pytest.approx(sum(of[layer] for of in by_task.values()) / 4)
             assert row["ci95"][0] <= row["ci95"][1]
     json.dumps(ablation, allow_nan=False)
 

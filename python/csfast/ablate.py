@@ -377,6 +377,10 @@ def _rows(
         }
         read = judge.mean_read(pieces, found.read)
         per_layer = judge.densities(rule, read)
+        per_task_layer = {
+            group: judge.densities(rule, of_group)
+            for group, of_group in judge.read_by_group(pieces, found.read).items()
+        }
         recall, energy = (None, None) if found.recovery is None else found.recovery.means()
         shapes = [ffn.shape for ffn in rule.ffns]
         row: dict[str, Any] = {
@@ -387,9 +391,9 @@ def _rows(
             "density": judge.mean(per_layer),
             "density_per_layer": per_layer,
             "density_per_task": {
-                group: judge.mean(judge.densities(rule, of_group))
-                for group, of_group in judge.read_by_group(pieces, found.read).items()
+                group: judge.mean(layers) for group, layers in per_task_layer.items()
             },
+            "density_per_task_layer": per_task_layer,
             "sensor_fraction": sum(rule.sensor_bytes(shape) for shape in shapes)
             / sum(rule.dense_bytes(shape) for shape in shapes),
             "bytes_fraction": judge.spent(rule, read),

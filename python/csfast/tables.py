@@ -49,6 +49,37 @@ def quality(results: dict[str, Any]) -> Table:
     return table
 
 
+def effort(results: dict[str, Any]) -> Table:
+    """Give the effort of texts: one row a text."""
+    kind = "generated" if results["generated"] else "held-out"
+    table = Table(
+        title=f"Effort of {kind} texts at density {results['asked_density']:g}",
+        caption="effort: fraction of the neurons executed for a token, mean over layers; losses in "
+        "nats per token.",
+        padding=0,
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("tokens", "effort", "least", "most", "dense", "csfast", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for example in results["examples"]:
+        tokens = example["tokens"]
+        efforts = [sum(t["density"]) / len(t["density"]) for t in tokens]
+        dense, sparse = (
+            sum(t[key] for t in tokens) / len(tokens) for key in ("dense_loss", "loss")
+        )
+        table.add_row(
+            example["task"],
+            str(len(tokens)),
+            f"{sum(efforts) / len(efforts):.3f}",
+            f"{min(efforts):.3f}",
+            f"{max(efforts):.3f}",
+            f"{dense:.4f}",
+            f"{sparse:.4f}",
+            f"{sparse - dense:+.4f}",
+        )
+    return table
+
+
 def _answers(row: dict[str, Any]) -> str:
     """The share of right short answers, dense and csfast."""
     if row["exact_match"] is None:
