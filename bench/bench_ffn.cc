@@ -30,7 +30,7 @@ struct Sizes {
   int runs;    // measurements of every variant
 };
 
-constexpr int kBits = 2;
+constexpr csfast::Code kCode = csfast::Code::kBits2;
 constexpr int64_t kSliceBytes = 32 << 20;
 constexpr int kSlices = 16;  // take turns: 512 MB, more than any cache holds
 
@@ -55,7 +55,7 @@ class Lines {
 };
 
 struct Layer {
-  std::vector<uint8_t> codes;    // (n_neurons, 2, chunks, 16 * bits)
+  std::vector<uint8_t> codes;    // (n_neurons, 2, groups, group_bytes)
   std::vector<float> equal;      // (d)
   std::vector<float> row_scale;  // (n_neurons, 2)
   std::vector<uint16_t> gate;    // (n_neurons, d), bf16
@@ -70,7 +70,7 @@ struct Layer {
 Layer random_layer(const Sizes& s, std::mt19937& random) {
   std::normal_distribution<float> normal;
   Layer layer;
-  layer.codes.resize(s.n_neurons * 2 * csfast::row_bytes(s.d, kBits));
+  layer.codes.resize(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
   for (uint8_t& byte : layer.codes) byte = static_cast<uint8_t>(random());
   layer.equal.assign(s.d, 1.0f);
   layer.row_scale.assign(s.n_neurons * 2, 1.0f / std::sqrt(static_cast<float>(s.d)));
@@ -104,21 +104,21 @@ csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace
           1,
           s.d,
           s.n_neurons,
-          kBits,
+          kCode,
           1,
           csfast::DType::kBF16};
 }
 
 // Sets the threshold that keeps `density` of the neurons, and the tile list that goes with it.
 void set_density(const Sizes& s, Layer& layer, double density, void* workspace) {
-  std::vector<int8_t> q(csfast::chunks_of(s.d) * csfast::kChunk);
+  std::vector<int8_t> q(csfast::q_width(s.d));
   std::vector<int32_t> y(s.n_neurons * 2), index(s.n_neurons);
   std::vector<float> usage(s.n_neurons);
   float scale = 0, missed = 0;
   int32_t count = 0;
   const int32_t budget = std::max<int32_t>(1, std::lround(density * s.n_neurons));
   csfast::sense({layer.codes.data(), layer.equal.data(), layer.x.data(), q.data(), y.data(), &scale,
-                 1, s.d, s.n_neurons, kBits, csfast::DType::kBF16},
+                 1, s.d, s.n_neurons, kCode, csfast::DType::kBF16},
                 Device::kCpu, nullptr);
   csfast::recover({y.data(), &scale, layer.row_scale.data(), nullptr, &budget, usage.data(),
                    index.data(), &count, &missed, 1, s.n_neurons, csfast::Rule::kTopK},
@@ -192,14 +192,14 @@ void measure(const Sizes& s, std::vector<Layer>& layers, double density, double 
   kept /= static_cast<double>(layers.size());
   const double row = 3.0 * 2.0 * static_cast<double>(s.d);
   const double sensed =
-      static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kBits) + 8) + s.d * (4 + 2));
+      static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kCode) + 8) + s.d * (4 + 2));
   std::vector<Variant> variants = {
       {"complete", sensed + kept * row,
        [&](Layer& layer) {
          csfast::ffn({layer.codes.data(), layer.equal.data(), layer.row_scale.data(),
                       &layer.threshold, layer.gate.data(), layer.up.data(), layer.down_t.data(),
                       layer.x.data(), ffn_space.data(), out.data(), nullptr, 1, s.d, s.n_neurons,
-                      kBits, 1, csfast::DType::kBF16},
+                      kCode, 1, csfast::DType::kBF16},
                      Device::kCpu, nullptr);
        }},
       {"execute", kept * row,

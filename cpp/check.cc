@@ -3,9 +3,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-
-#include "csfast/planes.h"
-
 namespace csfast {
 namespace {
 
@@ -35,8 +32,16 @@ void check_width(const char* op, int64_t d) {
   if (d < 1 || d > kInt32Max) refuse(op, "d = " + std::to_string(d), "1 to 2^31 - 1 channels");
 }
 
-void check_bits(const char* op, int64_t d, int bits) {
-  if (bits < 1 || bits > kBitsMax) refuse(op, "bits = " + std::to_string(bits), "1 to 4");
+void check_code(const char* op, int64_t d, Code code) {
+  if (!is_known(code)) {
+    refuse(op, "code = " + std::to_string(static_cast<int>(code)), "1 to 5, a csfast::Code");
+  }
+  if (code == Code::kTernary) {
+    if (d <= kTernaryWidthMax) return;
+    refuse(op, "d = " + std::to_string(d) + " ternary channels",
+           "at most " + std::to_string(kTernaryWidthMax) + ", or int32 may overflow");
+  }
+  const int bits = bits_of(code);
   // |2 U| and |(2^bits - 1) sum q| are both at most this.
   const int64_t per_channel = 2 * 127 * ((int64_t{1} << bits) - 1);
   if (chunks_of(d) * kChunk > kInt32Max / per_channel) {

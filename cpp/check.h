@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "csfast/planes.h"
 #include "csfast/types.h"
 
 namespace csfast {
@@ -14,8 +15,8 @@ void check_neurons(const char* op, int64_t batch, int64_t n_neurons);
 // d in [1, 2^31).
 void check_width(const char* op, int64_t d);
 
-// bits in [1, 4], and no sum of codes times activations may leave int32.
-void check_bits(const char* op, int64_t d, int bits);
+// A code that exists, of so many channels that no sum of codes times activations leaves int32.
+void check_code(const char* op, int64_t d, Code code);
 
 // tile_rows >= 1.
 void check_tile_rows(const char* op, int tile_rows);

@@ -12,7 +12,7 @@ namespace {
 void check(const FfnParams& p) {
   check_neurons("ffn", p.batch, p.n_neurons);
   check_width("ffn", p.d);
-  check_bits("ffn", p.d, p.bits);
+  check_code("ffn", p.d, p.code);
   check_tile_rows("ffn", p.tile_rows);
 }
 
@@ -36,7 +36,7 @@ void ffn_on_cpu(const FfnParams& p) {
                 .batch = p.batch,
                 .d = p.d,
                 .n_neurons = p.n_neurons,
-                .bits = p.bits,
+                .code = p.code,
                 .tile_rows = p.tile_rows,
                 .dtype = p.dtype});
   host::execute({.gate = p.gate,

@@ -7,6 +7,7 @@
 
 #include "csfast/execute.h"
 #include "csfast/planes.h"
+#include "csfast/project.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
 #include "csfast/types.h"
@@ -24,12 +25,16 @@ struct Kept {
 struct Loops {
   const char* name;
 
-  // One row of x (d) to q (chunks * 128), see sense.h. Returns its scale.
+  // One row of x (d) to q (q_width), see sense.h. Returns its scale.
   float (*quantize)(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 
-  // y[b * y_stride + r] of `rows` neighbouring rows of codes, r in [0, rows).
-  void (*measure)(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+  // y[b * y_stride + r] of `rows` neighbouring rows of codes, r in [0, rows), and q (batch,
+  // q_width).
+  void (*measure)(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
                   int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+
+  // Measurements first .. first + n - 1 of every row of the batch, see project.h.
+  void (*project)(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 
   // usage (n) of n <= kBlock neurons from y (n, 2) and row_scale (n, 2), see recover.h.
   Kept (*keep)(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
@@ -46,8 +51,9 @@ struct Loops {
 namespace base {
 extern const Loops kLoops;
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
@@ -59,8 +65,9 @@ namespace avx2 {
 // Null where the processor lacks one of AVX2, FMA and F16C.
 const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,
@@ -72,8 +79,9 @@ namespace avx512 {
 // Null where the processor lacks one of AVX-512 F, BW, DQ, VL, VNNI and BF16.
 const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 Kept keep(const int32_t* y, float scale, const float* row_scale, int64_t n, float threshold,
           float* usage) noexcept;
 void gather(const ExecuteParams& p, const void* x, const int32_t* neuron, int64_t n, bool first,

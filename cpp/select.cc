@@ -19,13 +19,13 @@ constexpr int64_t kRowsAtOnce = 8;  // of the batch: their measurements of a blo
 void check(const SelectParams& p) {
   check_neurons("select", p.batch, p.n_neurons);
   check_width("select", p.d);
-  check_bits("select", p.d, p.bits);
+  check_code("select", p.d, p.code);
   check_tile_rows("select", p.tile_rows);
 }
 
 // The parts of the workspace.
 struct Parts {
-  int8_t* q;       // (batch, chunks * 128)
+  int8_t* q;       // (batch, q_width)
   float* scale;    // (batch)
   uint64_t* mask;  // (batch, n_blocks)
   float* missed;   // (batch, n_blocks)
@@ -43,7 +43,7 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
     at += line_up(bytes);
     return part;
   };
-  return {.q = reinterpret_cast<int8_t*>(take(batch * chunks_of(d) * kChunk)),
+  return {.q = reinterpret_cast<int8_t*>(take(batch * q_width(d))),
           .scale = reinterpret_cast<float*>(take(batch * 4)),
           .mask = reinterpret_cast<uint64_t*>(take(batch * n_blocks * 8)),
           .missed = reinterpret_cast<float*>(take(batch * n_blocks * 4))};
@@ -52,7 +52,6 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
 // Sense and recover one block of neurons for every row of the batch.
 void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
   const Loops& loop = loops();
-  const int64_t chunks = chunks_of(p.d);
   const int64_t n_blocks = blocks_of(p.n_neurons);
   const int64_t first = block * kBlock;
   const int64_t n = std::min(kBlock, p.n_neurons - first);
@@ -60,8 +59,8 @@ void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
   float usage[kBlock];
   for (int64_t b0 = 0; b0 < p.batch; b0 += kRowsAtOnce) {
     const int64_t rows = std::min(kRowsAtOnce, p.batch - b0);
-    loop.measure(p.codes + first * 2 * row_bytes(p.d, p.bits), 2 * n, chunks, p.bits,
-                 parts.q + b0 * chunks * kChunk, rows, y, 2 * kBlock);
+    loop.measure(p.codes + first * 2 * row_bytes(p.d, p.code), 2 * n, p.d, p.code,
+                 parts.q + b0 * q_width(p.d), rows, y, 2 * kBlock);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = b0 + i;
       const bool all = !std::isfinite(parts.scale[b]);
@@ -97,8 +96,8 @@ void list_tiles(const SelectParams& p, const Parts& parts, int64_t b) {
 
 int64_t host::select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t n_blocks = blocks_of(n_neurons);
-  return line_up(batch * chunks_of(d) * kChunk) + line_up(batch * 4) +
-         line_up(batch * n_blocks * 8) + line_up(batch * n_blocks * 4);
+  return line_up(batch * q_width(d)) + line_up(batch * 4) + line_up(batch * n_blocks * 8) +
+         line_up(batch * n_blocks * 4);
 }
 
 void host::select(const SelectParams& p) {
@@ -107,10 +106,10 @@ void host::select(const SelectParams& p) {
   const int64_t x_bytes = p.d * (p.dtype == DType::kF32 ? 4 : 2);
   for (int64_t b = 0; b < p.batch; ++b) {
     parts.scale[b] = loop.quantize(static_cast<const char*>(p.x) + b * x_bytes, p.equal, p.d,
-                                   p.dtype, parts.q + b * chunks_of(p.d) * kChunk);
+                                   p.dtype, parts.q + b * q_width(p.d));
   }
   const int64_t n_blocks = blocks_of(p.n_neurons);
-#pragma omp parallel for schedule(dynamic) if (p.n_neurons * 2 * row_bytes(p.d, p.bits) > \
+#pragma omp parallel for schedule(dynamic) if (p.n_neurons * 2 * row_bytes(p.d, p.code) > \
                                                    kBytesAlone)
   for (int64_t block = 0; block < n_blocks; ++block) select_block(p, parts, block);
   for (int64_t b = 0; b < p.batch; ++b) list_tiles(p, parts, b);

@@ -10,7 +10,7 @@ namespace csfast {
 int64_t Session::bind(const FfnParams& layer) {
   check_neurons("session", layer.batch, layer.n_neurons);
   check_width("session", layer.d);
-  check_bits("session", layer.d, layer.bits);
+  check_code("session", layer.d, layer.code);
   check_tile_rows("session", layer.tile_rows);
   layers_.push_back(layer);
   return n_layers() - 1;

@@ -71,7 +71,7 @@ void ffn(const FfnParams& p, Stream stream) {
           .batch = p.batch,
           .d = p.d,
           .n_neurons = p.n_neurons,
-          .bits = p.bits,
+          .code = p.code,
           .tile_rows = p.tile_rows,
           .dtype = p.dtype},
          stream);

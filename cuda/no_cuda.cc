@@ -4,6 +4,7 @@
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
 #include "csfast/omp.h"
+#include "csfast/project.h"
 #include "csfast/recover.h"
 #include "csfast/select.h"
 #include "csfast/sense.h"
@@ -30,6 +31,9 @@ void tile(const TileParams&, Stream) {
 }
 void omp(const OmpParams&, Stream) {
   missing("omp");
+}
+void project(const ProjectParams&, Stream) {
+  missing("project");
 }
 int64_t execute_workspace(int64_t, int64_t, int64_t) {
   missing("execute");

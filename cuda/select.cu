@@ -20,14 +20,14 @@ constexpr int kListThreads = kCompactWarps * kWarp;
 
 // Where the parts of the workspace begin, and its size.
 struct Layout {
-  int64_t q;      // (batch, chunks * 128), int8
+  int64_t q;      // (batch, q_width), int8
   int64_t scale;  // (batch), float
   int64_t usage;  // (batch, n_neurons), float
   int64_t bytes;
 };
 
 constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
-  const int64_t scale = padded(batch * chunks_of(d) * kChunk);
+  const int64_t scale = padded(batch * q_width(d));
   const int64_t usage = scale + padded(batch * int64_t{sizeof(float)});
   return {.q = 0,
           .scale = scale,
@@ -35,13 +35,13 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
           .bytes = usage + padded(batch * n_neurons * int64_t{sizeof(float)})};
 }
 
-template <int kBits>
+template <Code kCode>
 __global__ void __launch_bounds__(kMeasureWarps* kWarp) usage_kernel(const SelectParams p) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   const float* scale = at<float>(p.workspace, layout.scale);               // (batch)
   const float2* row_scale = reinterpret_cast<const float2*>(p.row_scale);  // (n_neurons)
   float* usage = at<float>(p.workspace, layout.usage);                     // (batch, n_neurons)
-  measure_neurons<kBits>(p.codes, at<int8_t>(p.workspace, layout.q), p.batch, p.d, p.n_neurons,
+  measure_neurons<kCode>(p.codes, at<int8_t>(p.workspace, layout.q), p.batch, p.d, p.n_neurons,
                          [&](int64_t b, int64_t j, int y_gate, int y_up) {
                            usage[b * p.n_neurons + j] =
                                usage_of(scale[b], row_scale[j], y_gate, y_up);
@@ -101,8 +101,8 @@ void select(const SelectParams& p, Stream stream) {
                  .d = p.d},
                 p.batch, stream);
   });
-  dispatch_bits(p.bits, "select", [&]<int kBits>() {
-    launch("select", "usage", usage_kernel<kBits>,
+  dispatch_code(p.code, "select", [&]<Code kCode>() {
+    launch("select", "usage", usage_kernel<kCode>,
            dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),
            dim3(kMeasureWarps * kWarp), stream, p);
   });

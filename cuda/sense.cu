@@ -1,7 +1,8 @@
 // Sense on CUDA: quantise the activation, then one warp per two neurons.
 //
-// Reads the codes once, n_neurons * 2 * row_bytes, which bounds it; four integer products of four
-// bytes go to every 16 bytes of 2-bit codes and activation. The activation stays in the L1 cache.
+// Reads the codes once, n_neurons * 2 * row_bytes, which bounds it; sixteen integer products of
+// four bytes go to every 16 bytes of 2-bit codes, and twenty to those of ternary ones, whose digits
+// take five operations for each product. The activation stays in the L1 cache.
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/measure.cuh"
@@ -11,10 +12,10 @@
 namespace csfast::cuda {
 namespace {
 
-template <int kBits>
+template <Code kCode>
 __global__ void __launch_bounds__(kMeasureWarps* kWarp) sense_kernel(const SenseParams p) {
   int2* y = reinterpret_cast<int2*>(p.y);  // (batch, n_neurons): gate, up
-  measure_neurons<kBits>(p.codes, p.q, p.batch, p.d, p.n_neurons,
+  measure_neurons<kCode>(p.codes, p.q, p.batch, p.d, p.n_neurons,
                          [&](int64_t b, int64_t j, int y_gate, int y_up) {
                            y[b * p.n_neurons + j] = make_int2(y_gate, y_up);
                          });
@@ -30,8 +31,8 @@ void sense(const SenseParams& p, Stream stream) {
     quantize<T>("sense", {.equal = p.equal, .x = p.x, .q = p.q, .scale = p.scale, .d = p.d},
                 p.batch, stream);
   });
-  dispatch_bits(p.bits, "sense", [&]<int kBits>() {
-    launch("sense", "sense", sense_kernel<kBits>,
+  dispatch_code(p.code, "sense", [&]<Code kCode>() {
+    launch("sense", "sense", sense_kernel<kCode>,
            dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),
            dim3(kMeasureWarps * kWarp), stream, p);
   });

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csfast import ops
+from csfast import ops, planes
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -18,6 +18,6 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=[1, 2, 3, 4], ids=lambda bits: f"{bits}bit")
+@pytest.fixture(params=planes.CODES, ids=lambda bits: f"{bits}bit" if bits in planes.BITS else bits)
 def bits(request):
     return request.param

@@ -1,5 +1,6 @@
 """The benchmark: what its files hold, and that what it times is right."""
 
+import dataclasses
 import json
 import math
 
@@ -57,10 +58,21 @@ def test_bytes_are_those_of_the_layer(results):
     assert read["complete"] == read["select"] + read["execute"]
 
 
-def test_random_layers_are_sensed_as_trained_ones_are():
+def test_a_ternary_layer_is_measured_too():
+    setting = bench.Setting(192, 256, 0.25, "ternary")
+    found = bench.run([setting], device=CPU, runs=1, n_layers=1, compiled=False)
+    assert [row["variant"] for row in found["rows"]] == list(bench.VARIANTS)
+    read = {row["variant"]: row["bytes"] for row in found["rows"]}
+    assert read["select"] == 2 * 256 * 48 + 8 * 256 + (4 + 2) * 192  # three groups of 80 channels
+    assert {row["case"] for row in found["rows"]} == {"ffn d=192 F=256 density=.25 bits=ternary"}
+
+
+@pytest.mark.parametrize("bits", [2, "ternary"])
+def test_random_layers_are_sensed_as_trained_ones_are(bits):
     """The shared row scale is no worse than a twentieth more error than one fitted for each row."""
-    layer = bench._random_layer(SMALL, torch.Generator().manual_seed(0), CPU)
-    y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=SMALL.bits)
+    setting = dataclasses.replace(SMALL, bits=bits)
+    layer = bench._random_layer(setting, torch.Generator().manual_seed(0), CPU)
+    y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
     estimate = reference.usage(y, scale, layer.row_scale)
     x = layer.x.double()
     a = torch.nn.functional.silu(x @ layer.gate.double().T) * (x @ layer.up.double().T)

@@ -98,6 +98,24 @@ def test_eval_writes_the_agreed_json(plan, data, folder):
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
 
 
+def test_ablate_writes_the_agreed_json(data, folder):
+    out, page = folder / "ablation.json", folder / "ablation.html"
+    done = call(
+        *("ablate", "demo", "--data", data, "--tokens", 30, "--bytes", ".5,.9"),
+        *("--methods", "planes-b2,oracle-neuron", "--json", out, "--html", page),
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["target"]) for row in rows] == [
+        *(("planes-b2", 0.5), ("planes-b2", 0.9), ("oracle-neuron", 0.5), ("oracle-neuron", 0.9)),
+    ]
+    for row in rows:
+        assert {"density", "sensor_fraction", "bytes_fraction", "delta", "per_task"} <= set(row)
+        assert {"recall", "energy", "density_per_layer", "density_per_task"} <= set(row)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+    assert not list(folder.glob("*.partial"))
+
+
 def test_bench_writes_the_agreed_json(folder):
     out = folder / "bench.json"
     done = call("bench", "execute", "--quick", "--json", out)
@@ -142,6 +160,10 @@ def test_a_sample_limit_counts_for_every_task(data):
         (("eval", "demo", "{plan}", "--data", "{folder}/missing.jsonl"), "[read]"),
         (("eval", "demo", "{plan}", "--data", "{data}", "--density", "nan"), "density"),
         (("ablate", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("ablate", "demo", "--data", "{data}", "--methods", "magic"), "method 'magic'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", ".5,x"), "--bytes '.5,x'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", "1.5"), "bytes fraction 1.5"),
+        (("ablate", "demo", "--data", "{data}", "--resume"), "--resume without --json"),
         (("eval", "demo", "{plan}", "--data", "{one}", "--part", "report"), "no document"),
         (("bench", "sense", "--quick", "--json", "{folder}/no/such/folder.json"), "no/such"),
     ],
@@ -209,6 +231,34 @@ def test_ctrl_c_ends_calibration_and_it_resumes(folder):
     )
     assert done.returncode == 0, done.stderr
     assert out.exists() and not partial.exists()
+
+
+def test_ctrl_c_ends_an_ablation_and_leaves_its_rows(data, folder):
+    out = folder / "stopped.json"
+    partial = pathlib.Path(f"{out}.partial")
+    # Training predictors lasts long enough to be interrupted.
+    methods = "oracle-neuron,dejavu-384,dejavu-383,dejavu-382,dejavu-381,dejavu-380"
+    options = ["--data", str(data), "--tokens", "30", "--methods", methods, "--json", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csfast", "ablate", "demo", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        assert partial.exists(), process.communicate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert not out.exists()
+    assert list(json.loads(partial.read_text())["rows"]) == ["oracle-neuron"]
 
 
 def test_a_reader_that_leaves_is_no_error(plan):

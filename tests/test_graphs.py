@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csfast import ops, planes, reference
+from csfast import cases, ops, planes, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -199,6 +199,38 @@ def test_a_captured_session_overwrites_its_output(layer, dtype):
         graph.replay()
         tiles, _ = layer.select(threshold, x, 1)
         assert torch.equal(out, layer.execute(x, tiles))
+
+
+def test_a_replayed_projection_follows_x(dtype):
+    phi, x = random((40, 264), dtype, 35), random((5, 264), dtype, 36)
+    graph, y = capture(lambda: ops.project(phi, x, rows=33))
+    for seed in (37, 38):
+        x.copy_(random((5, 264), dtype, seed))
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, ops.project(phi, x, rows=33))
+
+
+def test_a_replayed_ternary_selection_follows_x(dtype):
+    made = cases.Case("ternary", batch=5, d=264, n_neurons=301)
+    p = made.make(dtype, "cuda", bits="ternary")
+    x = p.x.clone()
+    threshold = torch.zeros(5, device="cuda")
+
+    def select():
+        return ops.select(p.codes, p.equal, p.row_scale, threshold, x, bits="ternary")
+
+    graph, (tiles, missed) = capture(select)
+    for seed, quantile in ((1, 0.5), (2, 0.9)):
+        x.copy_(random((5, 264), dtype, seed))
+        y, scale = ops.sense(p.codes, p.equal, x, bits="ternary")
+        usage = ops.recover(y, scale, p.row_scale, threshold=torch.zeros_like(threshold)).usage
+        threshold.copy_(usage.quantile(quantile, dim=1))
+        graph.replay()
+        want, want_missed = select()
+        assert_same_list(tiles, want)
+        assert torch.equal(missed, want_missed)
+        assert 0 < int(tiles.n_tiles.sum()) < 5 * 301
 
 
 def test_a_side_stream_gives_the_same(layer, dtype, sizes):

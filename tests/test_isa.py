@@ -13,7 +13,7 @@ from csfast import ops
 TESTS = pathlib.Path(__file__).parent
 FILES = [
     str(TESTS / f"test_{op}.py")
-    for op in ("sense", "recover", "select", "execute", "ffn", "session")
+    for op in ("sense", "project", "recover", "select", "execute", "ffn", "session")
 ]
 
 

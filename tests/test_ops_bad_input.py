@@ -42,6 +42,8 @@ def good():
         tile_rows=1,
         stats=torch.zeros(2, dtype=torch.int64),
         max_batch=BATCH,
+        phi=p.gate[:9],
+        rows=5,
     )
 
 
@@ -49,6 +51,8 @@ def call(op, a):
     layer = ("codes", "equal", "row_scale", "threshold", "gate", "up", "down_t")
     if op == "sense":
         return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
+    if op == "project":
+        return ops.project(a["phi"], a["x"], rows=a["rows"])
     if op == "recover":
         return ops.recover(a["y"], a["scale"], a["row_scale"], threshold=a["threshold"])
     if op == "recover top":
@@ -93,6 +97,8 @@ ROWS = [
     ("session", "down_t", lambda t: t.to("meta"), ValueError, "down_t is on meta: want cpu or"),
     ("ffn", "x", lambda t: t.to("meta"), ValueError, "x is on meta: want cpu or cuda"),
     ("execute", "tile", lambda t: t.to("meta"), ValueError, "tile is on meta: want cpu or cuda"),
+    ("project", "phi", lambda t: t.tolist(), TypeError, "phi is a list: want a torch.Tensor"),
+    ("project", "phi", lambda t: t.to("meta"), ValueError, "phi is on meta: want cpu or cuda"),
     # Dtype
     ("sense", "codes", lambda t: t.char(), TypeError, "codes is int8: want uint8"),
     ("sense", "equal", lambda t: t.double(), TypeError, "equal is float64: want float32"),
@@ -108,7 +114,12 @@ ROWS = [
     ("ffn", "down_t", lambda t: t.float(), TypeError, "down_t is float32: want bfloat16"),
     ("ffn", "stats", lambda t: t.int(), TypeError, "stats is int32: want int64"),
     ("session", "row_scale", lambda t: t.bfloat16(), TypeError, "row_scale is bfloat16: want"),
+    ("project", "phi", lambda t: t.double(), TypeError, "phi is float64: want float32, float16 or"),
+    ("project", "phi", lambda t: t.float(), TypeError, "x is bfloat16: want float32"),
+    ("project", "x", lambda t: t.half(), TypeError, "x is float16: want bfloat16"),
     # Strides
+    ("project", "phi", lambda t: t.T.contiguous().T, TypeError, r"phi of shape \(9, 200\)"),
+    ("project", "x", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "x of shape"),
     ("sense", "codes", lambda t: t.mT.contiguous().mT, TypeError, "other strides"),
     ("sense", "x", lambda t: t.T.contiguous().T, TypeError, r"x of shape \(2, 200\) has other"),
     ("execute", "down_t", lambda t: t.T.contiguous().T, TypeError, "want a contiguous tensor"),
@@ -134,12 +145,17 @@ ROWS = [
     ("ffn", "stats", lambda t: t[:1], ValueError, "stats has shape"),
     ("session", "threshold", lambda t: t[:1], ValueError, "max_batch = 2"),
     ("session", "gate", lambda t: t[0], ValueError, "gate"),
+    ("project", "phi", lambda t: t[0], ValueError, "phi of 1 axes and x of 2: want"),
+    ("project", "x", lambda t: t[None], ValueError, "phi of 2 axes and x of 3: want"),
+    ("project", "x", lambda t: t[:, :-1].contiguous(), ValueError, r"x has shape \(2, 199\): want"),
     # Nothing there
+    ("project", "phi", lambda t: t[:0], ValueError, "rows = 5: want 1 to m = 0"),
     ("sense", "x", lambda t: t[:, :0], ValueError, "d = 0|chunks = 0"),
     ("execute", "gate", lambda t: t[:0], ValueError, "n_neurons = 0|up has shape"),
     ("recover", "y", lambda t: t[:, :0], ValueError, "n_neurons = 0|row_scale has shape"),
     ("tile", "index", lambda t: t[:, :0], ValueError, "n_neurons = 0"),
     # Absurd sizes, refused before any memory is touched
+    ("project", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows of 5"),
     ("sense", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("execute", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("ffn", "x", lambda t: huge(65536, D), ValueError, "batch = 65536 rows"),
@@ -153,8 +169,15 @@ ROWS = [
     ("sense", "bits", lambda v: 3, ValueError, r"codes has shape .* 16 \* bits = 48"),
     ("sense", "bits", lambda v: -1, ValueError, "bits = -1"),
     ("sense", "bits", lambda v: 1 << 40, ValueError, "bits = 1099511627776"),
-    ("sense", "bits", lambda v: "2", TypeError, "bits is a str: want an int"),
-    ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int"),
+    ("sense", "bits", lambda v: "2", ValueError, "bits = '2': want 1 to 4 or \"ternary\""),
+    ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int or \"ternary\""),
+    ("session", "bits", lambda v: [2], TypeError, "bits is a list: want an int or"),
+    ("session", "bits", lambda v: 5, ValueError, "bits = 5: want 1 to 4 or"),
+    ("select", "bits", lambda v: "ternary", ValueError, r"want .* groups = 3, 16\)"),
+    ("project", "rows", lambda v: 0, ValueError, "rows = 0: want 1 to m = 9"),
+    ("project", "rows", lambda v: 10, ValueError, "rows = 10: want 1 to m = 9"),
+    ("project", "rows", lambda v: -1, ValueError, "rows = -1: want"),
+    ("project", "rows", lambda v: 2.0, TypeError, "rows is a float: want an int"),
     ("tile", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0: want at least 1"),
     ("select", "tile_rows", lambda v: -3, ValueError, "tile_rows = -3"),
     ("execute", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0|tile has shape"),
@@ -187,7 +210,7 @@ def test_refuses(good, op, name, change, error, message):
     assert re.search(message, text), text
 
 
-OPS = ("sense", "recover", "recover top", "tile", "execute", "select", "ffn", "session")
+OPS = ("sense", "project", "recover", "recover top", "tile", "execute", "select", "ffn", "session")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -109,9 +109,9 @@ def test_threads_change_nothing():
     assert torch.equal(missed_one, missed_two)
 
 
-@pytest.mark.parametrize("bits", [0, 5])
+@pytest.mark.parametrize("bits", [0, 5, "trits"])
 def test_refuses_bits_out_of_range(bits):
     p = made(CASES[2], torch.float32, "cpu")
-    codes = torch.zeros(77, 2, 2, 16 * bits, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=rf"\[select\] bits = {bits}: want 1 to 4"):
+    codes = torch.zeros(77, 2, 2, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"\[select\] bits = {bits!r}: want 1 to 4 or \"tern"):
         ops.select(codes, p.equal, p.row_scale, torch.zeros(3), p.x, bits=bits)

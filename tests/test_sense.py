@@ -6,6 +6,10 @@ from csfast.cases import CASES, LARGE, Case
 from numeric import made
 
 
+def n_codes(bits):
+    return 3 if bits == "ternary" else 2**bits
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_equals_reference_exactly(case, dtype, bits, device):
     """The product is specified in integers, so there is no tolerance."""
@@ -16,12 +20,12 @@ def test_equals_reference_exactly(case, dtype, bits, device):
     assert torch.equal(scale, want_scale)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, "ternary"])
 def test_equals_reference_on_a_large_layer(bits, device):
+    """Any byte is five ternary digits: the 13 that no code packs to as well."""
     g = torch.Generator().manual_seed(1)
-    codes = torch.randint(
-        0, 256, (LARGE.n_neurons, 2, LARGE.d // 128, 16 * bits), dtype=torch.uint8, generator=g
-    ).to(device)
+    shape = (LARGE.n_neurons, 2, *planes.row_shape(LARGE.d, bits))
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).to(device)
     x = torch.randn(2, LARGE.d, generator=g).to(device)
     equal = torch.ones(LARGE.d, device=device)
     y, scale = ops.sense(codes, equal, x, bits=bits)
@@ -45,14 +49,13 @@ def test_rounds_the_activation_as_specified(seed, dtype, device):
 
 
 def test_every_code_counts(bits, device):
-    """One channel at a time, every code: y = 127 (2 u - (2^bits - 1))."""
-    d, levels = 256, 2**bits
-    u = torch.arange(2 * d, dtype=torch.int64).remainder(levels).view(2, d).to(torch.uint8)
-    codes = planes.pack(u, bits).view(1, 2, 2, 16 * bits).to(device)
+    """One channel at a time, every code: y is 127 times its level."""
+    d = 256
+    u = torch.arange(2 * d, dtype=torch.int64).remainder(n_codes(bits)).view(2, d).to(torch.uint8)
+    codes = planes.pack(u, bits)[None].to(device)
     x = torch.eye(d, device=device)
     y, scale = ops.sense(codes, torch.ones(d, device=device), x, bits=bits)
-    want = 127 * (2 * u.to(torch.int32).T - (levels - 1))
-    assert torch.equal(y[:, 0].cpu(), want)
+    assert torch.equal(y[:, 0].cpu(), 127 * planes.levels_of(u, bits).int().T)
     assert torch.equal(scale.cpu(), torch.full((d,), 1 / 127))
 
 
@@ -83,12 +86,15 @@ def test_massive_channels_change_nothing(dtype, bits, device):
     assert y.abs().max() > 0
 
 
-def test_is_linear_in_the_codes_complement(bits, device):
-    """Flipping every bit of the codes negates 2 u - (2^bits - 1), padding included."""
+def test_counting_codes_from_the_other_end_negates_the_measurements(bits, device):
+    """Padding included: its codes change as well."""
     p = made(CASES[2], torch.float32, device, bits=bits)
     y, _ = ops.sense(p.codes, p.equal, p.x, bits=bits)
-    flipped, _ = ops.sense(255 - p.codes, p.equal, p.x, bits=bits)
-    assert torch.equal(flipped, -y)
+    u = planes.unpack(p.codes.flatten(0, 1), bits, p.codes[0, 0].numel() * 8)
+    flipped = planes.pack(n_codes(bits) - 1 - u, bits).view_as(p.codes)
+    assert not torch.equal(flipped, p.codes)
+    got, _ = ops.sense(flipped, p.equal, p.x, bits=bits)
+    assert torch.equal(got, -y)
 
 
 def test_permuting_the_batch_permutes_the_result(device):
@@ -127,14 +133,27 @@ def test_tiny_activations(value, device):
     assert scale.item() == (torch.tensor([value]) / torch.tensor([127.0])).item()
 
 
-@pytest.mark.parametrize(("bits", "d_max"), [(1, 8_454_656), (4, 563_584)])
-def test_width_at_which_int32_may_overflow(bits, d_max):
+@pytest.mark.parametrize(
+    ("bits", "d_max", "given"),
+    [
+        (1, 8_454_656, "channels of 1 bits"),
+        (4, 563_584, "channels of 4 bits"),
+        ("ternary", 524_288, "ternary channels"),
+    ],
+)
+def test_width_at_which_int32_may_overflow(bits, d_max, given):
     d = d_max + 1
-    codes = torch.zeros(1, 2, -(-d // 128), 16 * bits, dtype=torch.uint8)
-    with pytest.raises(
-        ValueError, match=rf"\[sense\] d = {d} channels of {bits} bits: want at most"
-    ):
+    codes = torch.zeros(1, 2, *planes.row_shape(d, bits), dtype=torch.uint8)
+    message = rf"\[sense\] d = {d} {given}: want at most {d_max}, or int32 may overflow\."
+    with pytest.raises(ValueError, match=message):
         ops.sense(codes, torch.ones(d), torch.zeros(1, d), bits=bits)
+
+
+@pytest.mark.parametrize("code", [0, 6, -1, 257, 1 << 30])
+def test_refuses_a_code_that_is_none(code):
+    codes, equal, x = torch.zeros(1, 2, 1, 32, dtype=torch.uint8), torch.ones(8), torch.ones(1, 8)
+    with pytest.raises(ValueError, match=r"\[sense\] code = \d+: want 1 to 5, a csfast::Code\."):
+        torch.ops.csfast.sense.default(codes, equal, x, code)
 
 
 def test_largest_sum_does_not_overflow(device):
@@ -144,3 +163,14 @@ def test_largest_sum_does_not_overflow(device):
     x = torch.ones(1, d, device=device)
     y, _ = ops.sense(codes, torch.ones(d, device=device), x, bits=4)
     assert y.flatten().tolist() == [15 * 127 * d] * 2
+
+
+@pytest.mark.parametrize(("byte", "level"), [(0xFF, 1), (0, -1)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_largest_ternary_sum_does_not_overflow(byte, level, rows, device):
+    """Every code and every activation at its most, on as many channels as there may be."""
+    d = 1 << 19
+    codes = torch.full((1, 2, *planes.row_shape(d, "ternary")), byte, dtype=torch.uint8)
+    x = torch.ones(rows, d, device=device)
+    y, _ = ops.sense(codes.to(device), torch.ones(d, device=device), x, bits="ternary")
+    assert y.flatten().tolist() == [level * 127 * d] * 2 * rows

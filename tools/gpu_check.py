@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from csfast import bench, cases, ops, planes, reference, timing
+from csfast import bench, cases, ops, planes, reference, timing, types
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "timings")
@@ -48,12 +48,12 @@ class Case:
     batch: int
     d: int
     n_neurons: int
-    bits: int
+    bits: types.Code
     tile_rows: int
     dtype: torch.dtype
 
 
-# Every width of a code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
+# Every code and every dtype, rows on and off 16 bytes, sizes off every block and tile,
 # more than one panel of x, whole groups of a batch and single rows.
 SANITIZED = (
     Case(batch=1, d=256, n_neurons=96, bits=2, tile_rows=1, dtype=torch.bfloat16),
@@ -61,6 +61,14 @@ SANITIZED = (
     Case(batch=3, d=33, n_neurons=7, bits=1, tile_rows=1, dtype=torch.float32),
     Case(batch=2, d=4104, n_neurons=40, bits=4, tile_rows=64, dtype=torch.bfloat16),
     Case(batch=1, d=64, n_neurons=1100, bits=2, tile_rows=1, dtype=torch.float32),
+    Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
+)
+
+# One of everything, sizes off every load and block, more channels than a warp has in flight.
+SANITIZED_PROJECTS = (
+    (cases.ProjectCase("one", batch=1, d=1, m=1), torch.float32),
+    (cases.ProjectCase("ragged", batch=6, d=203, m=13), torch.bfloat16),
+    (cases.ProjectCase("aligned", batch=5, d=2056, m=9), torch.float16),
 )
 
 # One atom, fewer atoms than lanes, more than threads; more atoms taken than a block has warps.
@@ -272,6 +280,11 @@ def sanitize_target() -> int:
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
+    for measured, dtype in SANITIZED_PROJECTS:
+        phi, x = measured.make_exact(dtype, "cpu")
+        for rows in (measured.m, 1):
+            y = ops.project(phi.cuda(), x.cuda(), rows=rows)
+            assert torch.equal(y.cpu().double(), reference.project(phi, x, rows=rows)), measured
     for pursuit in SANITIZED_PURSUITS:
         made = pursuit.make()
         tensors = [t.float() for t in (made.gram, made.correlation, made.energy)]
@@ -283,7 +296,7 @@ def sanitize_target() -> int:
         want = ops.omp(*given, budget_max=pursuit.n_nonzero)
         for name in ("index", "count", "status"):
             assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (pursuit, name)
-    print(f"{len(SANITIZED) + len(SANITIZED_PURSUITS)} cases")
+    print(f"{len(SANITIZED) + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)} cases")
     return 0
 
 

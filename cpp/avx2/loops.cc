@@ -7,6 +7,7 @@ const Loops* loops() {
   static constexpr Loops kLoops{.name = "avx2",
                                 .quantize = quantize,
                                 .measure = measure,
+                                .project = project,
                                 .keep = keep,
                                 .gather = gather,
                                 .finish = finish};

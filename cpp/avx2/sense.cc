@@ -2,7 +2,7 @@
 // 16 bits and on to 32, exact.
 //
 // Reads the codes once, 2 * d * bits / 8 bytes a neuron, with about forty instructions a cache line
-// at two bits: bound by memory.
+// at two bits: bound by memory. Ternary codes take ninety a line, and bind one core.
 #include "csfast/sense.h"
 
 #include <immintrin.h>
@@ -91,14 +91,16 @@ int32_t sum_of(__m256i v) {
 
 // kRows rows of the batch at once, so that the codes are decoded once for all.
 template <int kBits, int kRows>
-void measure_rows(const uint8_t* codes, int64_t rows, int64_t chunks, const int8_t* q, int32_t* y,
-                  int64_t y_stride) {
+void measure_planes(const uint8_t* codes, int64_t rows, int64_t d, const int8_t* q, int32_t* y,
+                    int64_t y_stride) {
+  const int64_t chunks = chunks_of(d);
+  const int64_t q_stride = q_width(d);
   const __m256i one = _mm256_set1_epi8(1);
   int32_t offset[kRows];  // (2^bits - 1) sum q
   for (int b = 0; b < kRows; ++b) {
     __m256i total = _mm256_setzero_si256();
     for (int64_t k = 0; k < chunks; ++k) {
-      total = add_dot(total, {{one, one, one, one}}, q + (b * chunks + k) * kChunk);
+      total = add_dot(total, {{one, one, one, one}}, q + b * q_stride + k * kChunk);
     }
     offset[b] = ((1 << kBits) - 1) * sum_of(total);
   }
@@ -109,7 +111,7 @@ void measure_rows(const uint8_t* codes, int64_t rows, int64_t chunks, const int8
       const Codes u = decode<kBits>(codes);
 #pragma GCC unroll 4
       for (int b = 0; b < kRows; ++b) {
-        sums[b] = add_dot(sums[b], u, q + (b * chunks + k) * kChunk);
+        sums[b] = add_dot(sums[b], u, q + b * q_stride + k * kChunk);
       }
     }
 #pragma GCC unroll 4
@@ -117,14 +119,72 @@ void measure_rows(const uint8_t* codes, int64_t rows, int64_t chunks, const int8
   }
 }
 
-template <int kBits>
-void measure_bits(const uint8_t* codes, int64_t rows, int64_t chunks, const int8_t* q,
-                  int64_t batch, int32_t* y, int64_t y_stride) {
+// Five digits of 32 bytes, each times one activation, at most 2 * 2 * 127 a pair.
+static_assert(kTrits * 2 * 2 * 127 <= std::numeric_limits<int16_t>::max());
+
+__m256i load_half(const void* p) {  // 16 bytes, then zeros
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+
+// Ternary rows. A digit is how many of 86 and 171 its byte reaches, which is 3 byte / 256; bytes
+// are compared with their upper bit flipped, as signed ones, and tripling leaves it flipped.
+template <int kRows>
+void measure_ternary(const uint8_t* codes, int64_t rows, int64_t d, const int8_t* q, int32_t* y,
+                     int64_t y_stride) {
+  const int64_t width = row_bytes(d, Code::kTernary);
+  const int64_t q_stride = q_width(d);
+  const __m256i one = _mm256_set1_epi16(1);
+  int32_t offset[kRows];  // sum q
+  for (int b = 0; b < kRows; ++b) {
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t c = 0; c < q_stride; c += 32) {
+      const __m256i pairs =
+          _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes(q + b * q_stride + c));
+      total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, one));
+    }
+    offset[b] = sum_of(total);
+  }
+  for (int64_t r = 0; r < rows; ++r, codes += width) {
+    __m256i sums[kRows] = {};
+    const auto add = [&](int64_t i, auto load) {
+      __m256i byte = _mm256_xor_si256(load(codes + i), _mm256_set1_epi8(-128));
+      __m256i parts[kRows] = {};
+#pragma GCC unroll 5
+      for (int k = 0; k < kTrits; ++k) {
+        const __m256i reached =
+            _mm256_add_epi8(_mm256_cmpgt_epi8(byte, _mm256_set1_epi8(85 - 128)),
+                            _mm256_cmpgt_epi8(byte, _mm256_set1_epi8(170 - 128)));
+        const __m256i u = _mm256_abs_epi8(reached);
+        byte = _mm256_add_epi8(byte, _mm256_add_epi8(byte, byte));
+#pragma GCC unroll 4
+        for (int b = 0; b < kRows; ++b) {
+          const __m256i at = load(q + b * q_stride + k * width + i);
+          parts[b] = _mm256_add_epi16(parts[b], _mm256_maddubs_epi16(u, at));
+        }
+      }
+#pragma GCC unroll 4
+      for (int b = 0; b < kRows; ++b) {
+        sums[b] = _mm256_add_epi32(sums[b], _mm256_madd_epi16(parts[b], one));
+      }
+    };
+    int64_t i = 0;
+    for (; i + 32 <= width; i += 32) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + i + kAhead), _MM_HINT_T0);
+      add(i, load_bytes);
+    }
+    if (i < width) add(i, load_half);
+#pragma GCC unroll 4
+    for (int b = 0; b < kRows; ++b) y[b * y_stride + r] = sum_of(sums[b]) - offset[b];
+  }
+}
+
+// Calls f.operator()<kRows>(q, y) for all rows of the batch, as many at once as f can take.
+template <typename F>
+void for_batch(int64_t d, const int8_t* q, int64_t batch, int32_t* y, int64_t y_stride, F&& f) {
   int64_t b = 0;
   const auto run = [&]<int kRows>() {
     for (; b + kRows <= batch; b += kRows) {
-      measure_rows<kBits, kRows>(codes, rows, chunks, q + b * chunks * kChunk, y + b * y_stride,
-                                 y_stride);
+      f.template operator()<kRows>(q + b * q_width(d), y + b * y_stride);
     }
   };
   run.template operator()<4>();
@@ -152,7 +212,7 @@ float quantize_row(const char* x, const float* equal, int64_t d, int8_t* q) {
     finite = finite && _mm256_movemask_ps(_mm256_cmp_ps(e, largest, _CMP_LE_OQ)) == 0xff;
     peaks = _mm256_max_ps(peaks, e);
   }
-  std::fill(q, q + chunks_of(d) * kChunk, int8_t{0});
+  std::fill(q, q + q_width(d), int8_t{0});
   if (!finite) return std::numeric_limits<float>::quiet_NaN();
   const float peak = max_of(peaks);
   if (peak == 0.0f) return 0.0f;
@@ -181,17 +241,26 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
   });
 }
 
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept {
-  switch (bits) {
-    case 1:
-      return measure_bits<1>(codes, rows, chunks, q, batch, y, y_stride);
-    case 2:
-      return measure_bits<2>(codes, rows, chunks, q, batch, y, y_stride);
-    case 3:
-      return measure_bits<3>(codes, rows, chunks, q, batch, y, y_stride);
-    default:
-      return measure_bits<4>(codes, rows, chunks, q, batch, y, y_stride);
+  const auto planes = [&]<int kBits>() {
+    for_batch(d, q, batch, y, y_stride, [&]<int kRows>(const int8_t* at, int32_t* to) {
+      measure_planes<kBits, kRows>(codes, rows, d, at, to, y_stride);
+    });
+  };
+  switch (code) {
+    case Code::kBits1:
+      return planes.template operator()<1>();
+    case Code::kBits2:
+      return planes.template operator()<2>();
+    case Code::kBits3:
+      return planes.template operator()<3>();
+    case Code::kBits4:
+      return planes.template operator()<4>();
+    case Code::kTernary:
+      for_batch(d, q, batch, y, y_stride, [&]<int kRows>(const int8_t* at, int32_t* to) {
+        measure_ternary<kRows>(codes, rows, d, at, to, y_stride);
+      });
   }
 }
 

@@ -35,6 +35,37 @@ int32_t dot_chunk(const uint8_t* p, int bits, const int8_t* q) {
   return low + 4 * (bits == 3 ? dot_bits(p + 32, q) : dot_pairs(p + 32, q));
 }
 
+int32_t sum_of(const int8_t* q, int64_t n) {
+  int32_t total = 0;
+  for (int64_t c = 0; c < n; ++c) total += q[c];
+  return total;
+}
+
+int32_t dot_planes(const uint8_t* p, int64_t d, int bits, const int8_t* q) {
+  int32_t acc = 0;
+  for (int64_t k = 0; k < chunks_of(d); ++k) {
+    acc += dot_chunk(p + k * 16 * bits, bits, q + k * kChunk);
+  }
+  return acc;
+}
+
+int32_t dot_trits(const uint8_t* p, int64_t d, const int8_t* q) {
+  const int64_t width = row_bytes(d, Code::kTernary);
+  int32_t acc = 0;
+  for (int64_t i = 0; i < width; i += 16) {
+    uint8_t rest[16];
+    std::copy_n(p + i, 16, rest);
+    for (int k = 0; k < kTrits; ++k) {
+      for (int m = 0; m < 16; ++m) {
+        const int three = 3 * rest[m];
+        acc += (three >> 8) * q[k * width + i + m];
+        rest[m] = static_cast<uint8_t>(three);
+      }
+    }
+  }
+  return acc;
+}
+
 }  // namespace
 
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept {
@@ -47,7 +78,7 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
       finite = finite && e <= std::numeric_limits<float>::max();
       peak = std::max(peak, e);
     }
-    std::fill(q, q + chunks_of(d) * kChunk, int8_t{0});
+    std::fill(q, q + q_width(d), int8_t{0});
     if (!finite) return std::numeric_limits<float>::quiet_NaN();
     if (peak == 0.0f) return 0.0f;
     const float inverse = 127.0f / peak;
@@ -60,19 +91,16 @@ float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t
   });
 }
 
-void measure(const uint8_t* codes, int64_t rows, int64_t chunks, int bits, const int8_t* q,
+void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept {
   for (int64_t b = 0; b < batch; ++b) {
-    const int8_t* row = q + b * chunks * kChunk;
-    int32_t total = 0;
-    for (int64_t c = 0; c < chunks * kChunk; ++c) total += row[c];
+    const int8_t* row = q + b * q_width(d);
+    const int32_t total = sum_of(row, d);
     for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* p = codes + r * chunks * 16 * bits;
-      int32_t acc = 0;
-      for (int64_t k = 0; k < chunks; ++k) {
-        acc += dot_chunk(p + k * 16 * bits, bits, row + k * kChunk);
-      }
-      y[b * y_stride + r] = 2 * acc - ((1 << bits) - 1) * total;
+      const uint8_t* p = codes + r * row_bytes(d, code);
+      y[b * y_stride + r] = code == Code::kTernary ? dot_trits(p, d, row) - total
+                                                   : 2 * dot_planes(p, d, bits_of(code), row) -
+                                                         ((1 << bits_of(code)) - 1) * total;
     }
   }
 }

@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "csfast/planes.h"
 #include "csfast/types.h"
 
 namespace csfast::cuda {
@@ -24,21 +25,22 @@ void dispatch(DType dtype, const char* op, F&& f) {
   throw BackendError(std::string("[") + op + "] unknown dtype.");
 }
 
-// Calls f.operator()<kBits>() with the number of bits as a constant.
+// Calls f.operator()<kCode>() with the code as a constant.
 template <typename F>
-void dispatch_bits(int bits, const char* op, F&& f) {
-  switch (bits) {
-    case 1:
-      return f.template operator()<1>();
-    case 2:
-      return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
-    case 4:
-      return f.template operator()<4>();
+void dispatch_code(Code code, const char* op, F&& f) {
+  switch (code) {
+    case Code::kBits1:
+      return f.template operator()<Code::kBits1>();
+    case Code::kBits2:
+      return f.template operator()<Code::kBits2>();
+    case Code::kBits3:
+      return f.template operator()<Code::kBits3>();
+    case Code::kBits4:
+      return f.template operator()<Code::kBits4>();
+    case Code::kTernary:
+      return f.template operator()<Code::kTernary>();
   }
-  throw BackendError(std::string("[") + op + "] bits = " + std::to_string(bits) +
-                     ": want 1, 2, 3 or 4.");
+  throw BackendError(std::string("[") + op + "] unknown code.");
 }
 
 }  // namespace csfast::cuda

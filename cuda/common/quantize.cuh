@@ -12,7 +12,7 @@ namespace csfast::cuda {
 struct QuantizeParams {
   const float* equal;  // (d)
   const void* x;       // (batch, d), T
-  int8_t* q;           // (batch, chunks * 128), written; zero beyond d
+  int8_t* q;           // (batch, q_width), written; zero beyond d
   float* scale;        // (batch), written
   int64_t d;
 };
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
   __shared__ unsigned warp_peak[kQuantizeWarps];
   const int64_t b = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t width = chunks_of(p.d) * kChunk;
+  const int64_t width = q_width(p.d);
   const T* x = static_cast<const T*>(p.x) + b * p.d;  // (d)
   int8_t* q = p.q + b * width;                        // (width)
 

@@ -1,20 +1,22 @@
 #include "csfast/ffn.h"
 
 #include "call.h"
+#include "codes.h"
 
 using namespace nb::literals;
 
 namespace {
 
 void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
-         nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, int bits, int tile_rows,
+         nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, int code, int tile_rows,
          nb::handle stats, nb::handle workspace, nb::handle out, uintptr_t stream) {
   Call call("ffn");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
   csfast::FfnParams p{};
   p.x = call.in_type(x, "x", {&batch, &d});
-  Size chunks{"chunks", csfast::chunks_of(d)}, bytes{"16 * bits", 16 * int64_t{bits}};
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &chunks, &bytes});
+  p.code = code_of(code);
+  CodeSizes sizes(p.code, d);
+  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
   p.threshold = call.in<float>(threshold, "threshold", {&batch});
@@ -27,7 +29,6 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
-  p.bits = bits;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   unlocked([&] { csfast::ffn(p, call.device(), stream_of(stream)); });
@@ -42,11 +43,11 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda) {
 
 void bind_ffn(nb::module_& m) {
   m.def("ffn", &ffn, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
-        "down_t"_a, "x"_a, "bits"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "out"_a,
+        "down_t"_a, "x"_a, "code"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "out"_a,
         "stream"_a,
         nb::sig("def ffn(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
                 "threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, "
-                "down_t: torch.Tensor, x: torch.Tensor, bits: int, tile_rows: int, "
+                "down_t: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
                 "stats: torch.Tensor | None, workspace: torch.Tensor, out: torch.Tensor, "
                 "stream: int) -> None"));
   m.def("ffn_workspace", &ffn_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);

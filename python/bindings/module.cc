@@ -9,6 +9,7 @@ void bind_sense(nb::module_& m);
 void bind_recover(nb::module_& m);
 void bind_tile(nb::module_& m);
 void bind_omp(nb::module_& m);
+void bind_project(nb::module_& m);
 void bind_execute(nb::module_& m);
 void bind_select(nb::module_& m);
 void bind_ffn(nb::module_& m);
@@ -23,6 +24,7 @@ NB_MODULE(_native, m) {
   bind_recover(m);
   bind_tile(m);
   bind_omp(m);
+  bind_project(m);
   bind_execute(m);
   bind_select(m);
   bind_ffn(m);

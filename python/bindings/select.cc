@@ -1,6 +1,7 @@
 #include "csfast/select.h"
 
 #include "call.h"
+#include "codes.h"
 #include "csfast/tile.h"
 
 using namespace nb::literals;
@@ -9,14 +10,15 @@ namespace {
 
 // Not `select`: the C library has one, outside every namespace.
 void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
-                  nb::handle x, int bits, int tile_rows, nb::handle workspace, nb::handle tiles,
+                  nb::handle x, int code, int tile_rows, nb::handle workspace, nb::handle tiles,
                   nb::handle n_tiles, nb::handle missed, uintptr_t stream) {
   Call call("select");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
   csfast::SelectParams p{};
   p.x = call.in_type(x, "x", {&batch, &d});
-  Size chunks{"chunks", csfast::chunks_of(d)}, bytes{"16 * bits", 16 * int64_t{bits}};
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &chunks, &bytes});
+  p.code = code_of(code);
+  CodeSizes sizes(p.code, d);
+  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
   p.threshold = call.in<float>(threshold, "threshold", {&batch});
@@ -28,7 +30,6 @@ void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
-  p.bits = bits;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   unlocked([&] { csfast::select(p, call.device(), stream_of(stream)); });
@@ -43,9 +44,9 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda)
 
 void bind_select(nb::module_& m) {
   m.def("select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a,
-        "bits"_a, "tile_rows"_a, "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
+        "code"_a, "tile_rows"_a, "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
         nb::sig("def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
-                "threshold: torch.Tensor, x: torch.Tensor, bits: int, tile_rows: int, "
+                "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
                 "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
                 "missed: torch.Tensor, stream: int) -> None"));
   m.def("select_workspace", &select_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);

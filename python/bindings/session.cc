@@ -1,13 +1,14 @@
 #include "csfast/session.h"
 
 #include "call.h"
+#include "codes.h"
 
 using namespace nb::literals;
 
 namespace {
 
 int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::handle row_scale,
-             nb::handle threshold, nb::handle gate, nb::handle up, nb::handle down_t, int bits,
+             nb::handle threshold, nb::handle gate, nb::handle up, nb::handle down_t, int code,
              int tile_rows, nb::handle stats, nb::handle workspace, bool cuda) {
   Call call("session");
   Size batch{"max_batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
@@ -15,8 +16,9 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.gate = call.in_type(gate, "gate", {&n, &d});
   p.up = call.in_type(up, "up", {&n, &d});
   p.down_t = call.in_type(down_t, "down_t", {&n, &d});
-  Size chunks{"chunks", csfast::chunks_of(d)}, bytes{"16 * bits", 16 * int64_t{bits}};
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &chunks, &bytes});
+  p.code = code_of(code);
+  CodeSizes sizes(p.code, d);
+  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
   p.equal = call.in<float>(equal, "equal", {&d});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
   p.threshold = call.in<float>(threshold, "threshold", {&batch});
@@ -28,7 +30,6 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
   p.batch = batch;
   p.d = d;
   p.n_neurons = n;
-  p.bits = bits;
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   return session.bind(p);
@@ -53,10 +54,10 @@ void bind_session(nb::module_& m) {
           },
           "cuda"_a)
       .def("bind", &bind, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
-           "down_t"_a, "bits"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "cuda"_a,
+           "down_t"_a, "code"_a, "tile_rows"_a, "stats"_a.none(), "workspace"_a, "cuda"_a,
            nb::sig("def bind(self, codes: torch.Tensor, equal: torch.Tensor, "
                    "row_scale: torch.Tensor, threshold: torch.Tensor, gate: torch.Tensor, "
-                   "up: torch.Tensor, down_t: torch.Tensor, bits: int, tile_rows: int, "
+                   "up: torch.Tensor, down_t: torch.Tensor, code: int, tile_rows: int, "
                    "stats: torch.Tensor | None, workspace: torch.Tensor, cuda: bool) -> int"))
       .def("ffn", &ffn, "layer"_a, "x"_a, "out"_a, "batch"_a, "stream"_a);
 }

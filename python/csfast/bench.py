@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import doctor, ops, planes, timing
+from .types import Code
 
 VARIANTS = ("complete", "execute", "select", "sense")
 N_LAYERS = 6  # rotated: 600 MB of bf16 weights at d = 2048, F = 8192, more than any cache holds
@@ -32,7 +33,7 @@ class Setting:
     d: int  # channels of the activation
     n_neurons: int  # rows of the gate and of the up projection
     density: float  # fraction of the neurons, in (0, 1]
-    bits: int = 2  # of a code
+    bits: Code = 2  # of a weight
 
     @property
     def case(self) -> str:
@@ -54,7 +55,7 @@ class _Layer:
     up: Tensor  # (n_neurons, d)
     down: Tensor  # (d, n_neurons)
     down_t: Tensor  # (n_neurons, d)
-    codes: Tensor  # (n_neurons, 2, chunks, 16 * bits), uint8
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
     equal: Tensor  # (d,), float32
     row_scale: Tensor  # (n_neurons, 2), float32
     x: Tensor  # (1, d)
@@ -103,7 +104,7 @@ def run(
     rows: list[dict[str, Any]] = []
     layers: list[_Layer] = []
     dense: dict[str, Callable[[int], Tensor]] = {}
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int, int, Code] | None = None
     for setting in settings:
         if progress is not None:
             progress(setting.case)

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .types import Code
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The tensors of one feed-forward layer, its codes, and a batch of activations."""
 
-    codes: Tensor  # (n_neurons, 2, chunks, 16 * bits) uint8
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes) uint8
     equal: Tensor  # (d,) float32
     row_scale: Tensor  # (n_neurons, 2) float32, the norm of the down row folded into [:, 1]
     gate: Tensor  # (n_neurons, d) T
     up: Tensor  # (n_neurons, d) T
     down_t: Tensor  # (n_neurons, d) T
     x: Tensor  # (batch, d) T
-    bits: int
+    bits: Code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Case:
     d: int
     n_neurons: int
 
-    def make(self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0) -> Problem:
+    def make(self, dtype: torch.dtype, device: str, *, bits: Code = 2, seed: int = 0) -> Problem:
         """Make a layer like a trained one: its channels differ in size by factors of up to 8.
 
         Args:
             dtype: T, of the weights and the activations.
             device: Where the tensors shall be.
-            bits: Width of the codes, 1 to 4.
+            bits: Code of the weights, 1 to 4 or "ternary".
             seed: Of the random numbers.
         """
         g = torch.Generator().manual_seed(seed)
@@ -56,7 +57,7 @@ class Case:
         return _problem((gate, up, down_t, x), planes.equalizer(gain.square()), dtype, device, bits)
 
     def make_exact(
-        self, dtype: torch.dtype, device: str, *, bits: int = 2, seed: int = 0
+        self, dtype: torch.dtype, device: str, *, bits: Code = 2, seed: int = 0
     ) -> Problem:
         """Make a layer of small integers, on which `execute` has nothing to round but its output.
 
@@ -73,7 +74,7 @@ class Case:
         down_t = _signs(g, self.n_neurons, self.d, 1)
         return _problem((gate, up, down_t, x), torch.ones(self.d), dtype, device, bits)
 
-    def sense_bytes(self, bits: int) -> int:
+    def sense_bytes(self, bits: Code) -> int:
         """Least bytes that `sense` and `select` read."""
         return planes.n_bytes(self.n_neurons, self.d, bits)
 
@@ -87,7 +88,7 @@ def _problem(
     equal: Tensor,
     dtype: torch.dtype,
     device: str,
-    bits: int,
+    bits: Code,
 ) -> Problem:
     gate, up, down_t, x = (t.to(dtype) for t in tensors)
     scales = [planes.fit_scale(w, equal, bits) for w in (gate, up)]
@@ -116,6 +117,35 @@ def _sparse(g: torch.Generator, rows: int, columns: int, filled: int) -> Tensor:
     out = torch.zeros(rows, columns)
     at = torch.randint(0, columns, (rows, filled), generator=g)
     return out.scatter_(1, at, _signs(g, rows, filled, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectCase:
+    """Sizes of a problem of `ops.project`, and how to make one."""
+
+    name: str
+    batch: int
+    d: int
+    m: int
+
+    def make(self, dtype: torch.dtype, device: str, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Make Gaussian ``phi (m, d)``, rows of about unit norm, and ``x (batch, d)``, both T."""
+        g = torch.Generator().manual_seed(seed)
+        phi = torch.randn(self.m, self.d, generator=g) / self.d**0.5
+        x = torch.randn(self.batch, self.d, generator=g)
+        return phi.to(device, dtype), x.to(device, dtype)
+
+    def make_exact(
+        self, dtype: torch.dtype, device: str, *, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Make integers of magnitude 1 to 8: no sum reaches 2^24 below d = 262,144."""
+        g = torch.Generator().manual_seed(seed)
+        phi, x = _signs(g, self.m, self.d, 8), _signs(g, self.batch, self.d, 8)
+        return phi.to(device, dtype), x.to(device, dtype)
+
+    def project_bytes(self, itemsize: int) -> int:
+        """Least bytes that `project` reads and writes."""
+        return (self.m + self.batch) * self.d * itemsize + self.batch * self.m * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +204,14 @@ CASES = (
     Case("demo_layer_batch", batch=16, d=384, n_neurons=1152),
 )
 LARGE = Case("large", batch=1, d=2048, n_neurons=8192)
+PROJECTS = (
+    ProjectCase("smallest", batch=1, d=1, m=1),
+    ProjectCase("ragged", batch=3, d=33, m=7),
+    ProjectCase("off_line", batch=5, d=200, m=77),
+    ProjectCase("empty_batch", batch=0, d=64, m=8),
+    ProjectCase("sketch", batch=1, d=4096, m=512),
+    ProjectCase("sketch_batch", batch=16, d=1000, m=96),
+)
 PURSUITS = (
     PursuitCase("smallest", batch=1, m=1, n_atoms=1, n_nonzero=1),
     PursuitCase("ragged", batch=3, m=20, n_atoms=33, n_nonzero=4),

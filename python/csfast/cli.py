@@ -24,9 +24,9 @@ from . import demo as demo_
 from . import doctor as doctor_
 from . import documents, engine, models, ops, report, tables, timing
 from ._version import __version__
+from .ablate import ablate as ablate_
 from .calibrate import TOKENS_MAX
 from .calibrate import calibrate as calibrate_
-from .evaluate import ablate as ablate_
 from .evaluate import evaluate
 from .plan import Plan, write_atomic
 from .types import POOLED, Document
@@ -268,17 +268,50 @@ def ablate(
     data: Data = None,
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 2000,
+    methods: Annotated[
+        str, typer.Option(help="full, quick, or names with commas between.", metavar="NAMES")
+    ] = "full",
+    bytes_: Annotated[
+        str, typer.Option("--bytes", help="Fractions of the dense bytes.", metavar="FRACTIONS")
+    ] = ".25,.35,.55,.75",
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
     json_file: Json = None,
     html_file: Html = None,
     device: Where = DeviceName.CPU,
     seed: Seed = 0,
 ) -> None:
     """Compare csfast's selection with other rules and with quantisation, loss against bytes."""
+    if resume and json_file is None:
+        raise ValueError(
+            "[ablate] --resume without --json: want the file of the run to go on with."
+        )
+    try:
+        fractions = [float(part) for part in bytes_.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"[ablate] --bytes {bytes_!r}: want fractions with commas between."
+        ) from error
     select = _documents(data, Part.SELECT, limit)
     kept = _documents(data, Part.REPORT, limit)
     net, tokenizer = _load(model, device, dtype="float32")  # rounding would blur small differences
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
     with _progress("ablate") as advance:
-        results = ablate_(net, tokenizer, select, kept, tokens=tokens, seed=seed, progress=advance)
+        results = ablate_(
+            net,
+            tokenizer,
+            select,
+            kept,
+            methods=methods if methods in ("full", "quick") else methods.split(","),
+            bytes_fractions=fractions,
+            tokens=tokens,
+            seed=seed,
+            resume=partial,
+            progress=advance,
+        )
     table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
     for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
         table.add_row(
@@ -290,6 +323,8 @@ def ablate(
         )
     Console().print(table)
     _write_json(json_file, results)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     if html_file is not None:
         report.write_report(html_file, ablation=results)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import BackendError, cuda_available, isa
+from .types import TERNARY, Code
 
 __all__ = [
     "BackendError",
@@ -36,6 +37,7 @@ __all__ = [
     "ffn",
     "isa",
     "omp",
+    "project",
     "recover",
     "select",
     "sense",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _INT32_MAX = 2**31 - 1
+_CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +88,14 @@ class Pursuit:
     status: Tensor  # (batch,) int32: a `PursuitStatus`
 
 
-def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Measure every neuron's gate and up row by few-bit codes, exactly in integers.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8, see `planes.pack`.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8, see `planes.pack`.
         equal: Channel equaliser, ``(d,)``, float32.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
 
     Returns:
         Measurements ``(batch, n_neurons, 2)``, int32, gate then up, and the scale of each row,
@@ -104,8 +107,7 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor
         BackendError: The device has no csfast backend, or it failed.
     """
     _check_tensors("sense", codes=codes, equal=equal, x=x)
-    _check_ints("sense", bits=bits)
-    y, scale = torch.ops.csfast.sense.default(codes, equal, x, bits)
+    y, scale = torch.ops.csfast.sense.default(codes, equal, x, _code("sense", bits))
     return y, scale
 
 
@@ -222,6 +224,34 @@ def omp(
     )
 
 
+def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
+    """Measure activations by the rows of a dense matrix: ``x @ phi[:rows].T``, summed in float32.
+
+    For random operators (`csfast.operators`), composed ones, and those of low rank, which are two
+    in a row. Deterministic: a measurement depends on its row of `phi` and its activation alone, so
+    fewer rows give a prefix of the measurements of more, bit for bit.
+
+    Args:
+        phi: Sensing matrix, ``(m, d)``, T.
+        x: Activations, ``(batch, d)``, T.
+        rows: Rows of `phi` that measure, the first, 1 to `m`; all if left out.
+
+    Returns:
+        Measurements ``(batch, rows)``, float32.
+
+    Raises:
+        ValueError: The shapes do not fit together, or `rows` is out of range.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    _check_tensors("project", phi=phi, x=x)
+    if rows is None:
+        rows = phi.shape[0] if phi.dim() == 2 else 0
+    _check_ints("project", rows=rows)
+    y: Tensor = torch.ops.csfast.project.default(phi, x, rows)
+    return y
+
+
 def execute(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, tiles: TileList) -> Tensor:
     """Run the gated feed-forward layer on the neurons of a tile list.
 
@@ -259,18 +289,18 @@ def select(
     threshold: Tensor,
     x: Tensor,
     *,
-    bits: int,
+    bits: Code,
     tile_rows: int = 1,
 ) -> tuple[TileList, Tensor]:
     """Sense, recover by threshold and tile, in one pass over the codes.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
         threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
 
     Returns:
@@ -285,9 +315,10 @@ def select(
     _check_tensors(
         "select", codes=codes, equal=equal, row_scale=row_scale, threshold=threshold, x=x
     )
-    _check_ints("select", bits=bits, tile_rows=tile_rows)
+    code = _code("select", bits)
+    _check_ints("select", tile_rows=tile_rows)
     tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, bits, tile_rows
+        codes, equal, row_scale, threshold, x, code, tile_rows
     )
     return TileList(tiles, n_tiles, tile_rows), missed
 
@@ -302,14 +333,14 @@ def ffn(
     down_t: Tensor,
     x: Tensor,
     *,
-    bits: int,
+    bits: Code,
     tile_rows: int = 1,
     stats: Tensor | None = None,
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
         equal: Channel equaliser, ``(d,)``, float32.
         row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
         threshold: Usage from which a neuron is kept, ``(batch,)``, float32.
@@ -317,7 +348,7 @@ def ffn(
         up: Up projection, ``(n_neurons, d)``, T.
         down_t: Transposed down projection, ``(n_neurons, d)``, T.
         x: Activations, ``(batch, d)``, T.
-        bits: Width of a code, 1 to 4.
+        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
         tile_rows: Neurons a tile, at least 1.
         stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
 
@@ -341,13 +372,14 @@ def ffn(
         x=x,
         **({} if stats is None else {"stats": stats}),
     )
-    _check_ints("ffn", bits=bits, tile_rows=tile_rows)
+    code = _code("ffn", bits)
+    _check_ints("ffn", tile_rows=tile_rows)
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     out: Tensor
     if stats is None:
-        out = torch.ops.csfast.ffn.default(*layer, x, bits, tile_rows)
+        out = torch.ops.csfast.ffn.default(*layer, x, code, tile_rows)
     else:
-        out = torch.ops.csfast.ffn.counted(*layer, x, bits, tile_rows, stats)
+        out = torch.ops.csfast.ffn.counted(*layer, x, code, tile_rows, stats)
     return out
 
 
@@ -383,7 +415,7 @@ class Session:
         gate: Tensor,
         up: Tensor,
         down_t: Tensor,
-        bits: int,
+        bits: Code,
         max_batch: int,
         tile_rows: int = 1,
         stats: Tensor | None = None,
@@ -391,7 +423,7 @@ class Session:
         """Check the tensors of one layer and take them over.
 
         Args:
-            codes: Packed codes, ``(n_neurons, 2, chunks, 16 * bits)``, uint8.
+            codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
             equal: Channel equaliser, ``(d,)``, float32.
             row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32.
             threshold: Usage from which a neuron is kept, ``(max_batch,)``, float32. Read at every
@@ -399,7 +431,7 @@ class Session:
             gate: Gate projection, ``(n_neurons, d)``, T.
             up: Up projection, ``(n_neurons, d)``, T.
             down_t: Transposed down projection, ``(n_neurons, d)``, T.
-            bits: Width of a code, 1 to 4.
+            bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
             max_batch: The most rows that a call may bring.
             tile_rows: Neurons a tile, at least 1.
             stats: Counters to add to, ``(2,)``, int64: rows of the batch, neurons executed.
@@ -423,7 +455,8 @@ class Session:
             **({} if stats is None else {"stats": stats}),
         }
         _check_tensors("session", **tensors)
-        _check_ints("session", bits=bits, tile_rows=tile_rows, max_batch=max_batch)
+        code = _code("session", bits)
+        _check_ints("session", tile_rows=tile_rows, max_batch=max_batch)
         if gate.device.type != self._device.type:
             raise ValueError(f"[session] gate is on {gate.device}: want {self._device}.")
         if gate.dim() != 2 or threshold.shape != (max_batch,):
@@ -444,7 +477,7 @@ class Session:
             gate.detach(),
             up.detach(),
             down_t.detach(),
-            bits,
+            code,
             tile_rows,
             stats,
             workspace,
@@ -514,6 +547,16 @@ def _check_tensors(op: str, **tensors: Tensor) -> None:
             )
 
 
+def _code(op: str, bits: Code) -> int:
+    """The number of a code, `csfast::Code`."""
+    if not isinstance(bits, (int, str)):
+        raise TypeError(f'[{op}] bits is a {type(bits).__name__}: want an int or "{TERNARY}".')
+    code = _CODES.get(bits)
+    if code is None:
+        raise ValueError(f'[{op}] bits = {bits!r}: want 1 to 4 or "{TERNARY}".')
+    return code
+
+
 def _check_ints(op: str, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int):
@@ -553,16 +596,16 @@ def _stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
-def _sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
     batch, d, _ = _sizes("sense", x, codes, 4)
-    y, scale = _fake_sense(codes, equal, x, bits)
-    q = x.new_empty((batch, -(-d // 128) * 128), dtype=torch.int8)
+    y, scale = _fake_sense(codes, equal, x, code)
+    q = x.new_empty((batch, _native.q_width(d)), dtype=torch.int8)
     codes, equal, x = _plain(codes, equal, x)
-    _native.sense(codes, equal, x, bits, q, y, scale, _stream(x))
+    _native.sense(codes, equal, x, code, q, y, scale, _stream(x))
     return y, scale
 
 
-def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
     batch, _, n_neurons = _sizes("sense", x, codes, 4)
     y = x.new_empty((batch, n_neurons, 2), dtype=torch.int32)
     return y, x.new_empty((batch,), dtype=torch.float32)
@@ -664,6 +707,28 @@ def _fake_omp(
     )
 
 
+def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    y = _fake_project(phi, x, rows)
+    phi, x = _plain(phi, x)
+    _native.project(phi, x, y, _stream(x))
+    return y
+
+
+def _fake_project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
+    if phi.dim() != 2 or x.dim() != 2:
+        raise ValueError(
+            f"[project] phi of {phi.dim()} axes and x of {x.dim()}: want (m, d) and (batch, d)."
+        )
+    m, batch = phi.shape[0], x.shape[0]
+    if not 1 <= rows <= m:
+        raise ValueError(f"[project] rows = {rows}: want 1 to m = {m}.")
+    if batch * rows > _INT32_MAX:
+        raise ValueError(
+            f"[project] batch = {batch} rows of {rows} measurements: want fewer than 2^31 in all."
+        )
+    return x.new_empty((batch, rows), dtype=torch.float32)
+
+
 def _execute(
     gate: Tensor,
     up: Tensor,
@@ -700,10 +765,10 @@ def _select(
     row_scale: Tensor,
     threshold: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles, n_tiles, missed = _fake_select(codes, equal, row_scale, threshold, x, bits, tile_rows)
+    tiles, n_tiles, missed = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows)
     batch, d, n_neurons = _sizes("select", x, codes, 4)
     workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
     codes, equal, row_scale, threshold, x = _plain(codes, equal, row_scale, threshold, x)
@@ -713,7 +778,7 @@ def _select(
         row_scale,
         threshold,
         x,
-        bits,
+        code,
         tile_rows,
         workspace,
         tiles,
@@ -730,7 +795,7 @@ def _fake_select(
     row_scale: Tensor,
     threshold: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, n_neurons = _sizes("select", x, codes, 4)
@@ -751,7 +816,7 @@ def _ffn(
     up: Tensor,
     down_t: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     stats: Tensor | None = None,
 ) -> Tensor:
@@ -769,7 +834,7 @@ def _ffn(
         up,
         down_t,
         x,
-        bits,
+        code,
         tile_rows,
         stats,
         workspace,
@@ -788,7 +853,7 @@ def _fake_ffn(
     up: Tensor,
     down_t: Tensor,
     x: Tensor,
-    bits: int,
+    code: int,
     tile_rows: int,
     stats: Tensor | None = None,
 ) -> Tensor:
@@ -818,7 +883,7 @@ def _register(schema: str, run: Callable[..., object], fake: Callable[..., objec
 
 
 _register(
-    "sense(Tensor codes, Tensor equal, Tensor x, int bits) -> (Tensor, Tensor)", _sense, _fake_sense
+    "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
 )
 _register(
     "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top)"
@@ -833,6 +898,7 @@ _register(
     _omp,
     _fake_omp,
 )
+_register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_project)
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
     " int tile_rows) -> Tensor",
@@ -840,7 +906,7 @@ _register(
     _fake_execute,
 )
 _register(
-    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int bits,"
+    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int code,"
     " int tile_rows) -> (Tensor, Tensor, Tensor)",
     _select,
     _fake_select,
@@ -849,7 +915,7 @@ _register(
 for _name, _stats in (("ffn", ""), ("ffn.counted", ", Tensor(a!) stats")):
     _register(
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
-        f" Tensor up, Tensor down_t, Tensor x, int bits, int tile_rows{_stats}) -> Tensor",
+        f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows{_stats}) -> Tensor",
         _ffn,
         _fake_ffn,
     )

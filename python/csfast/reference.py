@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .types import Code
 
 NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
 PIVOT = (
@@ -33,13 +34,18 @@ def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` int32 and ``scale (batch,)`` float32."""
     n_neurons, d = codes.shape[0], x.shape[1]
     q, scale = quantize(x, equal)
-    value = 2 * planes.unpack(codes.flatten(0, 1), bits, d).double() - (2**bits - 1)
+    value = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).double()
     y = q.double() @ value.T
     return y.to(torch.int32).view(-1, n_neurons, 2), scale
+
+
+def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
+    """Give the measurements ``(batch, rows)`` by the first rows of `phi`, float64."""
+    return x.double() @ phi[:rows].double().T
 
 
 def usage(y: Tensor, scale: Tensor, row_scale: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import dataclasses
 
 TASKS = ("math", "code", "prose", "instruct", "retrieval")
 POOLED = "pooled"
+TERNARY = "ternary"
+Code = int | str  # of a weight: bits, 1 to 4, or TERNARY
 
 
 class PlanError(ValueError):

@@ -10,7 +10,7 @@
 namespace csfast {
 
 struct FfnParams {
-  const uint8_t* codes;    // (n_neurons, 2, chunks, 16 * bits)
+  const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
   const float* equal;      // (d)
   const float* row_scale;  // (n_neurons, 2)
   const float* threshold;  // (batch)
@@ -22,7 +22,8 @@ struct FfnParams {
   void* out;               // (batch, d), T, written
   int64_t* stats;          // (2) or null: += batch, += neurons executed; read by nobody on the way
   int64_t batch, d, n_neurons;
-  int bits, tile_rows;
+  Code code;
+  int tile_rows;
   DType dtype;  // T
 };
 

@@ -9,7 +9,7 @@
 namespace csfast {
 
 struct SelectParams {
-  const uint8_t* codes;    // (n_neurons, 2, chunks, 16 * bits)
+  const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
   const float* equal;      // (d)
   const float* row_scale;  // (n_neurons, 2)
   const float* threshold;  // (batch)
@@ -19,7 +19,8 @@ struct SelectParams {
   int32_t* n_tiles;        // (batch), written
   float* missed;           // (batch), written, or null
   int64_t batch, d, n_neurons;
-  int bits, tile_rows;
+  Code code;
+  int tile_rows;
   DType dtype;  // T
 };
 

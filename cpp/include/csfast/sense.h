@@ -3,7 +3,7 @@
 //   e[b, c] = x[b, c] * equal[c]                          float32, rounded once
 //   scale[b] = max_c |e[b, c]| / 127                      float32
 //   q[b, c] = rint(e[b, c] * (127 / max_c |e[b, c]|))     half to even, clamped to [-127, 127]
-//   y[b, j, r] = sum_c (2 code[j, r, c] - (2^bits - 1)) q[b, c]      r = 0 gate, 1 up
+//   y[b, j, r] = sum_c level(code[j, r, c]) q[b, c]      r = 0 gate, 1 up; level as in planes.h
 //
 // `equal` evens out the channels (a massive one would otherwise leave the others no bits); its
 // inverse is folded into the codes. A row of x that is all zero has scale 0; one that is not finite
@@ -18,14 +18,14 @@
 namespace csfast {
 
 struct SenseParams {
-  const uint8_t* codes;  // (n_neurons, 2, chunks, 16 * bits), see planes.h
+  const uint8_t* codes;  // (n_neurons, 2, groups, group_bytes), see planes.h
   const float* equal;    // (d)
   const void* x;         // (batch, d), T
-  int8_t* q;             // (batch, chunks * 128), written; zero beyond d
+  int8_t* q;             // (batch, q_width), written; zero beyond d
   int32_t* y;            // (batch, n_neurons, 2), written
   float* scale;          // (batch), written
   int64_t batch, d, n_neurons;
-  int bits;     // 1 .. 4
+  Code code;
   DType dtype;  // T
 };
 
