@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import compressed, oracles, planes, quantize, reference
+from . import compressed, feedback, mixed, oracles, planes, quantize, reference
 from .judge import BYTES, Rule, Sample, Thresholds, Where
 from .models import Ffn
-from .plan import LayerPlan
 from .rules import (
     INDEX_BYTES,
     ROWS,
@@ -33,6 +31,7 @@ from .rules import (
     channel_bytes,
     channel_density,
     cuts,
+    down_norm,
     keep_large,
     largest_first,
     ranks,
@@ -55,7 +54,7 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(self, name: str, fit: Fit, bits: Code) -> None:
+    def __init__(self, name: str, fit: Fit, bits: Code, *, has_feedback: bool = True) -> None:
         """Code the rows of every layer, with the channels evened out over the sample."""
         super().__init__(name, fit.ffns)
         self.bits = bits
@@ -66,10 +65,8 @@ class Planes(NeuronRule):
                     f"below 2^24 only, want fewer bits."
                 )
         self._codes = fit.once(
-            ("planes", bits),
-            lambda: [
-                _coded(ffn, x, bits) for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True)
-            ],
+            ("planes", bits, has_feedback),
+            lambda: [_coded(fit, layer, bits, has_feedback) for layer in range(len(fit.ffns))],
         )
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
@@ -636,8 +633,11 @@ def build(method: str, fit: Fit) -> Rule:
     Raises:
         ValueError: The name is unknown, or its number is out of range.
     """
-    kind, numbers = _parse(method)
+    storage = mixed.Storage.parse(method)
     with torch.no_grad():
+        if storage is not None:
+            return mixed.Mixed(method, fit, storage)
+        kind, numbers = _parse(method)
         return _makers(method, numbers, fit)[kind]()
 
 
@@ -654,7 +654,9 @@ def _makers(method: str, numbers: Sequence[int], fit: Fit) -> dict[str, Callable
         ),
         "oracle-layer": lambda: oracles.LayerOracle(method, ffns, watched[oracles.STREAM]),
         "planes": lambda: Planes(method, fit, *numbers),
+        "planes-plain": lambda: Planes(method, fit, *numbers, has_feedback=False),
         "ternary": lambda: Planes(method, fit, TERNARY),
+        "ternary-plain": lambda: Planes(method, fit, TERNARY, has_feedback=False),
         "planes-block": lambda: BlockPlanes(method, fit, *numbers),
         "planes-joint": lambda: JointPlanes(method, fit, *numbers),
         "teal": lambda: Teal(method, ffns),
@@ -739,7 +741,9 @@ def quick_methods(shape: LayerShape) -> tuple[str, ...]:
 
 
 def family(method: str) -> str:
-    """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
+    """Say what a method is: ``oracle``, ``few-bit``, ``selection``, ``quantised`` or ``mixed``."""
+    if mixed.Storage.parse(method) is not None:
+        return "mixed"
     kind, _ = _parse(method)
     for start, name in (("oracle", "oracle"), ("planes", "few-bit"), ("ternary", "few-bit")):
         if kind.startswith(start):
@@ -756,7 +760,9 @@ _NAMES = {
     "oracle-head": "oracle-head",
     "oracle-layer": "oracle-layer",
     "planes": "planes-b<bits>",
+    "planes-plain": "planes-b<bits>-plain",
     "ternary": "ternary",
+    "ternary-plain": "ternary-plain",
     "planes-block": "planes-b<bits>-block-<size>",
     "planes-joint": "planes-b<bits>-joint-<requests>",
     "teal": "teal",
@@ -787,7 +793,8 @@ def _parse(method: str) -> tuple[str, tuple[int, ...]]:
         found = re.fullmatch(re.sub(r"<\w+>", r"(\\d{1,5})", name), method, re.ASCII)
         if found:
             return kind, tuple(int(number) for number in found.groups())
-    raise ValueError(f"[ablate] method {method!r}: want one of {', '.join(_NAMES.values())}.")
+    names = (*_NAMES.values(), mixed.NAMES)
+    raise ValueError(f"[ablate] method {method!r}: want one of {', '.join(names)}.")
 
 
 def _check_rank(method: str, ffns: Iterable[Ffn], rank: int) -> None:
@@ -816,15 +823,20 @@ class _Codes:
     row_scale: Tensor  # (n_neurons, 2)
 
 
-def _coded(ffn: Ffn, x: Tensor, bits: Code) -> _Codes:
-    setting = cast(int, bits)  # plans are typed for bits; their codes are those of `planes`
+def _coded(fit: Fit, layer: int, bits: Code, has_feedback: bool) -> _Codes:
+    ffn, x = fit.ffns[layer], fit.sample.inputs[layer]
     equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
-    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = LayerPlan.fit(*weights, equal, (setting,))
-    codes = layer.encode(*weights, bits=setting)
-    unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-    row_scale = layer.row_scale[setting].to(x.device)
-    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale)
+    factor = None
+    if has_feedback:
+        wide = equal.double()
+        factor = feedback.spread(fit.moment(layer) * wide[:, None] * wide)
+    levels, scales = [], []
+    for linear in (ffn.gate, ffn.up):
+        scales.append(planes.fit_scale(linear.weight, equal, bits))
+        packed = planes.encode(linear.weight, equal, scales[-1], bits, factor)
+        levels.append(planes.levels_of(planes.unpack(packed, bits, ffn.shape.d), bits))
+    row_scale = torch.stack([scales[0], scales[1] * down_norm(ffn)], dim=1)
+    return _Codes(equal, torch.cat(levels), row_scale)
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

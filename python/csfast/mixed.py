@@ -26,7 +26,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import nested
@@ -36,6 +35,7 @@ from .nested import Level
 from .rules import INDEX_BYTES, ROWS, Fit, activate, down_norm, second_moment
 from .types import LayerShape
 
+NAMES = "mixed-<bits>+<bits>, drop-<bits>+<bits>, mixed-<bits>/<bits>, drop-<bits>/<bits>"
 NUMBER_BYTES = 2  # of a scale or a norm that every neuron has
 _NAME = re.compile(
     r"(?P<kind>mixed|drop)-(?P<base>[1-8])(?P<how>[+/])(?P<full>[1-8]|16)"
