@@ -138,7 +138,6 @@ def test_ablate_writes_the_agreed_json(data, folder):
     assert not list(folder.glob("*.partial"))
 
 
-<<<<<<< HEAD
 def test_bench_of_omp_writes_its_json(folder):
     out = folder / "omp.json"
     done = call("bench", "omp", "--quick", "--json", out, "--commit", "abc")
@@ -148,7 +147,8 @@ def test_bench_of_omp_writes_its_json(folder):
     assert {row["agreement"] for row in results["rows"]} == {1.0}
     assert results["machine"]["commit"] == "abc"
     assert "problems/s" in done.output
-=======
+
+
 @pytest.mark.parametrize("generate", [False, True])
 def test_tokens_writes_the_agreed_json(plan, data, folder, generate):
     out, page = folder / "tokens.json", folder / "tokens.html"
@@ -201,7 +201,6 @@ def test_report_puts_files_on_one_page(folder):
     text = out.read_text()
     assert all(f'<h2 id="{kind}">' in text for kind in pages.MADE)
     assert text == report.render(**pages.everything())
->>>>>>> report
 
 
 def test_bench_writes_the_agreed_json(folder):

@@ -414,7 +414,7 @@ def tokens(
     plan: PlanFile,
     data: Data = None,
     density: Density = 0.5,
-    bits: Bits = 2,
+    bits: Bits = "2",
     task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
     generate: Annotated[
         bool, typer.Option("--generate", help="Continue the prompts instead of following the text.")
@@ -440,7 +440,7 @@ def tokens(
             loaded,
             samples,
             density=density,
-            bits=bits,
+            bits=_code(bits),
             task=task,
             generate=generate,
             tokens=limit_tokens,

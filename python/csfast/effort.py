@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import engine, evaluate, judge
 from .judge import Piece, Progress
 from .plan import Plan
-from .types import POOLED, Document
+from .types import POOLED, Code, Document
 
 TOKENS_MIN = 32  # of a response that shows something, where the documents have one
 HALF = "\ufffd"  # what a tokenizer gives for bytes that do not end a character
@@ -28,7 +28,7 @@ def examples(
     documents: Sequence[Document],
     *,
     density: float = 0.5,
-    bits: int = 2,
+    bits: Code = 2,
     task: str = POOLED,
     generate: bool = False,
     tokens: int = 160,
@@ -110,7 +110,7 @@ def continued(
     pieces: Sequence[Piece],
     *,
     density: float,
-    bits: int,
+    bits: Code,
     task: str,
     tokens: int,
 ) -> list[Piece]:
