@@ -118,6 +118,21 @@ def test_a_rule_that_is_far_off_is_tried_again(model):
     assert [judge.mean_read(pieces, of.read).mean() for of in measured] == [61, 40, 160]
 
 
+def test_rules_meet_the_densities_asked_for(run):
+    """Without a target in bytes: every rule that has a dial at each density, the others once."""
+    found = run(methods=("oracle-neuron", "planes-b2", "teal", "rtn-int4"), densities=(0.2, 0.6))
+    assert found["best"] == [] and found["notes"] == []
+    by_method = {}
+    for row in found["rows"]:
+        assert row["target"] is None
+        by_method.setdefault(row["method"], []).append(row)
+    assert "target_density" not in by_method.pop("rtn-int4")[0]
+    for method, rows in by_method.items():
+        assert [row["target_density"] for row in rows] == [0.2, 0.6]
+        for row in rows:
+            assert row["density"] == pytest.approx(row["target_density"], abs=0.08), method
+
+
 def test_a_sensor_above_the_target_is_noted(ablation):
     # Three bits of 128 padded channels for 64: .28 of the dense bytes; the gate is a third.
     noted = [note.split(" ", 1)[0] for note in ablation["notes"]]

@@ -240,13 +240,20 @@ def measure(args: argparse.Namespace) -> None:
             select,
             report,
             methods=(*METHODS, f"lowrank-{d // 8}", f"lowrank-{d // 4}"),
-            densities=DENSITIES,
+            densities=args.densities,
             tokens=args.tokens,
             seed=args.seed,
         )
         result["models"].append({**about, "dense": table["dense"], "documents": table["documents"]})
         rows += [
-            {"size": about["size"], "params": about["parameters"], "tokens": about["tokens"], **row}
+            {
+                **row,
+                "size": about["size"],
+                "params": about["parameters"],
+                "tokens": about["tokens"],
+                "density": row.get("target_density"),
+                "density_met": row["density"],
+            }
             for row in table["rows"]
         ]
         result["seconds"] = round(time.time() - start, 1)
@@ -277,6 +284,7 @@ def arguments() -> argparse.Namespace:
     verb.add_argument("--runs", type=Path, required=True, help="folder of the models")
     verb.add_argument("--only", nargs="+", help="names of models")
     verb.add_argument("--json", type=Path, required=True)
+    verb.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     verb.add_argument("--tokens", type=int, default=6000, help="scored tokens of every task")
     verb.add_argument("--device", default="cuda")
     for verb in verbs.choices.values():

@@ -41,6 +41,7 @@ _NAME = re.compile(
     r"(?P<kind>mixed|drop)-(?P<base>[1-8])(?P<how>[+/])(?P<full>[1-8]|16)"
     r"(?:-g(?P<group>\d{2,4}))?(?P<plain>-plain)?(?P<cell>-cell)?(?P<usage>-usage)?"
 )
+_STEP = 2.0**-5  # of a derivative: the third one, below 1, errs by 2^-12 at most
 _ROUNDS = 40  # halvings of the logarithm of a threshold: to one part in 10^9
 
 
@@ -134,11 +135,13 @@ class Mixed(Rule):
         is_full = ~(error < thresholds[1])
         is_base = self._at_base(usage, thresholds[0]) & ~is_full
         gate, up, down_t = coded.full
-        a_full = activate(self.ffns[layer], x @ gate.T) * (x @ up.T)
+        ffn = self.ffns[layer]
+        a_full = activate(ffn, _biased(x @ gate.T, ffn.gate.bias)) * _biased(x @ up.T, ffn.up.bias)
         out = torch.where(is_full, a_full, 0.0) @ down_t
         if self.storage.executes_base:
             out = out + torch.where(is_base, a_base, 0.0) @ coded.base[2]
         reads_base = is_base | is_full if self.storage.is_nested else is_base
+        out = _biased(out, ffn.down.bias)
         return out, torch.stack([reads_base.sum(dim=1), is_full.sum(dim=1)], dim=1)
 
     def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:
@@ -146,21 +149,14 @@ class Mixed(Rule):
         base, full = counts
         return (
             self.sensor_bytes(shape)
-            + base * self._row_bytes(shape, self.storage.base)
-            + full * (3 * self._row_bytes(shape, self.storage.full) + INDEX_BYTES)
+            + base * base_row_bytes(self.storage, shape)
+            + full * (3 * full_row_bytes(self.storage, shape) + INDEX_BYTES)
         )
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give the base of gate and up and the norms; the output's scales, too."""
-        rows = 2 * self._row_bytes(shape, self.storage.base) + NUMBER_BYTES
+        rows = 2 * base_row_bytes(self.storage, shape) + NUMBER_BYTES
         return shape.n_neurons * rows + shape.d * NUMBER_BYTES
-
-    def stored_bytes(self, shape: LayerShape) -> float:
-        """Give the bytes that the layer takes in memory."""
-        rows = sum(self._row_bytes(shape, bits) for bits in (self.storage.base, self.storage.full))
-        if not (self.storage.executes_base or self.storage.is_nested):
-            rows -= self._row_bytes(shape, self.storage.base) / 3  # the base of down is not needed
-        return shape.n_neurons * (3 * rows + NUMBER_BYTES) + shape.d * NUMBER_BYTES
 
     def density(self, shape: LayerShape, counts: Sequence[float]) -> float:
         """Give the fraction of neurons that are refined."""
@@ -170,15 +166,6 @@ class Mixed(Rule):
         """Give all neurons; those that are read in full have no need of a separate base."""
         has_base = self.storage.is_nested
         return float(shape.n_neurons * has_base), float(shape.n_neurons)
-
-    def _row_bytes(self, shape: LayerShape, bits: int) -> float:
-        """Bytes of one row of one code."""
-        if bits == 16:
-            return 2.0 * shape.d
-        is_refinement = self.storage.is_nested and bits == self.storage.full
-        own_steps = not (self.storage.is_relative and is_refinement)
-        steps = -(-shape.d // self.storage.group) + NUMBER_BYTES if own_steps else 0
-        return shape.d * bits / 8 + steps
 
     def _at_base(self, usage: Tensor, threshold: float) -> Tensor:
         """Neurons that are worth their base row of down."""
@@ -194,8 +181,8 @@ class Mixed(Rule):
         least = self.sensor_bytes(shape)
         wanted = least + share * (most - least)
         costs = (
-            self._row_bytes(shape, self.storage.full) * 3 + INDEX_BYTES,
-            self._row_bytes(shape, self.storage.base),
+            full_row_bytes(self.storage, shape) * 3 + INDEX_BYTES,
+            base_row_bytes(self.storage, shape),
         )
         ratio = (costs[0] / costs[1]) ** 0.5
         low, high = -60.0, 60.0  # logarithms of thresholds that keep everything, or nothing
@@ -223,12 +210,13 @@ class Mixed(Rule):
         """
         coded = self._coded[layer]
         gate, up, _ = coded.base
-        g, u = x @ gate.T, x @ up.T
-        act = activate(self.ffns[layer], g)
+        ffn = self.ffns[layer]
+        g, u = _biased(x @ gate.T, ffn.gate.bias), _biased(x @ up.T, ffn.up.bias)
+        act = activate(ffn, g)
         a = act * u
         length = x.square().sum(dim=1, keepdim=True).sqrt()
         gate_noise, up_noise = coded.noise[0] * length, coded.noise[1] * length
-        slope = _slope(self.ffns[layer], g)
+        slope = _slope(ffn, g)
         from_gate = (slope * gate_noise).square() * (u.square() + up_noise.square())
         from_up = (act * up_noise).square()
         norm = coded.norm.square()
@@ -274,6 +262,31 @@ class Mixed(Rule):
             down_norm(ffn),
             torch.stack(noise),
         )
+
+
+def base_row_bytes(storage: Storage, shape: LayerShape) -> float:
+    """Give the bytes of one row of the base, its steps included."""
+    return shape.d * storage.base / 8 + _step_bytes(storage, shape)
+
+
+def full_row_bytes(storage: Storage, shape: LayerShape) -> float:
+    """Give the bytes of one row of the second code, its steps included."""
+    if storage.full == 16:
+        return 2.0 * shape.d
+    steps = 0.0 if storage.is_relative else _step_bytes(storage, shape)
+    return shape.d * storage.full / 8 + steps
+
+
+def _step_bytes(storage: Storage, shape: LayerShape) -> float:
+    return -(-shape.d // storage.group) + NUMBER_BYTES
+
+
+def stored_bytes(storage: Storage, shape: LayerShape) -> float:
+    """Give the bytes that a layer takes in memory, norms and the output's scales included."""
+    base, full = base_row_bytes(storage, shape), full_row_bytes(storage, shape)
+    # Without execution of the base, and beside codes that stand alone, its down rows are not kept.
+    base_rows = 3 if storage.executes_base or storage.is_nested else 2
+    return shape.n_neurons * (base_rows * base + 3 * full + NUMBER_BYTES) + shape.d * NUMBER_BYTES
 
 
 def _levels(
@@ -324,6 +337,9 @@ def _cells(left: Tensor, level: Level, bits: int) -> Tensor:
 
 
 def _slope(ffn: Ffn, g: Tensor) -> Tensor:
-    """Derivative of the activation function."""
-    s = torch.sigmoid(g)
-    return s * (1 + g * (1 - s))
+    """Derivative of the activation function, by central differences."""
+    return (activate(ffn, g + _STEP) - activate(ffn, g - _STEP)) / (2 * _STEP)
+
+
+def _biased(z: Tensor, bias: Tensor | None) -> Tensor:
+    return z if bias is None else z + bias
