@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from csfast import reference
+from csfast import nested, reference
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
@@ -44,6 +44,13 @@ def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (n + 1) * (EPS_F32 * (a.double().abs() @ b.double().abs().T) + 2.0**-120)
 
 
+def nested_size(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sum of the magnitudes that a nested measurement adds up, entry by entry, float64."""
+    q = reference.quantize(x, equal)[0].double().abs()
+    weights = [nested.unpack(packed, x.shape[1]).decode().double().abs() for packed in levels]
+    return (q @ torch.stack(weights).sum(dim=0).T).view(len(x), len(levels[0].codes), 2)
+
+
 def nested_tolerance(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Bound on the error of the nested measurement, entry by entry.
 
@@ -53,7 +60,7 @@ def nested_tolerance(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tens
     they add up to. Whatever falls below the normal numbers is below 2^-126 each time.
     """
     n = levels[0].exponent.shape[-1] + 6 + len(levels)
-    return n * (EPS_F32 * reference.nested_size(levels, equal, x) + 2.0**-126)
+    return n * (EPS_F32 * nested_size(levels, equal, x) + 2.0**-126)
 
 
 def _activation_at(z: torch.Tensor, activation: str):

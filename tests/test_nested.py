@@ -8,7 +8,7 @@ import torch
 from csfast import nested, ops, reference
 from csfast.cases import CASES, LARGE, Case
 from csfast.nested import GROUP, Level, Packed
-from numeric import assert_within, made, made_nested, nested_tolerance
+from numeric import assert_within, made, made_nested, nested_size, nested_tolerance
 
 NAN, INF = float("nan"), float("inf")
 OFF_TILE, BATCH = CASES[2], CASES[5]
@@ -104,7 +104,7 @@ def test_is_exact_where_nothing_rounds(case, widths, dtype, device):
     want, _ = reference.nested(p.levels, p.equal, p.x)
     assert torch.equal(y.double(), want)
     assert torch.equal(scale, torch.ones_like(scale))
-    size = reference.nested_size(p.levels, p.equal, p.x)
+    size = nested_size(p.levels, p.equal, p.x)
     assert bool((size * 2**4 < 2**24).all())
 
 
@@ -141,7 +141,7 @@ def test_measures_what_the_levels_stand_for(widths, device):
     q, _ = reference.quantize(p.x, p.equal)
     rows = torch.stack([nested.decode(p.gate), nested.decode(p.up)], dim=1).double().to(device)
     want = torch.einsum("bc,jrc->bjr", q.double(), rows)
-    decoded = (2 + len(widths)) * 2.0**-24 * reference.nested_size(p.levels, p.equal, p.x)
+    decoded = (2 + len(widths)) * 2.0**-24 * nested_size(p.levels, p.equal, p.x)
     assert_within(y, want, nested_tolerance(p.levels, p.equal, p.x) + decoded)
     assert bool((scale > 0).all())
 

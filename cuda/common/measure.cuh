@@ -54,7 +54,7 @@ __device__ __forceinline__ int four_codes(const HalfChunk<kBits>& codes, int hal
 }
 
 // Adds the sums of u q and of q over channels 32 s + 16 half .. + 15 of a chunk, of kMeasureRows
-// rows of codes and of kBatch activations: `q` is the first one's at that chunk, they lie q_stride
+// rows of codes and of kBatch activations, of which `q` is the first: they lie q_chunks chunks
 // apart.
 template <int kBits, int kBatch>
 __device__ __forceinline__ void add_channels(const HalfChunk<kBits> (&codes)[kMeasureRows],

@@ -48,24 +48,15 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
 
 def nested(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` float64 and ``scale (batch,)`` float32."""
+    n_neurons, d = levels[0].codes.shape[0], x.shape[1]
     q, scale = quantize(x, equal)
-    return _nested(levels, q.double()), scale
-
-
-def nested_size(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> Tensor:
-    """Give the sum of the magnitudes that `nested` adds up, in the shape of its ``y``, float64."""
-    return _nested(levels, quantize(x, equal)[0].double().abs(), magnitude=True)
-
-
-def _nested(levels: Sequence[Packed], q: Tensor, *, magnitude: bool = False) -> Tensor:
-    d = q.shape[1]
-    y = q.new_zeros((len(q), 2 * len(levels[0].codes)))
+    y = torch.zeros(len(q), 2 * n_neurons, dtype=torch.float64, device=x.device)
     for packed in levels:
         level = unpack(packed, d)
         fraction = factor(level.exponent).double().repeat_interleave(GROUP, dim=1)[:, :d]
         value = planes.levels_of(level.codes, level.bits).double() * fraction
-        y += q @ (value.abs() if magnitude else value).T * level.top.double() / 2
-    return y.view(len(q), len(levels[0].codes), 2)
+        y += q.double() @ value.T * level.top.double() / 2
+    return y.view(-1, n_neurons, 2), scale
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
