@@ -3,6 +3,7 @@
 
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
+#include "csfast/nested.h"
 #include "csfast/omp.h"
 #include "csfast/project.h"
 #include "csfast/recover.h"
@@ -22,6 +23,9 @@ bool available() {
 }
 void sense(const SenseParams&, Stream) {
   missing("sense");
+}
+void nested(const NestedParams&, Stream) {
+  missing("nested");
 }
 void recover(const RecoverParams&, Stream) {
   missing("recover");

@@ -13,7 +13,17 @@ from csfast import ops
 TESTS = pathlib.Path(__file__).parent
 FILES = [
     str(TESTS / f"test_{op}.py")
-    for op in ("sense", "project", "recover", "omp", "select", "execute", "ffn", "session")
+    for op in (
+        "sense",
+        "nested",
+        "project",
+        "recover",
+        "omp",
+        "select",
+        "execute",
+        "ffn",
+        "session",
+    )
 ]
 
 

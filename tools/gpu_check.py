@@ -70,6 +70,16 @@ SANITIZED = (
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
 )
 
+# Every width, whole groups of a batch and single rows, half a chunk and more than a warp has in
+# flight; neurons off every warp and block.
+SANITIZED_NESTED = (
+    (cases.Case("one", batch=1, d=1, n_neurons=1), (1,), torch.float32),
+    (cases.Case("ragged", batch=3, d=33, n_neurons=7), (3, 3), torch.bfloat16),
+    (cases.Case("off_block", batch=5, d=200, n_neurons=67), (2, 4), torch.float16),
+    (cases.Case("several_levels", batch=2, d=64, n_neurons=33), (1, 2, 3, 4), torch.bfloat16),
+)
+SANITIZED_WIDE = cases.Case("wide", batch=2, d=4104, n_neurons=5)
+
 # One of everything, sizes off every load and block, more channels than a warp has in flight.
 SANITIZED_PROJECTS = (
     (cases.ProjectCase("one", batch=1, d=1, m=1), torch.float32),
@@ -321,6 +331,15 @@ def sanitize_target() -> int:
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
+    for nested_case, widths, dtype in SANITIZED_NESTED:
+        p = nested_case.make_nested_exact(dtype, "cuda", bits=widths)
+        for n_levels in range(1, len(widths) + 1):
+            y, scale = ops.nested(p.levels, p.equal, p.x, n_levels=n_levels)
+            want, want_scale = reference.nested(p.levels[:n_levels], p.equal, p.x)
+            assert torch.equal(y.double(), want), nested_case
+            assert torch.equal(scale, want_scale), nested_case
+    p = SANITIZED_WIDE.make_nested(torch.bfloat16, "cuda", bits=(3, 3))
+    assert bool(ops.nested(p.levels, p.equal, p.x)[0].isfinite().all())
     for measured, dtype in SANITIZED_PROJECTS:
         phi, x = measured.make_exact(dtype, "cpu")
         for rows in (measured.m, 1):
@@ -342,7 +361,9 @@ def sanitize_target() -> int:
             # Of one atom nothing but rounding is left, which may be zero or not.
             for name in ("index", "count", "status")[: 2 if case.n_atoms == 1 else 3]:
                 assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (case, name)
-    print(f"{len(SANITIZED) + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)} cases")
+    n_nested = len(SANITIZED_NESTED) + 1
+    n_cases = len(SANITIZED) + n_nested + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)
+    print(f"{n_cases} cases")
     return 0
 
 

@@ -7,6 +7,7 @@ const Loops* loops() {
   static constexpr Loops kLoops{.name = "avx512",
                                 .quantize = quantize,
                                 .measure = measure,
+                                .measure_level = measure_level,
                                 .project = project,
                                 .usage = usage,
                                 .keep = keep,

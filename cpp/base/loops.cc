@@ -5,6 +5,7 @@ namespace csfast::base {
 constinit const Loops kLoops{.name = "base",
                              .quantize = quantize,
                              .measure = measure,
+                             .measure_level = measure_level,
                              .project = project,
                              .usage = usage,
                              .keep = keep,

@@ -61,6 +61,7 @@ class Operation(StrEnum):
     EXECUTE = "execute"
     SELECT = "select"
     SENSE = "sense"
+    NESTED = "nested"
     OMP = "omp"
 
 

@@ -251,11 +251,9 @@ class Mixed(Rule):
         for exact, coded, levels in zip((gate, up), bases[:2], base[:2], strict=True):
             off = (exact - coded).double()
             each = ((off @ moment) * off).sum(dim=1).clamp_min(0).sqrt() / length
-            top = levels[0].top
-            noise.append(top * (each.float() / top).square().mean().sqrt())
+            noise.append(_typical(each.float(), levels[0].top))
         each = (down_t - bases[2]).norm(dim=1)
-        top = base[2][0].top
-        noise.append(top * (each / top).square().mean().sqrt())
+        noise.append(_typical(each, base[2][0].top))
         return Coded(
             (bases[0], bases[1], bases[2]),
             (fulls[0], fulls[1], fulls[2]),
@@ -313,6 +311,13 @@ def _levels(
         )
 
     return fit.once(("levels", layer, which, bits, group, feedback), make)
+
+
+def _typical(error: Tensor, top: Tensor) -> Tensor:
+    """Errors ``(n,)`` as large as those of all rows are in units of their largest steps."""
+    is_coded = top > 0  # others are zeros, without error
+    relative = torch.where(is_coded, error / torch.where(is_coded, top, torch.ones_like(top)), 0.0)
+    return top * (relative.square().sum() / is_coded.sum().clamp_min(1)).sqrt()
 
 
 def _moment(fit: Fit, layer: int) -> Tensor:

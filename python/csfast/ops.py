@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import BackendError, cuda_available, isa
+from .nested import Packed
 from .types import TERNARY, Code
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ffn",
     "ffn_workspace",
     "isa",
+    "nested",
     "omp",
     "omp_plan",
     "project",
@@ -122,6 +124,55 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
     """
     _check_tensors("sense", codes=codes, equal=equal, x=x)
     y, scale = torch.ops.csfast.sense.default(codes, equal, x, _code("sense", bits))
+    return y, scale
+
+
+def nested(
+    levels: Sequence[Packed], equal: Tensor, x: Tensor, *, n_levels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Measure every neuron's gate and up row by the first levels of a nested code.
+
+    Integers within a group of 64 channels, summed over groups and levels in float32.
+    Deterministic: a measurement depends on its neuron's code and its activation alone, and one by
+    fewer levels is what more of them add to. `recover` takes it with row scales of 1, and of the
+    norm of the neuron's down row.
+
+    Args:
+        levels: Packed levels of the rows of gate and up, the coarse one first, 1 to 4 of them, see
+            `csfast.nested`: codes ``(n_neurons, 2, chunks, 16 * bits)`` and exponents
+            ``(n_neurons, 2, 2 * chunks)``, uint8, tops ``(n_neurons, 2)``, bfloat16.
+        equal: Channel equaliser, ``(d,)``, float32.
+        x: Activations, ``(batch, d)``, T.
+        n_levels: Levels that are read, the first; all if left out.
+
+    Returns:
+        Measurements ``(batch, n_neurons, 2)``, float32, gate then up, and the scale of each row,
+        ``(batch,)``, float32, as `sense` gives it. Their product estimates the row's product with
+        the activation.
+
+    Raises:
+        ValueError: The shapes do not fit together, or a level has other than 1 to 4 bits.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    if n_levels is None:
+        n_levels = len(levels)
+    _check_ints("nested", n_levels=n_levels)
+    if not 1 <= n_levels <= len(levels):
+        raise ValueError(f"[nested] n_levels = {n_levels}: want 1 to the {len(levels)} given.")
+    codes = [level.codes for level in levels[:n_levels]]
+    exponents = [level.exponent for level in levels[:n_levels]]
+    tops = [level.top for level in levels[:n_levels]]
+    bits = [level.bits for level in levels[:n_levels]]
+    named = {"codes": codes, "exponent": exponents, "top": tops}
+    _check_tensors(
+        "nested",
+        **{f"{name}[{i}]": t for name, some in named.items() for i, t in enumerate(some)},
+        equal=equal,
+        x=x,
+    )
+    _check_ints("nested", **{f"bits[{i}]": width for i, width in enumerate(bits)})
+    y, scale = torch.ops.csfast.nested.default(codes, exponents, tops, equal, x, bits)
     return y, scale
 
 
@@ -882,6 +933,46 @@ def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Ten
     return y, x.new_empty((batch,), dtype=torch.float32)
 
 
+def _nested(
+    codes: list[Tensor],
+    exponent: list[Tensor],
+    top: list[Tensor],
+    equal: Tensor,
+    x: Tensor,
+    bits: list[int],
+) -> tuple[Tensor, Tensor]:
+    y, scale = _fake_nested(codes, exponent, top, equal, x, bits)
+    q = x.new_empty((x.shape[0], _native.q_width(x.shape[1])), dtype=torch.int8)
+    _native.nested(
+        [t.detach() for t in codes],
+        [t.detach() for t in exponent],
+        [t.detach() for t in top],
+        equal.detach(),
+        x.detach(),
+        list(bits),
+        q,
+        y,
+        scale,
+        _stream(x),
+    )
+    return y, scale
+
+
+def _fake_nested(
+    codes: list[Tensor],
+    exponent: list[Tensor],
+    top: list[Tensor],
+    equal: Tensor,
+    x: Tensor,
+    bits: list[int],
+) -> tuple[Tensor, Tensor]:
+    if not codes:
+        raise ValueError("[nested] no level: want at least one.")
+    batch, _, n_neurons = _sizes("nested", x, codes[0], 4)
+    y = x.new_empty((batch, n_neurons, 2), dtype=torch.float32)
+    return y, x.new_empty((batch,), dtype=torch.float32)
+
+
 def _recover(
     y: Tensor,
     scale: Tensor,
@@ -1294,6 +1385,12 @@ def _register(schema: str, run: Callable[..., object], fake: Callable[..., objec
 
 _register(
     "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
+)
+_register(
+    "nested(Tensor[] codes, Tensor[] exponent, Tensor[] top, Tensor equal, Tensor x, int[] bits)"
+    " -> (Tensor, Tensor)",
+    _nested,
+    _fake_nested,
 )
 _register(
     "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top, Tensor? offset=None,"

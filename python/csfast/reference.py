@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import planes
+from .nested import GROUP, Packed, factor, unpack
 from .types import Code
 
 NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
@@ -43,6 +44,28 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
     value = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).double()
     y = q.double() @ value.T
     return y.to(torch.int32).view(-1, n_neurons, 2), scale
+
+
+def nested(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ``y (batch, n_neurons, 2)`` float64 and ``scale (batch,)`` float32."""
+    q, scale = quantize(x, equal)
+    return _nested(levels, q.double()), scale
+
+
+def nested_size(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> Tensor:
+    """Give the sum of the magnitudes that `nested` adds up, in the shape of its ``y``, float64."""
+    return _nested(levels, quantize(x, equal)[0].double().abs(), magnitude=True)
+
+
+def _nested(levels: Sequence[Packed], q: Tensor, *, magnitude: bool = False) -> Tensor:
+    d = q.shape[1]
+    y = q.new_zeros((len(q), 2 * len(levels[0].codes)))
+    for packed in levels:
+        level = unpack(packed, d)
+        fraction = factor(level.exponent).double().repeat_interleave(GROUP, dim=1)[:, :d]
+        value = planes.levels_of(level.codes, level.bits).double() * fraction
+        y += q @ (value.abs() if magnitude else value).T * level.top.double() / 2
+    return y.view(len(q), len(levels[0].codes), 2)
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
