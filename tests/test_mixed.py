@@ -1,4 +1,4 @@
-"""Rules whose precision follows the support: what they run, what they count, and what they store."""
+"""Rules whose precision follows the support: what they run, count and store."""
 
 import pytest
 import torch

@@ -69,7 +69,8 @@ def main() -> None:
     select, report = (documents.split(found, part) for part in ("select", "report"))
     if args.limit:
         select, report = documents.few(select, args.limit), documents.few(report, args.limit)
-    model, tokenizer = models.load(args.model, dtype="float32", device=args.device)
+    folder = models.demo_folder() if args.model == "demo" else args.model
+    model, tokenizer = models.load(folder, dtype="float32", device=args.device)
     kind_of = {method: kind for kind in args.kinds for method in KINDS[kind]}
     with Progress(transient=True) as bar:
         task = bar.add_task("storage")

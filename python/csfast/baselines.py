@@ -729,6 +729,7 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
         *(f"innovation-{n}" for n in parts(n_blocks, 8, 4)),
         *(f"mmse-{n}" for n in parts(n_blocks, 8, 4, 2)),
         f"probe-{max(compressed.SPARSITY, shape.n_neurons // 16)}",
+        "mixed-3+3",
         *(f"rtn-int{bits}" for bits in (8, 4, 3, 2)),
         *(f"gptq-int{bits}" for bits in (8, 4, 3, 2)),
     )

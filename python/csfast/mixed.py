@@ -232,7 +232,7 @@ class Mixed(Rule):
         gate, up = ffn.gate.weight.detach().float(), ffn.up.weight.detach().float()
         down_t = ffn.down.weight.detach().float().T
         scale = nested.output_scale(down_t)
-        base = tuple(_levels(fit, layer, which, (storage.base,), storage) for which in range(3))
+        base = _levels(fit, layer, (storage.base,), storage)
         bases = [nested.decode(levels) for levels in base]
         if storage.full == 16:
             fulls = [gate, up, down_t / scale]
@@ -243,7 +243,7 @@ class Mixed(Rule):
             ]
         else:
             bits = (storage.base, storage.full) if storage.is_nested else (storage.full,)
-            fulls = [nested.decode(_levels(fit, layer, which, bits, storage)) for which in range(3)]
+            fulls = [nested.decode(levels) for levels in _levels(fit, layer, bits, storage)]
         bases[2], fulls[2] = bases[2] * scale, fulls[2] * scale
         moment = fit.moment(layer)
         length = moment.diagonal().sum().sqrt()
@@ -288,29 +288,46 @@ def stored_bytes(storage: Storage, shape: LayerShape) -> float:
 
 
 def _levels(
-    fit: Fit, layer: int, which: int, bits: tuple[int, ...], storage: Storage
-) -> tuple[Level, ...]:
-    """Levels of gate (0), up (1) or transposed down (2, over the output's scales) of a layer."""
-    group, feedback = storage.group, storage.has_feedback
-    ffn = fit.ffns[layer]
+    fit: Fit, layer: int, bits: tuple[int, ...], storage: Storage
+) -> tuple[tuple[Level, ...], ...]:
+    """Levels of gate, of up, and of transposed down over the output's scales, of a layer.
 
-    def make() -> tuple[Level, ...]:
-        if which < 2:
-            linear = (ffn.gate, ffn.up)[which]
-            moment = fit.moment(layer) if feedback else None
-            return nested.fit_rows(linear.weight, moment, bits, group=group)
-        down_t = ffn.down.weight.detach().float().T
-        scale = nested.output_scale(down_t)
-        moment = fit.once(("activation moment", layer), lambda: _moment(fit, layer))
-        return nested.fit_neurons(
-            down_t / scale,
-            moment if feedback else None,
-            bits,
-            weight=scale.square(),
-            group=group,
+    Fitted level by level: a prefix serves every code that begins with it.
+    """
+    key = ("levels", layer, bits, storage.group, storage.has_feedback)
+    return fit.once(key, lambda: _fitted(fit, layer, bits, storage))
+
+
+def _fitted(
+    fit: Fit, layer: int, bits: tuple[int, ...], storage: Storage
+) -> tuple[tuple[Level, ...], ...]:
+    ffn, group = fit.ffns[layer], storage.group
+    n_neurons = ffn.shape.n_neurons
+    rows = torch.cat([weight.detach().float() for weight in ffn.weights[:2]])
+    down_t = ffn.down.weight.detach().float().T
+    scale = nested.output_scale(down_t)
+    left = [rows, down_t / scale]
+    before: tuple[tuple[Level, ...], ...] = ((), (), ())
+    if len(bits) > 1:
+        before = _levels(fit, layer, bits[:-1], storage)
+        gate, up, down = map(nested.decode, before)
+        left = [left[0] - torch.cat([gate, up]), left[1] - down]
+    of_rows = of_down = None
+    if storage.has_feedback:
+        of_rows = fit.moment(layer)
+        of_down = fit.once(("activation moment", layer), lambda: _moment(fit, layer))
+    (both,) = nested.fit_rows(left[0], of_rows, bits[-1:], group=group)
+    (down_level,) = nested.fit_neurons(
+        left[1], of_down, bits[-1:], weight=scale.square(), group=group
+    )
+    gate_level, up_level = (
+        dataclasses.replace(
+            both, codes=both.codes[half], exponent=both.exponent[half], top=both.top[half]
         )
-
-    return fit.once(("levels", layer, which, bits, group, feedback), make)
+        for half in (slice(n_neurons), slice(n_neurons, None))
+    )
+    new = (gate_level, up_level, down_level)
+    return tuple((*levels, level) for levels, level in zip(before, new, strict=True))
 
 
 def _typical(error: Tensor, top: Tensor) -> Tensor:
