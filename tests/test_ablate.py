@@ -71,6 +71,12 @@ def test_every_method_has_its_rows(ablation):
             assert row["sensor_fraction"] < row["bytes_fraction"]
             assert row["density"] == pytest.approx(sum(row["density_per_layer"]) / 2)
             assert row["density"] == pytest.approx(sum(row["density_per_task"].values()) / 4)
+            by_task = row["density_per_task_layer"]
+            assert set(by_task) == set(row["density_per_task"])
+            for group, layers in by_task.items():
+                assert row["density_per_task"][group] == pytest.approx(sum(layers) / 2)
+            for layer, density in enumerate(row["density_per_layer"]):
+                assert density == pytest.approx(sum(of[layer] for of in by_task.values()) / 4)
             assert row["ci95"][0] <= row["ci95"][1]
     json.dumps(ablation, allow_nan=False)
 
@@ -110,6 +116,21 @@ def test_a_rule_that_is_far_off_is_tried_again(model):
     assert corrected[0][1] == pytest.approx(0.486, abs=0.001)
     assert corrected[1:] == [(0.25, pytest.approx(0.5)), (None, 1.0)]
     assert [judge.mean_read(pieces, of.read).mean() for of in measured] == [61, 40, 160]
+
+
+def test_rules_meet_the_densities_asked_for(run):
+    """Without a target in bytes: every rule that has a dial at each density, the others once."""
+    found = run(methods=("oracle-neuron", "planes-b2", "teal", "rtn-int4"), densities=(0.2, 0.6))
+    assert found["best"] == [] and found["notes"] == []
+    by_method = {}
+    for row in found["rows"]:
+        assert row["target"] is None
+        by_method.setdefault(row["method"], []).append(row)
+    assert "target_density" not in by_method.pop("rtn-int4")[0]
+    for method, rows in by_method.items():
+        assert [row["target_density"] for row in rows] == [0.2, 0.6]
+        for row in rows:
+            assert row["density"] == pytest.approx(row["target_density"], abs=0.08), method
 
 
 def test_a_sensor_above_the_target_is_noted(ablation):

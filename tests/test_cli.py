@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import csfast
-from csfast import Document, cli, documents
+import pages
+from csfast import Document, cli, documents, phase, report, results
 
 TEXT = "Once upon a time, in the morning, the old sailor walked along the quiet street. " * 20
 
@@ -137,6 +138,71 @@ def test_ablate_writes_the_agreed_json(data, folder):
     assert not list(folder.glob("*.partial"))
 
 
+def test_bench_of_omp_writes_its_json(folder):
+    out = folder / "omp.json"
+    done = call("bench", "omp", "--quick", "--json", out, "--commit", "abc")
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert [row["variant"] for row in results["rows"]] == ["complete", "support", "pursuit"]
+    assert {row["agreement"] for row in results["rows"]} == {1.0}
+    assert results["machine"]["commit"] == "abc"
+    assert "problems/s" in done.output
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_tokens_writes_the_agreed_json(plan, data, folder, generate):
+    out, page = folder / "tokens.json", folder / "tokens.html"
+    done = call(
+        *("tokens", "demo", plan, "--data", data, "--limit", 3, "--density", 0.5, "--tokens", 8),
+        *("--json", out, "--html", page, *(["--generate"] if generate else [])),
+    )
+    assert done.exit_code == 0, done.output
+    found = results.read(out, "effort")
+    assert found["generated"] == generate
+    assert {"math", "prose"} <= {e["task"] for e in found["examples"]}
+    for example in found["examples"]:
+        assert 1 <= len(example["tokens"]) < 8
+    assert "effort" in done.stdout and "prose" in done.stdout
+    assert 'id="effort"' in page.read_text()
+
+
+PHASE = ("--groups", 24, "--steps", 3, "--trials", 6, "--tokens", 20, "--limit", 3)
+
+
+def test_phase_writes_the_agreed_json_and_resumes(data, folder):
+    out, known, page = (folder / name for name in ("phase.json", "known.json", "phase.html"))
+    files = ("--json", out, "--dictionaries", known, "--html", page)
+    done = call("phase", "demo", "--data", data, *PHASE, *files)
+    assert done.exit_code == 0, done.output
+    found = results.read(out, "phase")
+    assert found["n_groups"] == 24 and len(found["layers"]) == 6
+    assert len(results.read(known, "dictionaries")["layers"]) == 6
+    assert "Pursuit is certain" in " ".join(done.stdout.split())
+    assert 'id="phase"' in page.read_text() and 'id="dictionaries"' in page.read_text()
+    assert not list(folder.glob("*.partial"))
+    # What an interrupted run would have left: begun with other options, it is refused.
+    partial = folder / "phase.json.partial"
+    partial.write_text(json.dumps({"format": phase.FORMAT, "settings": [], "rows": {}}))
+    refusal = refused("phase", "demo", "--data", data, *PHASE, "--json", out, "--resume")
+    assert refusal.startswith("[phase] phase.json.partial: was begun with another model")
+    partial.unlink()
+
+
+def test_report_puts_files_on_one_page(folder):
+    options = []
+    for kind, make in pages.MADE.items():
+        path = folder / f"given-{kind}.json"
+        path.write_text(json.dumps(make()))
+        options += [f"--{kind.replace('_', '-')}", path]
+    out = folder / "report.html"
+    done = call("report", out, *options)
+    assert done.exit_code == 0, done.output
+    assert "report.html" in done.stdout
+    text = out.read_text()
+    assert all(f'<h2 id="{kind}">' in text for kind in pages.MADE)
+    assert text == report.render(**pages.everything())
+
+
 def test_bench_writes_the_agreed_json(folder):
     out = folder / "bench.json"
     done = call("bench", "execute", "--quick", "--json", out)
@@ -155,6 +221,8 @@ def test_doctor_is_content():
 def test_version_and_help():
     assert call("--version").stdout.strip() == csfast.__version__
     for command in ("calibrate", "generate", "eval", "ablate", "bench", "demo", "doctor"):
+        assert call(command, "--help").exit_code == 0
+    for command in ("tokens", "phase", "report"):
         assert call(command, "--help").exit_code == 0
 
 
@@ -187,11 +255,32 @@ def test_a_sample_limit_counts_for_every_task(data):
         (("ablate", "demo", "--data", "{data}", "--resume"), "--resume without --json"),
         (("eval", "demo", "{plan}", "--data", "{one}", "--part", "report"), "no document"),
         (("bench", "sense", "--quick", "--json", "{folder}/no/such/folder.json"), "no/such"),
+        (("tokens", "demo", "{plan}", "--data", "{data}", "--density", "2"), "[tokens] density"),
+        (("tokens", "demo", "{plan}", "--data", "{data}", "--bits", "4"), "bits"),
+        (("tokens", "demo", "{folder}/missing.plan"), "missing.plan"),
+        (("phase", "demo", "--data", "{data}", "--resume"), "[phase] --resume without --json"),
+        (("phase", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("report", "{folder}/page.html"), "[report] nothing to show"),
+        (("report", "{folder}/page.html", "--ablation", "{folder}/none.json"), "none.json"),
+        (
+            ("report", "{folder}/page.html", "--ablation", "{folder}/broken.jsonl"),
+            "[report] broken.jsonl: want a whole JSON file",
+        ),
+        (
+            ("report", "{folder}/page.html", "--phase", "{folder}/other.json"),
+            "[report] other.json without 'n_groups': want it.",
+        ),
+        (
+            ("report", "{folder}/no/such/page.html", "--demo", "{folder}/empty.json"),
+            "no/such",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, plan, data, folder):
     (folder / "bad.csv").write_text("a,b\n" * 100)
     (folder / "broken.jsonl").write_text("{\n")
+    (folder / "other.json").write_text('{"rows": []}')
+    (folder / "empty.json").write_text("{}")
     # A document that is not in the part that is reported.
     alone = documents.split(
         [Document("prose/made", "", f"{i} {TEXT}") for i in range(20)], "select"

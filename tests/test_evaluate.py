@@ -109,6 +109,10 @@ def test_results_count_bytes(results, model):
     rest = (2 * 64 * 192 + 260 * 64) * 2
     assert results["token_bytes_fraction"] == pytest.approx((spent + rest) / (2 * dense + rest))
     assert results["density"] == pytest.approx(sum(results["density_per_layer"]) / 2)
+    by_task = results["density_per_task_layer"]
+    assert set(by_task) == set(results["tasks"])
+    for layer, density in enumerate(results["density_per_layer"]):
+        assert density == pytest.approx(sum(of[layer] for of in by_task.values()) / len(by_task))
     assert 0.3 < results["density"] < 0.7
 
 

@@ -401,6 +401,8 @@ def test_effort_adds_up_to_the_scores(model, plan, pieces):
     for i in (0, len(pieces) - 1):
         shown = judge.effort(model, setting, pieces[i])
         assert shown.loss.shape == shown.dense_loss.shape == shown.ids.shape
+        assert shown.entropy.shape == shown.ids.shape
+        assert bool((shown.entropy > 0).all()) and float(shown.entropy.max()) < math.log(260)
         assert shown.density.shape == (pieces[i].n_sparse, 2)
         assert float(shown.loss.sum()) == pytest.approx(found.loss[i], rel=1e-5)
         assert float(shown.dense_loss.sum()) == pytest.approx(dense[i], rel=1e-5)

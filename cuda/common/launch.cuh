@@ -29,14 +29,22 @@ inline bool synchronous() {
   return asked;
 }
 
+inline constexpr size_t kSharedUnasked = 48 << 10;  // bytes that a block has without asking
+
 // Every launch goes through here, so no launch goes unchecked. With CSFAST_SYNC=1 it waits for the
 // kernel, so that a fault names it; a stream under capture runs nothing and is not waited for.
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
-            Stream stream, const Params& params) {
+            Stream stream, const Params& params, size_t shared_bytes = 0) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  if (shared_bytes > kSharedUnasked) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          op, name, "cudaFuncSetAttribute");
+  }
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, params), op, name, "launch");
   if (!synchronous()) return;

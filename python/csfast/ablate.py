@@ -38,6 +38,7 @@ def ablate(
     *,
     methods: Sequence[str] | str = "full",
     bytes_fractions: Sequence[float] = (0.25, 0.35, 0.55, 0.75),
+    densities: Sequence[float] | None = None,
     tokens: int = 1500,
     calibration_tokens: int = 2000,
     response_tokens: int = 256,
@@ -64,6 +65,8 @@ def ablate(
         methods: Names of methods, ``"full"`` for `baselines.default_methods` or ``"quick"`` for
             `baselines.quick_methods`.
         bytes_fractions: Bytes to meet, as fractions of the dense 16-bit bytes of the structure.
+        densities: If given, densities to meet, instead of bytes. Rows then have no target, and the
+            density asked for as `target_density`.
         tokens: Scored tokens of each task to stop at; half as many for choosing.
         calibration_tokens: Tokens of each task to fit operators and thresholds to.
         response_tokens: Tokens of one document to score at most.
@@ -90,6 +93,9 @@ def ablate(
     for fraction in bytes_fractions:
         if not 0 < fraction <= 1:
             raise ValueError(f"[ablate] bytes fraction {fraction}: want one in (0, 1].")
+    for density in densities or ():
+        if not 0 < density <= 1:
+            raise ValueError(f"[ablate] density {density}: want one in (0, 1].")
     ffns = models.find_ffns(model)
     sets = {"full": baselines.default_methods, "quick": baselines.quick_methods}
     if isinstance(methods, str):
@@ -100,8 +106,10 @@ def ablate(
         names = sets[methods](ffns[0].shape)
     else:
         names = tuple(methods)
-    if not names or not bytes_fractions:
-        raise ValueError("[ablate] no methods or no bytes fractions: want at least one of both.")
+    asked = bytes_fractions if densities is None else densities
+    if not names or not asked:
+        what = "bytes fractions" if densities is None else "densities"
+        raise ValueError(f"[ablate] no methods or no {what}: want at least one of both.")
     for name in names:
         baselines.family(name)
         if names.count(name) > 1:
@@ -143,7 +151,9 @@ def ablate(
     tried = pieces(with_retrieval["select"][1::2], max(2, tokens // 2))
     kept = pieces(with_retrieval["report"], tokens)
     model_hash = models.fingerprint(model).model_hash
-    key = _key(model_hash, (fitted, tried, kept), (names, bytes_fractions, chunk, resamples, seed))
+    key = _key(
+        model_hash, (fitted, tried, kept), (names, densities is None, asked, chunk, resamples, seed)
+    )
     keep = None if resume is None else pathlib.Path(resume)
     state = _start(keep, key)
 
@@ -171,7 +181,7 @@ def ablate(
         if name not in state.rows:
             rule = baselines.build(name, fit)
             done(1)
-            wanted, notes = _wanted(rule, bytes_fractions)
+            wanted, notes = _wanted(rule, asked, by_bytes=densities is None)
             settings, measured, wanted = _met(rule, sample, wanted, trial, lambda n: done(1 + n))
             chosen = _rows(settings, measured, trial_dense, tried, resamples=0, seed=seed)
             settings = _calibrated(rule, sample, wanted)
@@ -181,6 +191,9 @@ def ablate(
             rows = _rows(settings, measured, final_dense, kept, resamples=resamples, seed=seed)
             for row, on_select in zip(rows, chosen, strict=True):
                 row["select_delta"] = on_select["delta"]
+            if densities is not None and len(rows) == len(densities):
+                for row, density in zip(rows, densities, strict=True):
+                    row["target_density"] = density
             state.rows[name] = rows
             state.notes[name] = notes
             if keep is not None:
@@ -191,7 +204,7 @@ def ablate(
     groups = judge.by_group(kept)
     return {
         "rows": rows,
-        "best": [_best(rows, fraction) for fraction in bytes_fractions],
+        "best": [_best(rows, each) for each in asked] if densities is None else [],
         "notes": [note for name in names for note in state.notes[name]],
         "dense": {
             group: sum(final_dense[i] for i in members) / sum(kept[i].n_sparse for i in members)
@@ -265,15 +278,17 @@ def _watched(
 
 
 def _wanted(
-    rule: Rule, fractions: Sequence[float]
+    rule: Rule, asked: Sequence[float], *, by_bytes: bool
 ) -> tuple[list[tuple[float | None, float]], list[str]]:
     """Target and density of every row of a rule, and a note for each target out of reach."""
     empty, full = _bytes_at(rule, 0.0), _bytes_at(rule, 1.0)
     if empty == full:
         return [(None, 1.0)], []
+    if not by_bytes:
+        return [(None, density) for density in asked], []
     wanted: list[tuple[float | None, float]] = []
     notes = []
-    for fraction in fractions:
+    for fraction in asked:
         density = (fraction - empty) / (full - empty)
         if density <= 0:
             notes.append(
@@ -313,8 +328,8 @@ def _met(
     """Bring settings to their targets on the trial's documents.
 
     Thresholds were calibrated on dense states; sparse states differ, and so does what is kept. The
-    density is corrected in proportion; where the first trial was far off, it is tried once more and
-    corrected along the line through both.
+    density is corrected in proportion; where the first trial was far off the bytes, it is tried
+    once more and corrected along the line through both.
 
     Returns:
         Settings and what they measured, of the last trial of each, and targets with the densities
@@ -326,11 +341,16 @@ def _met(
     empty = _bytes_at(rule, 0.0)
     corrected = list(wanted)
     for i, (target, density) in enumerate(wanted):
-        if target is not None and density < 1:
-            corrected[i] = (
-                target,
-                _inside(density * (target - empty) / max(spent[i] - empty, 1e-9)),
+        if density == 1:
+            continue
+        if target is None:
+            kept = judge.mean(
+                judge.densities(rule, judge.mean_read(trial.pieces, measured[i].read))
             )
+            scale = density / max(kept, DENSITY_MIN)
+        else:
+            scale = (target - empty) / max(spent[i] - empty, 1e-9)
+        corrected[i] = (target, _inside(density * scale))
     far = [
         i
         for i, (target, density) in enumerate(wanted)
@@ -377,6 +397,10 @@ def _rows(
         }
         read = judge.mean_read(pieces, found.read)
         per_layer = judge.densities(rule, read)
+        per_task_layer = {
+            group: judge.densities(rule, of_group)
+            for group, of_group in judge.read_by_group(pieces, found.read).items()
+        }
         recall, energy = (None, None) if found.recovery is None else found.recovery.means()
         shapes = [ffn.shape for ffn in rule.ffns]
         row: dict[str, Any] = {
@@ -387,9 +411,9 @@ def _rows(
             "density": judge.mean(per_layer),
             "density_per_layer": per_layer,
             "density_per_task": {
-                group: judge.mean(judge.densities(rule, of_group))
-                for group, of_group in judge.read_by_group(pieces, found.read).items()
+                group: judge.mean(layers) for group, layers in per_task_layer.items()
             },
+            "density_per_task_layer": per_task_layer,
             "sensor_fraction": sum(rule.sensor_bytes(shape) for shape in shapes)
             / sum(rule.dense_bytes(shape) for shape in shapes),
             "bytes_fraction": judge.spent(rule, read),

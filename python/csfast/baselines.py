@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import compressed, oracles, planes, quantize, reference
+from . import compressed, feedback, mixed, oracles, planes, quantize, reference
 from .judge import BYTES, Rule, Sample, Thresholds, Where
 from .models import Ffn
-from .plan import LayerPlan
 from .rules import (
     INDEX_BYTES,
     ROWS,
@@ -54,7 +53,7 @@ class Planes(NeuronRule):
     integers are exact below 2^24.
     """
 
-    def __init__(self, name: str, fit: Fit, bits: Code) -> None:
+    def __init__(self, name: str, fit: Fit, bits: Code, *, has_feedback: bool = True) -> None:
         """Code the rows of every layer, with the channels evened out over the sample."""
         super().__init__(name, fit.ffns)
         self.bits = bits
@@ -65,10 +64,8 @@ class Planes(NeuronRule):
                     f"below 2^24 only, want fewer bits."
                 )
         self._codes = fit.once(
-            ("planes", bits),
-            lambda: [
-                _coded(ffn, x, bits) for ffn, x in zip(fit.ffns, fit.sample.inputs, strict=True)
-            ],
+            ("planes", bits, has_feedback),
+            lambda: [_coded(fit, layer, bits, has_feedback) for layer in range(len(fit.ffns))],
         )
 
     def score(self, layer: int, x: Tensor, gate: Tensor, a: Tensor, where: Where) -> Tensor:
@@ -648,8 +645,11 @@ def build(method: str, fit: Fit) -> Rule:
     Raises:
         ValueError: The name is unknown, or its number is out of range.
     """
-    kind, numbers = _parse(method)
+    storage = mixed.Storage.parse(method)
     with torch.no_grad():
+        if storage is not None:
+            return mixed.Mixed(method, fit, storage)
+        kind, numbers = _parse(method)
         return _makers(method, numbers, fit)[kind]()
 
 
@@ -666,7 +666,9 @@ def _makers(method: str, numbers: Sequence[int], fit: Fit) -> dict[str, Callable
         ),
         "oracle-layer": lambda: oracles.LayerOracle(method, ffns, watched[oracles.STREAM]),
         "planes": lambda: Planes(method, fit, *numbers),
+        "planes-plain": lambda: Planes(method, fit, *numbers, has_feedback=False),
         "ternary": lambda: Planes(method, fit, TERNARY),
+        "ternary-plain": lambda: Planes(method, fit, TERNARY, has_feedback=False),
         "planes-block": lambda: BlockPlanes(method, fit, *numbers),
         "planes-joint": lambda: JointPlanes(method, fit, *numbers),
         "teal": lambda: Teal(method, ffns),
@@ -727,6 +729,7 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
         *(f"innovation-{n}" for n in parts(n_blocks, 8, 4)),
         *(f"mmse-{n}" for n in parts(n_blocks, 8, 4, 2)),
         f"probe-{max(compressed.SPARSITY, shape.n_neurons // 16)}",
+        "mixed-3+3",
         *(f"rtn-int{bits}" for bits in (8, 4, 3, 2)),
         *(f"gptq-int{bits}" for bits in (8, 4, 3, 2)),
     )
@@ -751,7 +754,9 @@ def quick_methods(shape: LayerShape) -> tuple[str, ...]:
 
 
 def family(method: str) -> str:
-    """Say what a method is: ``oracle``, ``few-bit``, ``selection`` or ``quantised``."""
+    """Say what a method is: ``oracle``, ``few-bit``, ``selection``, ``quantised`` or ``mixed``."""
+    if mixed.Storage.parse(method) is not None:
+        return "mixed"
     kind, _ = _parse(method)
     for start, name in (("oracle", "oracle"), ("planes", "few-bit"), ("ternary", "few-bit")):
         if kind.startswith(start):
@@ -768,7 +773,9 @@ _NAMES = {
     "oracle-head": "oracle-head",
     "oracle-layer": "oracle-layer",
     "planes": "planes-b<bits>",
+    "planes-plain": "planes-b<bits>-plain",
     "ternary": "ternary",
+    "ternary-plain": "ternary-plain",
     "planes-block": "planes-b<bits>-block-<size>",
     "planes-joint": "planes-b<bits>-joint-<requests>",
     "teal": "teal",
@@ -799,7 +806,8 @@ def _parse(method: str) -> tuple[str, tuple[int, ...]]:
         found = re.fullmatch(re.sub(r"<\w+>", r"(\\d{1,5})", name), method, re.ASCII)
         if found:
             return kind, tuple(int(number) for number in found.groups())
-    raise ValueError(f"[ablate] method {method!r}: want one of {', '.join(_NAMES.values())}.")
+    names = (*_NAMES.values(), mixed.NAMES)
+    raise ValueError(f"[ablate] method {method!r}: want one of {', '.join(names)}.")
 
 
 def _check_rank(method: str, ffns: Iterable[Ffn], rank: int) -> None:
@@ -829,13 +837,20 @@ class _Codes:
     offset: Tensor | None  # (n_neurons, 2): from the biases
 
 
-def _coded(ffn: Ffn, x: Tensor, bits: Code) -> _Codes:
+def _coded(fit: Fit, layer: int, bits: Code, has_feedback: bool) -> _Codes:
+    ffn, x = fit.ffns[layer], fit.sample.inputs[layer]
     equal = planes.equalizer(x.float().square().mean(dim=0)).to(x.device)
-    layer = LayerPlan.fit(*ffn.weights, equal, (bits,))
-    codes = layer.encode(*ffn.weights, bits=bits)
-    unpacked = planes.unpack(codes.transpose(0, 1).flatten(0, 1), bits, ffn.shape.d)
-    row_scale = layer.row_scale[bits].to(x.device)
-    return _Codes(equal, planes.levels_of(unpacked, bits), row_scale, ffn.offset())
+    factor = None
+    if has_feedback:
+        wide = equal.double()
+        factor = feedback.spread(fit.moment(layer) * wide[:, None] * wide)
+    levels, scales = [], []
+    for weight in ffn.weights[:2]:
+        scales.append(planes.fit_scale(weight, equal, bits))
+        packed = planes.encode(weight, equal, scales[-1], bits, factor)
+        levels.append(planes.levels_of(planes.unpack(packed, bits, ffn.shape.d), bits))
+    row_scale = torch.stack([scales[0], scales[1] * ffn.down_norm()], dim=1)
+    return _Codes(equal, torch.cat(levels), row_scale, ffn.offset())
 
 
 def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import doctor, ops, planes, timing
+from . import doctor, nested, ops, planes, timing
 from .types import Code
 
-VARIANTS = ("complete", "execute", "select", "sense")
+VARIANTS = ("complete", "execute", "select", "sense", "nested")
 EXECUTE = ("complete", "execute")  # of these, what gives the layer's output
+NESTED_BITS = 3  # of the level that the variant of that name reads, whatever `Setting.bits`
 # Layers to rotate over. On the CPU 600 MB of bf16 weights at d = 2048, F = 8192; on a GPU at least
 # 32, more of the small layers, whose codes alone have to exceed an L2 of 60 MB several times, and
 # fewer where one layer is 1.4 GB.
@@ -87,6 +88,7 @@ class _Layer:
     codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
     equal: Tensor  # (d,), float32
     row_scale: Tensor  # (n_neurons, 2), float32
+    level: nested.Packed  # of gate and up, arbitrary
     x: Tensor  # (batch, d)
 
 
@@ -217,7 +219,26 @@ def _random_layer(setting: Setting, generator: torch.Generator, device: torch.de
         codes=torch.stack(codes, dim=1).contiguous(),
         equal=equal,
         row_scale=row_scale.contiguous(),
+        level=_random_level(n_neurons, d, generator, device),
         x=x,
+    )
+
+
+def _random_level(
+    n_neurons: int, d: int, generator: torch.Generator, device: torch.device
+) -> nested.Packed:
+    """Make any codes and steps: what they are changes no time."""
+
+    def drawn(below: int, *row: int) -> Tensor:
+        shape = (n_neurons, 2, *row)
+        return torch.randint(below, shape, dtype=torch.uint8, generator=generator, device=device)
+
+    chunks, chunk_bytes = planes.row_shape(d, NESTED_BITS)
+    return nested.Packed(
+        bits=NESTED_BITS,
+        codes=drawn(256, chunks, chunk_bytes),
+        exponent=drawn(64, 2 * chunks),
+        top=torch.ones(n_neurons, 2, dtype=torch.bfloat16, device=device),
     )
 
 
@@ -449,6 +470,9 @@ def _measure(
     def sense(i: int) -> object:
         return ops.sense(layers[i].codes, layers[i].equal, layers[i].x, bits=bits)
 
+    def level(i: int) -> object:
+        return ops.nested([layers[i].level], layers[i].equal, layers[i].x)
+
     def complete(i: int) -> None:
         session.ffn(i, layers[i].x, outs[i])
 
@@ -457,6 +481,7 @@ def _measure(
         "execute": execute,
         "select": select,
         "sense": sense,
+        "nested": level,
     }
     sparse = _sparse_baselines(setting, layers, tiles, device, notes)
     timings = timing.compare(
@@ -506,6 +531,7 @@ def _bytes(setting: Setting, kept: float) -> dict[str, int]:
     execute = round(kept * (setting.tile_rows * 3 * 2 * setting.d + 4)) + x
     return {
         "sense": select - 8 * setting.n_neurons,  # the row scales are read by recover
+        "nested": nested.n_bytes(setting.n_neurons, setting.d, (NESTED_BITS,)) + x,
         "select": select,
         "execute": execute,
         "complete": select + execute,

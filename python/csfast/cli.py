@@ -20,9 +20,13 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import bench as bench_
+from . import bench_omp as bench_omp_
 from . import demo as demo_
+from . import dictionaries as dictionaries_
 from . import doctor as doctor_
-from . import documents, engine, models, ops, report, tables, timing
+from . import documents, effort, engine, models, ops, panels, report, tables, timing
+from . import phase as phase_
+from . import results as results_
 from ._version import __version__
 from .ablate import ablate as ablate_
 from .calibrate import TOKENS_MAX
@@ -57,6 +61,8 @@ class Operation(StrEnum):
     EXECUTE = "execute"
     SELECT = "select"
     SENSE = "sense"
+    NESTED = "nested"
+    OMP = "omp"
 
 
 class Commands(TyperGroup):
@@ -346,13 +352,16 @@ def ablate(
 
 @app.command()
 def bench(
-    operation: Annotated[Operation | None, typer.Argument(help="All if left out.")] = None,
+    operation: Annotated[Operation | None, typer.Argument(help="All but omp if left out.")] = None,
     device: Where = DeviceName.CPU,
     json_file: Json = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
     commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
-    """Time the operations of a layer beside the dense layer in torch."""
+    """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
+    if operation is Operation.OMP:
+        _bench_omp(device, json_file, quick, commit)
+        return
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
     where = torch.device(device.value)
     settings: Sequence[bench_.Setting] = (
@@ -374,6 +383,23 @@ def bench(
     _write_json(json_file, results)
 
 
+def _bench_omp(
+    device: DeviceName, json_file: pathlib.Path | None, quick: bool, commit: str | None
+) -> None:
+    """Time orthogonal matching pursuit."""
+    where = torch.device(device.value)
+    with _notes().status("bench") as status:
+        results = bench_omp_.run(
+            bench_omp_.QUICK if quick else None,
+            device=where,
+            runs=3 if quick else 20,
+            progress=status.update,
+        )
+    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
+    Console().print(tables.pursuits(results))
+    _write_json(json_file, results)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine offers and whether csfast works on it."""
@@ -381,6 +407,145 @@ def doctor() -> None:
     Console().print(tables.findings(findings))
     if any(finding.is_fault for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def tokens(
+    model: Model,
+    plan: PlanFile,
+    data: Data = None,
+    density: Density = 0.5,
+    bits: Bits = "2",
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Continue the prompts instead of following the text.")
+    ] = False,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=3, help="Tokens of one text, at most.")
+    ] = 160,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
+    limit: Limit = None,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Show what every token of a text cost, one text of every task."""
+    samples = _documents(data, part, limit)
+    loaded = Plan.load(plan)
+    net, tokenizer = _load(model, device)
+    with _progress("tokens") as advance:
+        found = effort.examples(
+            net,
+            tokenizer,
+            loaded,
+            samples,
+            density=density,
+            bits=_code(bits),
+            task=task,
+            generate=generate,
+            tokens=limit_tokens,
+            seed=seed,
+            progress=advance,
+        )
+    Console().print(tables.effort(found))
+    _write_json(json_file, found)
+    if html_file is not None:
+        report.write_report(html_file, effort=found)
+
+
+@app.command()
+def phase(
+    model: Model,
+    data: Data = None,
+    groups: Annotated[int, typer.Option(min=2, help="Groups of neurons a layer.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Values of either axis.")] = 12,
+    trials: Annotated[int, typer.Option(min=1, help="Signals of a cell.")] = 200,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Tokens of every task and part to look at.")
+    ] = 400,
+    limit: Limit = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
+    json_file: Json = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--dictionaries", help="Write coherence and isometry of all layers here."),
+    ] = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Measure which sparsity is recovered from how many measurements, and what theory promises."""
+    if resume and json_file is None:
+        raise ValueError("[phase] --resume without --json: want the file of the run to go on with.")
+    select = _documents(data, Part.SELECT, limit)
+    kept = _documents(data, Part.REPORT, limit)
+    net, tokenizer = _load(model, device, dtype="float32")
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
+    with _progress("capture") as advance:
+        fit, shown = phase_.capture(
+            net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
+        )
+    with _progress("phase") as advance:
+        found = phase_.diagrams(
+            fit,
+            shown,
+            n_groups=groups,
+            steps=steps,
+            trials=trials,
+            resume=partial,
+            progress=advance,
+        )
+    with _progress("dictionaries") as advance:
+        known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
+    for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
+        Console().print(sentence)
+    _write_json(json_file, found)
+    _write_json(dictionaries_file, known)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    if html_file is not None:
+        report.write_report(html_file, phase=found, dictionaries=known)
+
+
+@app.command("report")
+def report_(
+    out: Annotated[pathlib.Path, typer.Argument(help="Page to write.", metavar="OUT.html")],
+    ablation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast ablate.")] = None,
+    evaluation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast eval.")] = None,
+    phase_file: Annotated[
+        pathlib.Path | None, typer.Option("--phase", help="Of csfast phase.")
+    ] = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None, typer.Option("--dictionaries", help="Of csfast phase.")
+    ] = None,
+    effort_file: Annotated[
+        pathlib.Path | None, typer.Option("--effort", help="Of csfast tokens.")
+    ] = None,
+    size_curve: Annotated[pathlib.Path | None, typer.Option(help="Rows of a size curve.")] = None,
+    storage: Annotated[pathlib.Path | None, typer.Option(help="Rows of a storage study.")] = None,
+    demo_file: Annotated[
+        pathlib.Path | None, typer.Option("--demo", help="Of csfast demo.")
+    ] = None,
+) -> None:
+    """Write one page of results from files of them."""
+    files = {
+        "ablation": ablation,
+        "evaluation": evaluation,
+        "phase": phase_file,
+        "dictionaries": dictionaries_file,
+        "effort": effort_file,
+        "size_curve": size_curve,
+        "storage": storage,
+        "demo": demo_file,
+    }
+    given = {kind: results_.read(path, kind) for kind, path in files.items() if path is not None}
+    report.write_report(out, **given)
+    Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
 
 
 def _documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list[Document]:

@@ -175,6 +175,10 @@ def evaluate(
         "mean_ci95": judge.interval(judge.mean_draws(draws)),
         "density": judge.mean(per_layer),
         "density_per_layer": per_layer,
+        "density_per_task_layer": {
+            group: judge.densities(setting.rule, of_group)
+            for group, of_group in judge.read_by_group(pieces, read).items()
+        },
         "bytes_fraction": share,
         "token_bytes_fraction": (share * dense_bytes + rest) / (dense_bytes + rest),
         "asked_density": density,

@@ -322,12 +322,14 @@ class Effort:
         ids: The tokens that were predicted, ``(n,)`` int64.
         dense_loss: Of the dense model, ``(n,)`` float32, nats.
         loss: Of the sparse model, ``(n,)`` float32.
+        entropy: Of what the sparse model predicted, ``(n,)`` float32, nats.
         density: Fraction of each layer that was executed to predict them, ``(n, n_layers)``.
     """
 
     ids: Tensor
     dense_loss: Tensor
     loss: Tensor
+    entropy: Tensor
     density: Tensor
 
 
@@ -835,6 +837,7 @@ def effort(model: nn.Module, setting: Setting, piece: Piece) -> Effort:
         ids=piece.ids[0, piece.n_prompt + 1 :],
         dense_loss=dense,
         loss=losses(logits, batch)[0].cpu(),
+        entropy=torch.special.entr(logits[0].float().softmax(dim=-1)).sum(dim=-1).cpu(),
         density=torch.tensor(density).T.contiguous(),
     )
 
