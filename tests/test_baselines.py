@@ -25,6 +25,11 @@ PLAIN = (
     "planes-b2",
     "planes-b3",
     "planes-b4",
+    "planes-b1-plain",
+    "planes-b2-plain",
+    "planes-b3-plain",
+    "planes-b4-plain",
+    "ternary-plain",
     "planes-b2-block-4",
     "teal",
     "teal-greedy",
@@ -149,7 +154,8 @@ def test_the_oracle_beats_every_rule_that_keeps_neurons(built, fit, ffns, inputs
 
 
 def method_of(bits):
-    return bits if bits == "ternary" else f"planes-b{bits}"
+    """The rule with the codes that a plan has, which are made without feedback."""
+    return "ternary-plain" if bits == "ternary" else f"planes-b{bits}-plain"
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
@@ -737,7 +743,7 @@ def test_default_methods_are_known_and_named_once(shape):
     assert len(set(names)) == len(names)
     assert set(baselines.quick_methods(shape)) <= set(names)
     families = {baselines.family(name) for name in names}
-    assert families == {"oracle", "few-bit", "selection", "quantised"}
+    assert families == {"oracle", "few-bit", "selection", "mixed", "quantised"}
 
 
 @pytest.mark.parametrize(

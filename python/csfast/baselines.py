@@ -710,6 +710,8 @@ def default_methods(shape: LayerShape) -> tuple[str, ...]:
         "oracle-layer",
         *(f"planes-b{bits}" for bits in planes.BITS),
         "ternary",
+        "planes-b2-plain",
+        "planes-b3-plain",
         *(f"planes-b2-block-{size}" for size in (4, 16, 64)),
         *(f"planes-b2-joint-{requests}" for requests in (2, 4, 16)),
         "teal",
