@@ -88,6 +88,16 @@ def test_the_package_is_a_baseline_where_it_is_installed(tmp_path, monkeypatch):
     assert set(calls) == {((40, 60), (6, 40), 5, False, False)}
 
 
+def test_a_package_that_cannot_be_imported_is_left_out(tmp_path, monkeypatch):
+    module = tmp_path / f"{bench_omp.PACKAGE}.py"
+    module.write_text("raise ImportError('no native half')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = bench_omp.run([SMALL], device=CPU, runs=1, variants=("pursuit",))
+    assert f"{bench_omp.PACKAGE} f32" not in found["rows"][0]["baselines"]
+    notes = found["machine"]["notes"]
+    assert notes[bench_omp.PACKAGE] == "unavailable: no native half"
+
+
 def test_loads_are_those_of_the_targets():
     sizes = {device: {(c.m, c.n_atoms, c.n_nonzero) for c in PURSUIT_LOADS[device]} for device in
              ("cpu", "cuda")}  # fmt: skip

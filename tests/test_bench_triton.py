@@ -35,8 +35,13 @@ def layer(d, n_neurons, dtype):
     return [t.to("cuda", dtype) for t in (x, weights, down_t)]
 
 
-def each_config(kernels):
-    return [*kernels.CONFIGS, kernels.Config(16, 32, 1)]
+def configs_of(kernels, d, dtype):
+    """All that may be timed, at the type that is; elsewhere a small one: each has to be compiled.
+
+    A layer of 384 channels has fewer outputs than their largest block.
+    """
+    small = kernels.Config(16, 32, 1)
+    return [*kernels.CONFIGS, small] if (d, dtype) == (384, torch.bfloat16) else [small]
 
 
 @pytest.mark.parametrize(("d", "n_neurons"), SIZES)
@@ -48,7 +53,7 @@ def test_gate_and_up_leave_out_channels(kernels, d, n_neurons, density, dtype):
     assert (kept != 0).sum() <= max(1, round(density * d))
     want = torch.cat([kept @ w for w in weights.double()])
     tolerance = torch.cat([dot_tolerance(kept, w.T) for w in weights])
-    for config in each_config(kernels):
+    for config in configs_of(kernels, d, dtype):
         out = torch.zeros(2, n_neurons, device="cuda")
         kernels.gate_up(x, weights, threshold, out, config)
         assert_within(out, want, tolerance)
@@ -72,7 +77,7 @@ def test_down_leaves_out_neurons(kernels, d, n_neurons, density, dtype):
     # Unlike a weight of 16 bits, a float32 factor makes products round, too.
     tolerance = (1 + EPS_F32) * dot_tolerance(kept, down_t.T)
     tolerance += (torch.where(kept != 0, error, 0.0) + EPS_F32 * kept.abs()) @ down_t.double().abs()
-    for config in each_config(kernels):
+    for config in configs_of(kernels, d, dtype):
         out = torch.zeros(1, d, device="cuda")
         kernels.down(products, down_t, threshold, out, config)
         assert_within(out, want, tolerance)
@@ -94,14 +99,14 @@ def test_with_nothing_left_out_it_is_the_dense_layer(kernels, d, n_neurons):
     x, weights, down_t = layer(d, n_neurons, torch.float32)
     poison = torch.full((4 * n_neurons + 4 * d,), float("nan"), device="cuda")
     del poison  # what the next allocation may find
-    for config in each_config(kernels):
+    for config in configs_of(kernels, d, torch.float32):
         out = kernels.ffn(x, weights, down_t, (-1.0, -1.0), (config, config))
         assert_within(out, *dense(x, weights, down_t))
 
 
 def test_it_can_be_replayed(kernels):
     x, weights, down_t = layer(384, 1152, torch.float32)
-    configs = (kernels.CONFIGS[0], kernels.CONFIGS[1])
+    configs = (kernels.Config(16, 32, 1), kernels.Config(16, 32, 1))
     kernels.ffn(x, weights, down_t, (-1.0, -1.0), configs)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -212,7 +212,7 @@ def _baselines(
     found: dict[str, Callable[[int], object]] = {
         "torch f32": lambda i: progressive(gram, inputs[i].y @ atoms, count)
     }
-    eager = []
+    eager: list[str] = []
     if gram.device.type == "cpu" and importlib.util.find_spec("sklearn") is not None:
         linear_model = importlib.import_module("sklearn.linear_model")
         plain = gram.double().numpy()
@@ -228,8 +228,12 @@ def _baselines(
         notes["scikit-learn f64"] = "unavailable: scikit-learn is not installed"
     if importlib.util.find_spec(PACKAGE) is None:
         notes[PACKAGE] = "unavailable: not installed"
-    else:
+        return found, eager
+    try:
         run_omp = importlib.import_module(PACKAGE).run_omp
+    except ImportError as error:  # its native half is of another Python
+        notes[PACKAGE] = f"unavailable: {error}"
+    else:
         found[f"{PACKAGE} f32"] = lambda i: run_omp(
             atoms, inputs[i].y, count, normalize=False, fit_intercept=False
         )
