@@ -119,6 +119,16 @@ def joint_tolerance(
     )
 
 
+def missed_tolerance(missed: torch.Tensor, usage: torch.Tensor) -> torch.Tensor:
+    """Bound on the difference of two sums of what was missed of ``usage (lists, n_groups)``.
+
+    The same float32 squares, at most n of them and none negative, in two orders: each sum rounds n
+    times, by u of itself. A square below 2^-126 may lose 2^-150.
+    """
+    n = usage.shape[1]
+    return 2.5 * n * UNIT * missed.double() + n * 2.0**-148
+
+
 def execute_tolerance(
     gate,
     up,
