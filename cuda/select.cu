@@ -322,15 +322,20 @@ void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
   });
 }
 
-int blocks_of_runs(const SelectParams& p, const Chip& chip) {
-  const int64_t units = Runs::of(p.n_neurons, p.tile_rows, 1).n_units;
-  const int most = chip.n_processors < kBlocksMax ? chip.n_processors : kBlocksMax;
-  return static_cast<int>(units < most ? units : most);
+// Programmatic launches.
+bool is_overlapping(const SelectParams& p, const Chip& chip) {
+  return chip.capability >= 90 && !p.design.portable;
 }
 
-Segments launch_runs(const SelectParams& p, const Chip& chip, bool overlaps, Stream stream) {
+Runs runs_of(const SelectParams& p, const Chip& chip) {
+  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
+  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
+  return runs;
+}
+
+Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks_of_runs(p, chip));
+  const Runs runs = runs_of(p, chip);
   const Segments segments{.tile = at<int32_t>(p.workspace, layout.piece),
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
@@ -347,7 +352,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, bool overlaps, Str
     launch("select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
            stream, params,
            {.shared_bytes = static_cast<int>(shared_bytes<kCode>(p.batch, p.d, params.run_neurons)),
-            .overlaps = overlaps});
+            .overlaps = is_overlapping(p, chip)});
   });
   return segments;
 }
@@ -362,7 +367,7 @@ bool is_one_pass(const SelectParams& p, const Chip& chip) {
   if (p.design.path == Path::kGeneral) return false;
   if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > (1 << 20)) return false;
   if (!is_aligned(p.x) || !is_aligned(p.equal)) return false;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks_of_runs(p, chip));
+  const Runs runs = runs_of(p, chip);
   int64_t bytes = 0;
   dispatch_code(p.code, "select", [&]<Code kCode>() {
     bytes = shared_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
@@ -370,10 +375,10 @@ bool is_one_pass(const SelectParams& p, const Chip& chip) {
   return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
 }
 
-Segments select_segments(const SelectParams& p, const Chip& chip, bool overlaps, Stream stream) {
+Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream) {
   want_aligned(p.codes, 16, "select", "codes");
   want_aligned(p.row_scale, 8, "select", "row_scale");
-  return launch_runs(p, chip, overlaps, stream);
+  return launch_runs(p, chip, stream);
 }
 
 void select(const SelectParams& p, Stream stream) {
@@ -383,12 +388,11 @@ void select(const SelectParams& p, Stream stream) {
   const auto lists = static_cast<unsigned>(lists_of(p));
   const Chip machine = chip("select");
   if (is_one_pass(p, machine)) {
-    const bool overlaps = machine.capability >= 90 && !p.design.portable;
-    const Segments segments = launch_runs(p, machine, overlaps, stream);
+    const Segments segments = launch_runs(p, machine, stream);
     return launch(
         "select", "join", join_kernel, dim3(lists), dim3(kListThreads), stream,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
-        {.overlaps = overlaps});
+        {.overlaps = is_overlapping(p, machine)});
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
     quantize_all(p, layout, stream);

@@ -11,7 +11,7 @@ namespace csfast::cuda {
 bool is_one_pass(const SelectParams& p, const Chip& chip);
 
 // select() without its outputs, where is_one_pass() and there is no cap: the tiles stay in the
-// workspace, in the pieces that are returned. `overlaps`: see Launch.
-Segments select_segments(const SelectParams& p, const Chip& chip, bool overlaps, Stream stream);
+// workspace, in the pieces that are returned.
+Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream);
 
 }  // namespace csfast::cuda
