@@ -1,20 +1,26 @@
-// Execute on CUDA: activations, then partial outputs, then their sum. Three kernels.
+// Execute on CUDA: partial outputs of shares of the list, then their sum.
 //
 // Reads gate, up and down_t of the listed neurons once, 3 * d elements a neuron, which bounds it.
+//   gather    one block a share of the list: activations and their down rows at once, see
+//   gather.cuh sum       adds the shares up, in their order
+// That is for 16-bit rows at multiples of 16 bytes, up to 8,192 wide. The general path has three
+// kernels and activations in memory between them:
 //   activate  one warp per neuron; x in shared memory, weights straight to registers
 //   combine   one block per strip of columns and share of the list; each warp takes every eighth
 //             neuron of the share
-//   sum       adds the shares up, in their order
-// Shares are counted from the sizes of one row, so a row's result does not depend on its batch.
+//   sum       as above
 // If a row of the weights or of x begins off a multiple of 16 bytes, all go by single elements.
+// Shares are counted from the sizes of one row, so a row's result does not depend on its batch.
 #include <bit>
 
+#include "common/async.cuh"
 #include "common/dispatch.cuh"
+#include "common/gather.cuh"
 #include "common/launch.cuh"
 #include "common/usage.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
-#include "csfast/execute.h"
+#include "execute.cuh"
 
 namespace csfast::cuda {
 namespace {
@@ -22,9 +28,11 @@ namespace {
 constexpr int kActivateWarps = 4;      // a block: small ones, so that a short list has many
 constexpr int kActivateBlocks = 4096;  // at most, of all rows; those beyond a list end at once
 constexpr int kCombineWarps = 8;       // a block: 256 threads, eight blocks fill an SM of 2048
-constexpr int kSumWarps = 8;           // likewise
-constexpr int kUnroll = 4;             // loads of 16 bytes that a lane has in flight, a matrix
-constexpr int kPanel = 4096;           // channels of x in shared memory: 16 KB at most
+constexpr int kSumWarps = 16;          // a block, of 32 columns: few shares for each
+constexpr int kSumShares = (kBlocksMax + kSumWarps - 1) / kSumWarps;  // of a warp, at most
+constexpr int kRowsAtOnce = 16;  // of the batch, in one launch of gather: the workspace has room
+constexpr int kUnroll = 4;       // loads of 16 bytes that a lane has in flight, a matrix
+constexpr int kPanel = 4096;     // channels of x in shared memory: 16 KB at most
 
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one load
@@ -50,19 +58,27 @@ constexpr int64_t shares_of(int64_t d, int64_t n_neurons) {
   return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-// Where the parts of the workspace begin, and its size.
+// Where the parts of the workspace begin, and its size. The paths share it.
 struct Layout {
-  int64_t activation;  // (batch, n_neurons), float; written where listed
-  int64_t partial;     // (batch, shares, d), float
+  int64_t activation;  // of kGeneral: (batch, n_neurons), float; written where listed
+  int64_t partial;     // of kGeneral: (batch, shares, d), float
+  int64_t sum;         // of others: (rows, blocks, d), float
+  int64_t executed;    // of others: (rows, blocks), int32
   int64_t bytes;
 };
 
 constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t partial = padded(batch * n_neurons * int64_t{sizeof(float)});
   const int64_t shares = shares_of(d, n_neurons);
+  const int64_t general = partial + padded(batch * shares * d * int64_t{sizeof(float)});
+  const int64_t rows = batch < kRowsAtOnce ? batch : kRowsAtOnce;
+  const int64_t executed = padded(rows * kBlocksMax * d * int64_t{sizeof(float)});
+  const int64_t others = executed + padded(rows * kBlocksMax * int64_t{sizeof(int32_t)});
   return {.activation = 0,
           .partial = partial,
-          .bytes = partial + padded(batch * shares * d * int64_t{sizeof(float)})};
+          .sum = 0,
+          .executed = executed,
+          .bytes = general > others ? general : others};
 }
 
 // The neurons of one row's tile list, by position: tile_rows to a tile.
@@ -255,8 +271,32 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp, 3) combine_kernel(const 
   }
 }
 
+struct SumParams {
+  const void* down_bias;    // (d), T, or null
+  const float* partial;     // (batch, shares, d)
+  const int32_t* executed;  // (lists, shares), neurons of each share; looked at if someone counts
+  void* out;                // (batch, d), T, written
+  int64_t* stats;           // as in Listing
+  int64_t batch, d;
+  int shares;
+  bool shared;
+};
+
+// By one warp.
+__device__ __forceinline__ void count(const SumParams& p) {
+  int64_t neurons = 0;
+  const int64_t n = (p.shared ? 1 : p.batch) * p.shares;
+  for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp) neurons += p.executed[i];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    neurons += __shfl_xor_sync(kFull, neurons, offset);
+  }
+  if (threadIdx.x % kWarp > 0) return;
+  p.stats[0] += p.batch;
+  p.stats[1] += p.shared ? p.batch * neurons : neurons;
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const ExecuteParams p) {
+__global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const SumParams p) {
   struct Shared {
     float sum[kSumWarps][kWarp];
   };
@@ -265,20 +305,254 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const ExecutePara
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + lane;
-  const int64_t shares = shares_of(p.d, p.n_neurons);
-  const float* partial = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).partial) +
-                         b * shares * p.d;  // (shares, d)
+  const float* partial = p.partial + b * p.shares * p.d + column;  // (shares, d)
+  launch_dependents();
+  wait_for_prior();
 
-  float sum = 0.0f;
-  if (column < p.d) {
-    for (int64_t s = warp; s < shares; s += kSumWarps) sum += partial[s * p.d + column];
+  // Load
+  float part[kSumShares];
+#pragma unroll
+  for (int i = 0; i < kSumShares; ++i) {
+    const int s = warp + i * kSumWarps;
+    part[i] = s < p.shares && column < p.d ? partial[s * p.d] : 0.0f;
   }
+
+  // Add
+  float sum = part[0];
+#pragma unroll
+  for (int i = 1; i < kSumShares; ++i) sum += part[i];
   shared.sum[warp][lane] = sum;
   __syncthreads();
+  if (warp == 1 && b == 0 && blockIdx.x == 0 && p.stats != nullptr) count(p);
   if (warp > 0 || column >= p.d) return;
 #pragma unroll
   for (int w = 1; w < kSumWarps; ++w) sum += shared.sum[w][lane];
   static_cast<T*>(p.out)[b * p.d + column] = static_cast<T>(add_bias<T>(sum, p.down_bias, column));
+}
+
+template <typename T>
+void launch_sum(const SumParams& p, bool overlaps, Stream stream) {
+  launch("execute", "sum", sum_kernel<T>,
+         dim3(blocks_of(p.d, kWarp), static_cast<unsigned>(p.batch)), dim3(kSumWarps * kWarp),
+         stream, p, {.overlaps = overlaps});
+}
+
+struct GatherParams {
+  ExecuteParams p;  // of at most kRowsAtOnce rows
+  Chosen chosen;
+  Segments segments;
+  float* partial;     // (batch, blocks, d), written
+  int32_t* executed;  // (lists, blocks), written, or null
+};
+
+struct ShareShared {
+  int before[kBlocksMax + 1];  // tiles of the pieces before
+  int from;                    // of the list: the first tile of a run
+  int to;                      // and the first beyond it
+};
+
+// How many of n ascending tiles are below `limit`. One warp; every lane gets it.
+__device__ __forceinline__ int tiles_below(const int32_t* tile, int n, int64_t limit) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  int low = 0;  // so many are, for sure
+  int high = n;
+  while (low < high) {
+    const int step = (high - low + kWarp - 1) / kWarp;
+    const int i = low + lane * step + step - 1;  // the last of the lane's part
+    const bool is_below = i < high && tile[i] < limit;
+    const int parts = __popc(__ballot_sync(kFull, is_below));
+    low += parts * step;
+    high = min(high, low + step - 1);
+  }
+  return low;
+}
+
+// Lists the neurons of the block's share in `neurons`, (list_room), -1 where a tile has none;
+// returns how many places it takes. The whole block calls; the list may be read at once.
+__device__ __forceinline__ int list_share(const GatherParams& params, ShareShared& shared,
+                                          int32_t* neurons) {
+  const ExecuteParams& p = params.p;
+  const Chosen& chosen = params.chosen;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int block = static_cast<int>(blockIdx.x);
+  const int64_t list = p.shared ? 0 : blockIdx.y;
+  const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int pieces = params.segments.blocks;
+  const int32_t* tile = (pieces > 0 ? params.segments.tile : p.tile) + list * most;
+  const int32_t* piece_tiles = params.segments.count + list * pieces;  // (pieces), if there are any
+  const auto rows = static_cast<unsigned>(p.tile_rows);
+
+  int64_t first = 0;  // position in the list
+  int64_t end = 0;
+  if (chosen.path == Path::kRange) {
+    const Runs runs = Runs::of(p.n_neurons, p.tile_rows, chosen.blocks);
+    if (pieces > 0) {  // as many as blocks, so this is the block's
+      tile += runs.begin(block);
+      end = int64_t{piece_tiles[block]} * p.tile_rows;
+    } else {
+      const auto n = static_cast<int>(min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most));
+      if (warp < 2) {
+        const int below = tiles_below(tile, n, runs.begin(block + warp));
+        if (lane == 0) (warp == 0 ? shared.from : shared.to) = below;
+      }
+      __syncthreads();
+      first = int64_t{shared.from} * p.tile_rows;
+      end = int64_t{shared.to} * p.tile_rows;
+    }
+    end = min(end, first + chosen.list_room);  // of a list that does not ascend
+  } else {
+    int64_t n = 0;
+    if (pieces > 0) {
+      if (warp == 0) {
+        int total = 0;
+        for (int i0 = 0; i0 < pieces; i0 += kWarp) {
+          int through = i0 + lane < pieces ? piece_tiles[i0 + lane] : 0;
+#pragma unroll
+          for (int offset = 1; offset < kWarp; offset *= 2) {
+            const int other = __shfl_up_sync(kFull, through, offset);
+            if (lane >= offset) through += other;
+          }
+          if (i0 + lane < pieces) shared.before[i0 + lane + 1] = total + through;
+          total += __shfl_sync(kFull, through, kWarp - 1);
+        }
+        if (lane == 0) shared.before[0] = 0;
+      }
+      __syncthreads();
+      n = shared.before[pieces];
+    } else {
+      n = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most);
+    }
+    first = n * p.tile_rows * block / chosen.blocks;
+    end = n * p.tile_rows * (block + 1) / chosen.blocks;
+  }
+
+  const auto count = static_cast<int>(end - first);
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, max(pieces, 1));
+  for (int i = thread; i < count; i += kGatherThreads) {
+    const auto position = static_cast<unsigned>(first + i);
+    int64_t at = position / rows;
+    if (pieces > 0 && chosen.path != Path::kRange) {
+      int piece = 0;  // the last one that begins at or before `at`
+      for (int step = 128; step > 0; step /= 2) {
+        if (piece + step < pieces && shared.before[piece + step] <= at) piece += step;
+      }
+      at += runs.begin(piece) - shared.before[piece];
+    }
+    const int64_t j = int64_t{tile[at]} * p.tile_rows + position % rows;
+    neurons[i] = j < 0 || j >= p.n_neurons ? -1 : static_cast<int32_t>(j);
+  }
+  __syncthreads();
+  return count;
+}
+
+// By one warp.
+__device__ __forceinline__ int neurons_of(const int32_t* neurons, int n) {
+  int there = 0;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) there += neurons[i] >= 0;
+  return __reduce_add_sync(kFull, there);
+}
+
+template <int kVectors, bool kBulk>
+constexpr int kGatherBytes = kBulk ? kRingBytes<kVectors> : kSumBytes<kVectors>;
+
+template <typename T, int kVectors, bool kBulk>
+__global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherParams params) {
+  constexpr int kAtOnce = kBulk ? kBulkNeurons<kVectors> : kRegisterNeurons<kVectors>;
+  struct Shared {
+    GatherShared<kAtOnce> gather;
+    ShareShared share;
+    alignas(8) Arrival arrival[kSlots];
+  };
+  __shared__ Shared shared;
+  const ExecuteParams& p = params.p;
+  const int64_t b = blockIdx.y;
+  const int64_t block = blockIdx.x;
+  char* ring = dynamic_shared();
+  int32_t* neurons = reinterpret_cast<int32_t*>(ring + kGatherBytes<kVectors, kBulk>);
+  launch_dependents();
+  if (kBulk && threadIdx.x == 0) init_arrivals(shared.arrival, kSlots);
+  wait_for_prior();
+
+  // List
+  const int count = list_share(params, shared.share, neurons);
+  const int64_t list = p.shared ? 0 : b;
+  if (params.executed != nullptr && threadIdx.x < kWarp && b == list) {
+    const int there = neurons_of(neurons, count);
+    if (threadIdx.x == 0) params.executed[list * params.chosen.blocks + block] = there;
+  }
+
+  // Gather
+  const Gather gather{.gate = static_cast<const char*>(p.gate),
+                      .up = static_cast<const char*>(p.up),
+                      .down_t = static_cast<const char*>(p.down_t),
+                      .gate_bias = p.gate_bias,
+                      .up_bias = p.up_bias,
+                      .neurons = neurons,
+                      .count = count,
+                      .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
+                      .group_threads = params.chosen.group_threads,
+                      .activation = p.activation};
+  const Place place(params.chosen.group_threads);
+  uint4 x[kVectors];
+  load_x<kVectors>(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
+  float sum[kVectors][kLaneColumns] = {};
+  if constexpr (kBulk) {
+    gather_bulk<T, kVectors>(gather, place, shared.gather, shared.arrival, ring, x, sum);
+  } else {
+    gather_register<T, kVectors>(gather, place, shared.gather, x, sum);
+  }
+  write_partial<kVectors>(gather, place, sum, reinterpret_cast<float*>(ring),
+                          params.partial + (b * params.chosen.blocks + block) * p.d);
+}
+
+template <typename T, int kVectors>
+void launch_gather(const GatherParams& params, Stream stream) {
+  const bool is_bulk = params.chosen.loads == Loads::kBulk;
+  const auto kernel =
+      is_bulk ? gather_kernel<T, kVectors, true> : gather_kernel<T, kVectors, false>;
+  const int bytes = is_bulk ? kGatherBytes<kVectors, true> : kGatherBytes<kVectors, false>;
+  launch("execute", "gather", kernel,
+         dim3(static_cast<unsigned>(params.chosen.blocks), static_cast<unsigned>(params.p.batch)),
+         dim3(kGatherThreads), stream, params,
+         {.shared_bytes = bytes + params.chosen.list_room * int{sizeof(int32_t)},
+          .overlaps = params.chosen.overlaps});
+}
+
+// Rows first .. first + rows - 1 of the batch.
+template <typename T>
+void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
+                 int64_t first, int64_t rows, Stream stream) {
+  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
+  GatherParams params{
+      .p = p,
+      .chosen = chosen,
+      .segments = listing.segments,
+      .partial = at<float>(p.workspace, layout.sum),
+      .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
+  params.p.batch = rows;
+  params.p.x = static_cast<const T*>(p.x) + first * p.d;
+  if (!p.shared && params.segments.blocks > 0) {
+    params.segments.tile += first * most;
+    params.segments.count += first * params.segments.blocks;
+  } else if (!p.shared) {
+    params.p.tile += first * most;
+    params.p.n_tiles += first;
+  }
+  chosen.vectors == 1 ? launch_gather<T, 1>(params, stream)
+                      : launch_gather<T, kVectorsMax>(params, stream);
+  launch_sum<T>({.down_bias = p.down_bias,
+                 .partial = params.partial,
+                 .executed = params.executed,
+                 .out = static_cast<T*>(p.out) + first * p.d,
+                 .stats = listing.stats,
+                 .batch = rows,
+                 .d = p.d,
+                 .shares = chosen.blocks,
+                 .shared = p.shared},
+                chosen.overlaps, stream);
 }
 
 template <typename T, bool kAligned>
@@ -291,8 +565,16 @@ void launch_all(const ExecuteParams& p, Stream stream) {
          dim3(needed < most ? needed : most, batch), dim3(kActivateWarps * kWarp), stream, p);
   launch("execute", "combine", combine_kernel<T, kAligned>,
          dim3(blocks_of(p.d, kStrip<T>), shares, batch), dim3(kCombineWarps * kWarp), stream, p);
-  launch("execute", "sum", sum_kernel<T>, dim3(blocks_of(p.d, kWarp), batch),
-         dim3(kSumWarps * kWarp), stream, p);
+  launch_sum<T>({.down_bias = p.down_bias,
+                 .partial = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).partial),
+                 .executed = nullptr,
+                 .out = p.out,
+                 .stats = nullptr,
+                 .batch = p.batch,
+                 .d = p.d,
+                 .shares = static_cast<int>(shares),
+                 .shared = p.shared},
+                false, stream);
 }
 
 }  // namespace
@@ -301,15 +583,31 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
 }
 
-void execute(const ExecuteParams& p, Stream stream) {
+void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
+                    Stream stream) {
   // A tile of more rows than there are is the only one; so positions fit in 32 bits.
   ExecuteParams capped = p;
   if (capped.tile_rows > p.n_neurons) capped.tile_rows = static_cast<int>(p.n_neurons);
-  dispatch(p.dtype, "execute", [&]<typename T>() {
-    const bool aligned = p.d % kVector<T> == 0 && is_aligned(p.gate) && is_aligned(p.up) &&
-                         is_aligned(p.down_t) && is_aligned(p.x);
-    aligned ? launch_all<T, true>(capped, stream) : launch_all<T, false>(capped, stream);
-  });
+  if (chosen.path == Path::kGeneral) {
+    return dispatch(p.dtype, "execute", [&]<typename T>() {
+      const bool aligned = p.d % kVector<T> == 0 && is_aligned(p.gate) && is_aligned(p.up) &&
+                           is_aligned(p.down_t) && is_aligned(p.x);
+      aligned ? launch_all<T, true>(capped, stream) : launch_all<T, false>(capped, stream);
+    });
+  }
+  const auto in_parts = [&]<typename T>() {
+    for (int64_t first = 0; first < p.batch; first += kRowsAtOnce) {
+      const int64_t left = p.batch - first;
+      gather_rows<T>(capped, chosen, listing, first, left < kRowsAtOnce ? left : kRowsAtOnce,
+                     stream);
+    }
+  };
+  if (p.dtype == DType::kF16) return in_parts.template operator()<__half>();
+  in_parts.template operator()<__nv_bfloat16>();
+}
+
+void execute(const ExecuteParams& p, Stream stream) {
+  execute_chosen(p, choose(p, chip("execute")), {}, stream);
 }
 
 }  // namespace csfast::cuda

@@ -1,9 +1,13 @@
-// Ffn on CUDA: select, then execute on the list it leaves in the workspace.
+// Ffn on CUDA: select, then execute on what it leaves in the workspace.
 //
-// Adds one kernel of one thread, and only if someone counts.
+// Three kernels, each of which may begin while the one before ends: select leaves its list in
+// pieces, execute takes its share of them, the sum adds up and counts. Where either goes its
+// general path, they meet at a list, and whoever counts costs a kernel of one thread.
 #include "common/launch.cuh"
 #include "common/workspace.cuh"
 #include "csfast/ffn.h"
+#include "execute.cuh"
+#include "select.cuh"
 
 namespace csfast::cuda {
 namespace {
@@ -63,45 +67,55 @@ void ffn(const FfnParams& p, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   int32_t* tile = at<int32_t>(p.workspace, layout.tile);
   int32_t* n_tiles = at<int32_t>(p.workspace, layout.n_tiles);
-  select({.codes = p.codes,
-          .equal = p.equal,
-          .row_scale = p.row_scale,
-          .offset = p.offset,
-          .weight = p.weight,
-          .threshold = p.threshold,
-          .x = p.x,
-          .workspace = at<void>(p.workspace, layout.select),
-          .tile = tile,
-          .n_tiles = n_tiles,
-          .missed = nullptr,
-          .batch = p.batch,
-          .d = p.d,
-          .n_neurons = p.n_neurons,
-          .code = p.code,
-          .tile_rows = p.tile_rows,
-          .dtype = p.dtype,
-          .activation = p.activation},
-         stream);
-  execute({.gate = p.gate,
-           .up = p.up,
-           .down_t = p.down_t,
-           .gate_bias = p.gate_bias,
-           .up_bias = p.up_bias,
-           .down_bias = p.down_bias,
-           .x = p.x,
-           .tile = tile,
-           .n_tiles = n_tiles,
-           .workspace = at<void>(p.workspace, layout.execute),
-           .out = p.out,
-           .batch = p.batch,
-           .d = p.d,
-           .n_neurons = p.n_neurons,
-           .tile_rows = p.tile_rows,
-           .shared = p.weight != nullptr,
-           .dtype = p.dtype,
-           .activation = p.activation},
-          stream);
-  if (p.stats == nullptr) return;
+  const SelectParams selection{.codes = p.codes,
+                               .equal = p.equal,
+                               .row_scale = p.row_scale,
+                               .offset = p.offset,
+                               .weight = p.weight,
+                               .threshold = p.threshold,
+                               .x = p.x,
+                               .workspace = at<void>(p.workspace, layout.select),
+                               .tile = tile,
+                               .n_tiles = n_tiles,
+                               .missed = nullptr,
+                               .batch = p.batch,
+                               .d = p.d,
+                               .n_neurons = p.n_neurons,
+                               .code = p.code,
+                               .tile_rows = p.tile_rows,
+                               .dtype = p.dtype,
+                               .activation = p.activation,
+                               .design = p.design};
+  const ExecuteParams execution{.gate = p.gate,
+                                .up = p.up,
+                                .down_t = p.down_t,
+                                .gate_bias = p.gate_bias,
+                                .up_bias = p.up_bias,
+                                .down_bias = p.down_bias,
+                                .x = p.x,
+                                .tile = tile,
+                                .n_tiles = n_tiles,
+                                .workspace = at<void>(p.workspace, layout.execute),
+                                .out = p.out,
+                                .batch = p.batch,
+                                .d = p.d,
+                                .n_neurons = p.n_neurons,
+                                .tile_rows = p.tile_rows,
+                                .shared = p.weight != nullptr,
+                                .dtype = p.dtype,
+                                .activation = p.activation,
+                                .design = p.design};
+  const Chip machine = chip("ffn");
+  const Chosen chosen = choose(execution, machine);
+  const bool is_general = chosen.path == Path::kGeneral;
+  Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
+  if (!is_general && is_one_pass(selection, machine)) {
+    listing.segments = select_segments(selection, machine, stream);
+  } else {
+    select(selection, stream);
+  }
+  execute_chosen(execution, chosen, listing, stream);
+  if (p.stats == nullptr || !is_general) return;
   launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
          CountParams{.tile = tile,
                      .n_tiles = n_tiles,

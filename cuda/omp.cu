@@ -42,7 +42,7 @@ void omp(const OmpParams& p, Stream stream) {
   const auto run = [&](const char* name, void (*kernel)(OmpJob)) {
     launch("omp", name, kernel, dim3(static_cast<unsigned>(plan.blocks)),
            dim3(static_cast<unsigned>(plan.threads)), stream, job,
-           static_cast<size_t>(plan.shared));
+           {.shared_bytes = static_cast<int>(plan.shared)});
   };
   dispatch_bool(p.per_step == 1 && p.group == 1, [&]<bool kOne>() {
     dispatch_bool(plan.rows_spilled > 0, [&]<bool kSpills>() {

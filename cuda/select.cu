@@ -1,24 +1,29 @@
-// Select on CUDA: quantise, then sense in one kernel that leaves the usages, then list the tiles in
-// one block a list.
+// Select on CUDA: one kernel senses and decides, one block a run of tiles; a small one joins what
+// the blocks have kept to a list.
 //
-// Reads the codes once, which bounds it; the usages between the kernels, four bytes a neuron, stay
-// in the L2 cache. Tiles of several neurons, and rows that decide together, want a kernel more that
-// pools the usages.
+// Reads the codes once, which bounds it: 4.3 TB/s want 26 KB on the way to each processor, and here
+// 16 warps have 4 to 8 KB each. Every block quantises the activations for itself, up to four rows,
+// while its first codes come; more are quantised by a kernel before. Nothing is decided by who
+// comes first: each block keeps what it keeps at a place of its own. Where rows do not lie on 16
+// bytes, and for more than 16 rows, usages go through memory: a kernel that senses, one that pools
+// where tiles or rows decide together, one block a list.
 #include "common/compact.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/measure.cuh"
 #include "common/quantize.cuh"
+#include "common/sensing.cuh"
 #include "common/usage.cuh"
 #include "common/workspace.cuh"
-#include "csfast/select.h"
 #include "csfast/tile.h"
+#include "select.cuh"
 
 namespace csfast::cuda {
 namespace {
 
 constexpr int kListThreads = kCompactWarps * kWarp;
 constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there may be few of them
+constexpr int kOwnRows = 4;  // that every block quantises itself: .2 us each, a launch is 2 us
 
 // Where the parts of the workspace begin, and its size.
 struct Layout {
@@ -26,6 +31,9 @@ struct Layout {
   int64_t scale;   // (batch), float
   int64_t usage;   // (batch, n_neurons), float
   int64_t pooled;  // (lists, n_tiles_max), and room for tiles of one neuron, float
+  int64_t piece;   // (lists, n_tiles_max) likewise, int32: what blocks keep, see Segments
+  int64_t count;   // (lists, blocks), int32
+  int64_t missed;  // (lists, blocks), float
   int64_t bytes;
 };
 
@@ -34,16 +42,208 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t scale = padded(batch * q_width(d));
   const int64_t usage = scale + padded(batch * int64_t{sizeof(float)});
   const int64_t pooled = usage + padded(batch * n_neurons * int64_t{sizeof(float)});
+  const int64_t piece = pooled + padded(lists * n_neurons * int64_t{sizeof(float)});
+  const int64_t count = piece + padded(lists * n_neurons * int64_t{sizeof(int32_t)});
+  const int64_t missed = count + padded(lists * kBlocksMax * int64_t{sizeof(int32_t)});
   return {.q = 0,
           .scale = scale,
           .usage = usage,
           .pooled = pooled,
-          .bytes = pooled + padded(lists * n_neurons * int64_t{sizeof(float)})};
+          .piece = piece,
+          .count = count,
+          .missed = missed,
+          .bytes = missed + padded(lists * kBlocksMax * int64_t{sizeof(float)})};
 }
 
 // Whether a decision needs more than the usage of one neuron of one row.
 __host__ __device__ __forceinline__ bool is_pooled(const SelectParams& p) {
   return p.tile_rows > 1 || p.weight != nullptr;
+}
+
+struct RunParams {
+  SelectParams p;
+  Segments segments;
+  const int8_t* q;     // (batch, q_width), or null: the blocks quantise
+  const float* scale;  // (batch), or null likewise
+  float* missed;       // (lists, blocks), written
+  int run_neurons;     // of a run, at most
+};
+
+struct RunShared {
+  SenseShared sense;
+  Votes votes[kSenseBatch];
+};
+
+// Of dynamic shared memory: activations, scales of the run's rows, usages.
+template <Code kCode>
+constexpr int64_t shared_bytes(int64_t batch, int64_t d, int64_t run_neurons) {
+  return batch * shared_stride<kCode>(d) + run_neurons * int64_t{sizeof(float2)} +
+         batch * run_neurons * int64_t{sizeof(float)};
+}
+
+// Of every list, by one warp.
+__device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
+  const bool broken = !isfinite(scale);
+  if (p.weight == nullptr) {
+    if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
+    return;
+  }
+  const bool votes = lane < p.batch && p.weight[lane] != 0.0f;
+  const bool any = __any_sync(kFull, votes);
+  const bool all = __any_sync(kFull, votes && broken);
+  if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
+}
+
+template <Code kCode, int kProducts>
+__global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams params) {
+  __shared__ RunShared shared;
+  const SelectParams& p = params.p;
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, params.segments.blocks);
+  const int block = static_cast<int>(blockIdx.x);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t first_tile = runs.begin(block);
+  const int64_t end_tile = runs.begin(block + 1);
+  const int batch = static_cast<int>(p.batch);
+  const int d = static_cast<int>(p.d);
+  int8_t* q = reinterpret_cast<int8_t*>(dynamic_shared());  // (batch, shared_stride)
+  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
+  float* usage = reinterpret_cast<float*>(row_scale + params.run_neurons);  // (batch, run_neurons)
+  const SenseRun run{.codes = p.codes,
+                     .first = first_tile * p.tile_rows,
+                     .end = min(end_tile * p.tile_rows, p.n_neurons),
+                     .batch = batch,
+                     .d = d,
+                     .q = q};
+
+  launch_dependents();
+  if (threadIdx.x == 0 && run.first < run.end) {
+    const int64_t bytes = 2 * row_bytes(d, kCode);
+    prefetch(p.codes + run.first * bytes,
+             static_cast<int>(min((run.end - run.first) * bytes, int64_t{kPrefetchBytes})));
+  }
+  wait_for_prior();
+
+  // Usage
+  const auto quantize = [&] {
+    const auto n = static_cast<int>(run.end - run.first);
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += kSenseThreads) {
+      row_scale[i] = reinterpret_cast<const float2*>(p.row_scale)[run.first + i];
+    }
+    if (params.q != nullptr) {
+      copy_rows<kCode>(params.q, params.scale, batch, d, q, shared.sense);
+    } else if (p.dtype == DType::kF32) {
+      quantize_rows<kCode>(static_cast<const float*>(p.x), p.equal, batch, d, q, shared.sense);
+    } else if (p.dtype == DType::kF16) {
+      quantize_rows<kCode>(static_cast<const __half*>(p.x), p.equal, batch, d, q, shared.sense);
+    } else {
+      quantize_rows<kCode>(static_cast<const __nv_bfloat16*>(p.x), p.equal, batch, d, q,
+                           shared.sense);
+    }
+    if (warp == 0) vote(p, shared);
+  };
+  const auto write = [&](int i, int b, int y_gate, int y_up) {
+    const int64_t at = 2 * (run.first + i);
+    const float scale = shared.sense.scale[b];
+    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.offset, at);
+    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.offset, at + 1);
+    usage[b * params.run_neurons + i] = usage_of(p.activation, gate, up);
+  };
+  sense_run<kCode, kProducts>(run, shared.sense, quantize, write);
+  __syncthreads();
+
+  // Keep: a warp a list, a lane a tile.
+  for (int list = warp; list < (p.weight == nullptr ? batch : 1); list += kSenseWarps) {
+    const Votes votes = shared.votes[list];
+    const float threshold = p.threshold[list];
+    int32_t* tile = params.segments.tile + list * runs.n_tiles + first_tile;
+    int kept = 0;
+    float missed = 0.0f;
+    for (int64_t t0 = first_tile; t0 < end_tile; t0 += kWarp) {
+      const int64_t t = t0 + lane;
+      const bool inside = t < end_tile;
+      float tile_usage = 0.0f;
+      if (inside) {
+        const auto of_row = [&](int64_t b) {
+          const float* row = usage + b * params.run_neurons - run.first;
+          return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
+        };
+        tile_usage = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, batch, of_row);
+      }
+      const bool keep = inside && is_kept(tile_usage, threshold, votes);
+      const unsigned keeps = __ballot_sync(kFull, keep);
+      if (keep) tile[kept + __popc(keeps & ((1u << lane) - 1))] = static_cast<int32_t>(t);
+      if (inside && !keep) missed = __fmaf_rn(tile_usage, tile_usage, missed);
+      kept += __popc(keeps);
+    }
+    missed = warp_sum(missed);
+    if (lane == 0) {
+      const int64_t at = int64_t{list} * params.segments.blocks + block;
+      params.segments.count[at] = kept;
+      params.missed[at] = missed;
+    }
+  }
+}
+
+struct JoinParams {
+  SelectParams p;
+  Segments segments;
+  const float* missed;  // (lists, blocks)
+};
+
+// One block a list.
+__global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams params) {
+  struct Shared {
+    int before[kBlocksMax];  // tiles of the pieces before
+    int count[kBlocksMax];
+  };
+  __shared__ Shared shared;
+  const SelectParams& p = params.p;
+  const int64_t list = blockIdx.x;
+  const int blocks = params.segments.blocks;
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int32_t* piece = params.segments.tile + list * runs.n_tiles;
+  int32_t* tile = p.tile + list * runs.n_tiles;
+  launch_dependents();
+  wait_for_prior();
+
+  // Add up: one warp the counts, another what was missed.
+  if (warp == 0) {
+    int total = 0;
+    for (int first = 0; first < blocks; first += kWarp) {
+      const int i = first + lane;
+      const int own = i < blocks ? params.segments.count[list * blocks + i] : 0;
+      int through = own;
+#pragma unroll
+      for (int offset = 1; offset < kWarp; offset *= 2) {
+        const int other = __shfl_up_sync(kFull, through, offset);
+        if (lane >= offset) through += other;
+      }
+      if (i < blocks) {
+        shared.before[i] = total + through - own;
+        shared.count[i] = own;
+      }
+      total += __shfl_sync(kFull, through, kWarp - 1);
+    }
+    if (lane == 0) {
+      p.n_tiles[list] = total;
+    }
+  } else if (warp == 1 && p.missed != nullptr) {
+    float missed = 0.0f;
+    for (int i = lane; i < blocks; i += kWarp) missed += params.missed[list * blocks + i];
+    missed = warp_sum(missed);
+    if (lane == 0) p.missed[list] = missed;
+  }
+  __syncthreads();
+
+  for (int s = warp; s < blocks; s += kCompactWarps) {
+    const int32_t* from = piece + runs.begin(s);
+    for (int i = lane; i < shared.count[s]; i += kWarp) tile[shared.before[s] + i] = from[i];
+  }
 }
 
 template <Code kCode>
@@ -106,27 +306,96 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const SelectParams p
   if (threadIdx.x == 0) p.missed[list] = missed;
 }
 
+int lists_of(const SelectParams& p) {
+  return static_cast<int>(p.weight == nullptr ? p.batch : 1);
+}
+
+void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
+  dispatch(p.dtype, "select", [&]<typename T>() {
+    quantize<T>("select",
+                {.equal = p.equal,
+                 .x = p.x,
+                 .q = at<int8_t>(p.workspace, layout.q),
+                 .scale = at<float>(p.workspace, layout.scale),
+                 .d = p.d},
+                p.batch, stream);
+  });
+}
+
+// Programmatic launches.
+bool is_overlapping(const SelectParams& p, const Chip& chip) {
+  return chip.capability >= 90 && !p.design.portable;
+}
+
+Runs runs_of(const SelectParams& p, const Chip& chip) {
+  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
+  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
+  return runs;
+}
+
+Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
+  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Runs runs = runs_of(p, chip);
+  const Segments segments{.tile = at<int32_t>(p.workspace, layout.piece),
+                          .count = at<int32_t>(p.workspace, layout.count),
+                          .blocks = runs.blocks};
+  const bool is_quantized = p.batch > kOwnRows;
+  if (is_quantized) quantize_all(p, layout, stream);
+  RunParams params{.p = p,
+                   .segments = segments,
+                   .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
+                   .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
+                   .missed = at<float>(p.workspace, layout.missed),
+                   .run_neurons = static_cast<int>(runs.tiles_max() * p.tile_rows)};
+  dispatch_code(p.code, "select", [&]<Code kCode>() {
+    const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
+    launch("select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
+           stream, params,
+           {.shared_bytes = static_cast<int>(shared_bytes<kCode>(p.batch, p.d, params.run_neurons)),
+            .overlaps = is_overlapping(p, chip)});
+  });
+  return segments;
+}
+
 }  // namespace
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
 }
 
+bool is_one_pass(const SelectParams& p, const Chip& chip) {
+  if (p.design.path == Path::kGeneral) return false;
+  if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > (1 << 20)) return false;
+  if (!is_aligned(p.x) || !is_aligned(p.equal)) return false;
+  const Runs runs = runs_of(p, chip);
+  int64_t bytes = 0;
+  dispatch_code(p.code, "select", [&]<Code kCode>() {
+    bytes = shared_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
+  });
+  return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
+}
+
+Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream) {
+  want_aligned(p.codes, 16, "select", "codes");
+  want_aligned(p.row_scale, 8, "select", "row_scale");
+  return launch_runs(p, chip, stream);
+}
+
 void select(const SelectParams& p, Stream stream) {
   want_aligned(p.codes, 16, "select", "codes");
   want_aligned(p.row_scale, 8, "select", "row_scale");
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const auto lists = static_cast<unsigned>(p.weight == nullptr ? p.batch : 1);
+  const auto lists = static_cast<unsigned>(lists_of(p));
+  const Chip machine = chip("select");
+  if (is_one_pass(p, machine)) {
+    const Segments segments = launch_runs(p, machine, stream);
+    return launch(
+        "select", "join", join_kernel, dim3(lists), dim3(kListThreads), stream,
+        JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
+        {.overlaps = is_overlapping(p, machine)});
+  }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    dispatch(p.dtype, "select", [&]<typename T>() {
-      quantize<T>("select",
-                  {.equal = p.equal,
-                   .x = p.x,
-                   .q = at<int8_t>(p.workspace, layout.q),
-                   .scale = at<float>(p.workspace, layout.scale),
-                   .d = p.d},
-                  p.batch, stream);
-    });
+    quantize_all(p, layout, stream);
     dispatch_code(p.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),

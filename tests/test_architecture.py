@@ -121,7 +121,7 @@ MAY_INCLUDE = {
     "ffn": {"select", "execute", "tile"},
     "session": {"ffn"},
 }
-ALL_MAY_INCLUDE = {"types", "planes", "isa"}
+ALL_MAY_INCLUDE = {"design", "types", "planes", "isa"}
 
 
 def tree_of(path: pathlib.Path) -> ast.Module:

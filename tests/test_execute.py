@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from csfast import ops, reference
-from csfast.cases import CASES, LARGE
+from csfast.cases import CASES, LARGE, Case
 from numeric import assert_within, execute_tolerance, made, mask_of, split_tiles
 
 
@@ -17,8 +17,8 @@ def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
     return ops.TileList(tile.to(device), masks.sum(dim=1).to(torch.int32).to(device), tile_rows)
 
 
-def check(p, tiles, **more):
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **more)
+def check(p, tiles, design="", **more):
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=design, **more)
     want = reference.execute(
         p.gate,
         p.up,
@@ -96,6 +96,43 @@ def test_matches_reference_on_a_large_layer(device):
     want = reference.execute(gate, up, down_t, x, [everything], tile_rows=1)
     mask = torch.ones(1, len(chosen), dtype=torch.bool, device=device)
     assert_within(got, want, execute_tolerance(gate, up, down_t, x, mask))
+
+
+# What CUDA has besides its general path, for 16-bit rows at multiples of 16 bytes.
+WIDTHS = {
+    "one_warp": Case("one_warp", batch=2, d=8, n_neurons=41),
+    "off_group": Case("off_group", batch=3, d=200, n_neurons=301),
+    "demo": CASES[4],
+    "one_group": Case("one_group", batch=2, d=2056, n_neurons=150),
+    "two_loads": Case("two_loads", batch=2, d=4104, n_neurons=75),
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("form", ["plain", "biased", "tiles", "full", "shared", "few_blocks"])
+@pytest.mark.parametrize("path", ["list", "range"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_every_design_matches_reference(width, form, path, dtype, device):
+    """And all designs of one path are equal, bit for bit."""
+    case = WIDTHS[width]
+    p = made(case, dtype, device)
+    biases = case.make_biases(p).of_execute() if form == "biased" else {}
+    tiles = tiles_of(
+        1 if form == "shared" else case.batch,
+        case.n_neurons,
+        device,
+        density=2.0 if form == "full" else 0.4,
+        tile_rows=5 if form == "tiles" else 1,
+    )
+    blocks = " blocks=3" if form == "few_blocks" else ""
+    check(p, tiles, design=f"{path}{blocks}", **biases)
+    rows = (p.gate, p.up, p.down_t, p.x, tiles)
+    want = ops.execute(*rows, design=f"{path} register{blocks}", **biases)
+    for loads in ("bulk", "register portable"):
+        if loads == "bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            continue  # refused, see test_design.py
+        got = ops.execute(*rows, design=f"{path} {loads}{blocks}", **biases)
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from csfast import cases, ops, planes, reference
+from numeric import assert_within, missed_tolerance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -234,7 +235,8 @@ def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
             )
             assert torch.equal(tiles.tile, support.index)
             assert torch.equal(tiles.n_tiles, support.count)
-            assert torch.equal(missed, support.missed)
+            allowed = missed_tolerance(support.missed, support.usage)
+            assert_within(missed, support.missed.double(), allowed)
             want = ops.execute(*rows, x, tiles, activation="gelu_tanh", **execution)
             assert torch.equal(out, want)
             first = tiles.tile[0, : int(tiles.n_tiles)].long() * tile_rows

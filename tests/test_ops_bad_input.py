@@ -379,8 +379,38 @@ def test_refuses_a_workspace_that_is_too_small(good):
     with pytest.raises(ValueError, match=r"\[execute\] workspace of 64 bytes: want \d+"):
         _native.execute(
             a["gate"], a["up"], a["down_t"], a["x"], a["tile"], a["n_tiles"], 1, None, None, None,
-            "silu", small, torch.empty_like(a["x"]), 0,
+            "silu", "", small, torch.empty_like(a["x"]), 0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["execute", "select", "ffn"])
+@pytest.mark.parametrize(
+    ("design", "word"),
+    [
+        ("warp", "warp"),
+        ("list range", "range"),
+        ("bulk list bulk", "bulk"),
+        ("blocks=0", "blocks=0"),
+        ("blocks=161", "blocks=161"),
+        ("blocks=3x", "blocks=3x"),
+        ("blocks=3 blocks=4", "blocks=4"),
+        ("portable portable", "portable"),
+        ("auto", "auto"),
+        ("list  bulk", ""),
+    ],
+)
+def test_refuses_an_unknown_design(good, op, design, word):
+    a = good
+    layer = (a["codes"], a["equal"], a["row_scale"], a["threshold"])
+    tiles = ops.TileList(a["tile"], a["n_tiles"], 1)
+    rows = (a["gate"], a["up"], a["down_t"], a["x"])
+    calls = {
+        "execute": lambda: ops.execute(*rows, tiles, design=design),
+        "select": lambda: ops.select(*layer, a["x"], bits=2, design=design),
+        "ffn": lambda: ops.ffn(*layer, *rows, bits=2, design=design),
+    }
+    with pytest.raises(ValueError, match=rf"\[{op}\] design has {word}: want general, list"):
+        calls[op]()
 
 
 @pytest.mark.parametrize("op", ["recover", "execute", "select", "ffn"])

@@ -312,7 +312,9 @@ def sanitize_target() -> int:
             codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows, **recovery
         )
         assert torch.equal(listed.n_tiles.cpu(), tiles.n_tiles.cpu()), case
-        assert torch.equal(missed.cpu(), support.missed.cpu()), case
+        # In another order: see missed_tolerance in tests/numeric.py.
+        near = {"rtol": case.n_neurons * 2.5 * 2.0**-24, "atol": case.n_neurons * 2.0**-148}
+        assert torch.allclose(missed.cpu(), support.missed.cpu(), **near), case
         stats = torch.zeros(2, dtype=torch.int64).cuda()
         again = ops.ffn(
             codes,

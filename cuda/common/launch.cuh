@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "csfast/design.h"
 #include "csfast/types.h"
 
 namespace csfast::cuda {
@@ -29,23 +30,34 @@ inline bool synchronous() {
   return asked;
 }
 
-inline constexpr size_t kSharedUnasked = 48 << 10;  // bytes that a block has without asking
+inline constexpr int kSharedUnasked = 48 << 10;  // bytes that a block has without asking
+
+// What a launch has beside its grid.
+struct Launch {
+  int shared_bytes = 0;   // of dynamic_shared()
+  bool overlaps = false;  // may begin before the kernel before it has ended, see async.cuh
+};
 
 // Every launch goes through here, so no launch goes unchecked. With CSFAST_SYNC=1 it waits for the
 // kernel, so that a fault names it; a stream under capture runs nothing and is not waited for.
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
-            Stream stream, const Params& params, size_t shared_bytes = 0) {
+            Stream stream, const Params& params, const Launch& more = {}) {
+  if (more.shared_bytes > kSharedUnasked) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               more.shared_bytes),
+          op, name, "cudaFuncSetAttribute");
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  if (shared_bytes > kSharedUnasked) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          op, name, "cudaFuncSetAttribute");
-  }
+  config.dynamicSmemBytes = static_cast<size_t>(more.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = more.overlaps ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), op, name, "launch");
   if (!synchronous()) return;
 
@@ -53,6 +65,21 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
   check(cudaStreamIsCapturing(config.stream, &capture), op, name, "cudaStreamIsCapturing");
   if (capture != cudaStreamCaptureStatusNone) return;
   check(cudaStreamSynchronize(config.stream), op, name, "run");
+}
+
+// The machine that the next launch goes to.
+inline Chip chip(const char* op) {
+  int device = 0;
+  check(cudaGetDevice(&device), op, "chip", "cudaGetDevice");
+  const auto of = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), op, "chip", "cudaDeviceGetAttribute");
+    return value;
+  };
+  return {.capability =
+              10 * of(cudaDevAttrComputeCapabilityMajor) + of(cudaDevAttrComputeCapabilityMinor),
+          .n_processors = of(cudaDevAttrMultiProcessorCount),
+          .shared_bytes = of(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 inline bool is_aligned(const void* address, int bytes = 16) {

@@ -8,8 +8,8 @@ namespace {
 
 void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb::handle tiles,
              nb::handle n_tiles, int tile_rows, nb::handle gate_bias, nb::handle up_bias,
-             nb::handle down_bias, const char* activation, nb::handle workspace, nb::handle out,
-             uintptr_t stream) {
+             nb::handle down_bias, const char* activation, const char* design, nb::handle workspace,
+             nb::handle out, uintptr_t stream) {
   Call call("execute");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, lists{"1 or batch"};
   csfast::ExecuteParams p{};
@@ -37,6 +37,7 @@ void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb
   p.shared = lists == 1;
   p.dtype = call.dtype();
   p.activation = call.activation(activation);
+  p.design = csfast::parse_design("execute", design);
   unlocked([&] { csfast::execute(p, call.device(), stream_of(stream)); });
 }
 
@@ -48,13 +49,15 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda
 }  // namespace
 
 void bind_execute(nb::module_& m) {
-  m.def("execute", &execute, "gate"_a, "up"_a, "down_t"_a, "x"_a, "tile"_a, "n_tiles"_a,
-        "tile_rows"_a, "gate_bias"_a.none(), "up_bias"_a.none(), "down_bias"_a.none(),
-        "activation"_a, "workspace"_a, "out"_a, "stream"_a,
-        nb::sig("def execute(gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, "
-                "x: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, "
-                "gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, "
-                "down_bias: torch.Tensor | None, activation: str, workspace: torch.Tensor, "
-                "out: torch.Tensor, stream: int) -> None"));
+  m.def(
+      "execute", &execute, "gate"_a, "up"_a, "down_t"_a, "x"_a, "tile"_a, "n_tiles"_a,
+      "tile_rows"_a, "gate_bias"_a.none(), "up_bias"_a.none(), "down_bias"_a.none(), "activation"_a,
+      "design"_a, "workspace"_a, "out"_a, "stream"_a,
+      nb::sig(
+          "def execute(gate: torch.Tensor, up: torch.Tensor, down_t: torch.Tensor, "
+          "x: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, "
+          "gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, "
+          "down_bias: torch.Tensor | None, activation: str, design: str, workspace: torch.Tensor, "
+          "out: torch.Tensor, stream: int) -> None"));
   m.def("execute_workspace", &execute_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

@@ -10,8 +10,8 @@ namespace {
 void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
          nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, int code, int tile_rows,
          nb::handle offset, nb::handle gate_bias, nb::handle up_bias, nb::handle down_bias,
-         nb::handle weight, const char* activation, nb::handle stats, nb::handle workspace,
-         nb::handle out, uintptr_t stream) {
+         nb::handle weight, const char* activation, const char* design, nb::handle stats,
+         nb::handle workspace, nb::handle out, uintptr_t stream) {
   Call call("ffn");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::FfnParams p{};
@@ -39,6 +39,7 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   p.activation = call.activation(activation);
+  p.design = csfast::parse_design("ffn", design);
   unlocked([&] { csfast::ffn(p, call.device(), stream_of(stream)); });
 }
 
@@ -52,14 +53,14 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda) {
 void bind_ffn(nb::module_& m) {
   m.def("ffn", &ffn, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
         "down_t"_a, "x"_a, "code"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
-        "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a,
+        "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a, "design"_a,
         "stats"_a.none(), "workspace"_a, "out"_a, "stream"_a,
         nb::sig("def ffn(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
                 "threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, "
                 "down_t: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
                 "offset: torch.Tensor | None, gate_bias: torch.Tensor | None, "
                 "up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, "
-                "weight: torch.Tensor | None, activation: str, "
+                "weight: torch.Tensor | None, activation: str, design: str, "
                 "stats: torch.Tensor | None, workspace: torch.Tensor, out: torch.Tensor, "
                 "stream: int) -> None"));
   m.def("ffn_workspace", &ffn_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);

@@ -11,8 +11,8 @@ namespace {
 // Not `select`: the C library has one, outside every namespace.
 void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
                   nb::handle x, int code, int tile_rows, nb::handle offset, nb::handle weight,
-                  const char* activation, nb::handle workspace, nb::handle tiles,
-                  nb::handle n_tiles, nb::handle missed, uintptr_t stream) {
+                  const char* activation, const char* design, nb::handle workspace,
+                  nb::handle tiles, nb::handle n_tiles, nb::handle missed, uintptr_t stream) {
   Call call("select");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::SelectParams p{};
@@ -37,6 +37,7 @@ void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::
   p.tile_rows = tile_rows;
   p.dtype = call.dtype();
   p.activation = call.activation(activation);
+  p.design = csfast::parse_design("select", design);
   unlocked([&] { csfast::select(p, call.device(), stream_of(stream)); });
 }
 
@@ -48,13 +49,15 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda)
 }  // namespace
 
 void bind_select(nb::module_& m) {
-  m.def("select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a,
-        "code"_a, "tile_rows"_a, "offset"_a.none(), "weight"_a.none(), "activation"_a,
-        "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
-        nb::sig("def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
-                "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
-                "offset: torch.Tensor | None, weight: torch.Tensor | None, activation: str, "
-                "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
-                "missed: torch.Tensor, stream: int) -> None"));
+  m.def(
+      "select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a, "code"_a,
+      "tile_rows"_a, "offset"_a.none(), "weight"_a.none(), "activation"_a, "design"_a,
+      "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
+      nb::sig(
+          "def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
+          "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
+          "offset: torch.Tensor | None, weight: torch.Tensor | None, activation: str, design: str, "
+          "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
+          "missed: torch.Tensor, stream: int) -> None"));
   m.def("select_workspace", &select_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

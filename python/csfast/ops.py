@@ -449,6 +449,7 @@ def execute(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> Tensor:
     """Run the gated feed-forward layer on the neurons of a tile list.
 
@@ -465,13 +466,14 @@ def execute(
         up_bias: Bias of the up projection, ``(n_neurons,)``, T.
         down_bias: Bias of the down projection, ``(d,)``, T.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        design: How CUDA goes about it, see `ffn`.
 
     Returns:
         Output, ``(batch, d)``, T; `down_bias` or zeros where the list is empty.
 
     Raises:
         ValueError: The shapes do not fit together, the tiles do not ascend within range, or the
-            activation is unknown.
+            activation or the design is unknown or does not fit.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
@@ -501,6 +503,7 @@ def execute(
         up_bias,
         down_bias,
         activation,
+        design,
     )
     return out
 
@@ -517,6 +520,7 @@ def select(
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> tuple[TileList, Tensor]:
     """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
 
@@ -532,6 +536,7 @@ def select(
         offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
         weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        design: How CUDA goes about it, see `ffn`.
 
     Returns:
         The tile list, equal entry for entry to the support of `recover` with ``group_rows`` of
@@ -539,7 +544,7 @@ def select(
 
     Raises:
         ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
-            the activation is unknown.
+            the activation or the design is unknown.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
@@ -557,7 +562,7 @@ def select(
     _check_ints("select", tile_rows=tile_rows)
     _check_activation("select", activation)
     tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
+        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation, design
     )
     return TileList(tiles, n_tiles, tile_rows), missed
 
@@ -580,6 +585,7 @@ def ffn(
     down_bias: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
     stats: Tensor | None = None,
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
@@ -602,6 +608,11 @@ def ffn(
         down_bias: Bias of the down projection, ``(d,)``, T.
         weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
+            most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what runs
+            at compute capability 8.0. Another path adds up in another order. Of no account on the
+            CPU.
         stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
             of them.
 
@@ -610,7 +621,7 @@ def ffn(
 
     Raises:
         ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
-            the activation is unknown.
+            the activation or the design is unknown or does not fit.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
@@ -638,10 +649,12 @@ def ffn(
     biases = (offset, gate_bias, up_bias, down_bias)
     out: Tensor
     if stats is None:
-        out = torch.ops.csfast.ffn.default(*layer, x, code, tile_rows, *biases, weight, activation)
+        out = torch.ops.csfast.ffn.default(
+            *layer, x, code, tile_rows, *biases, weight, activation, design
+        )
     else:
         out = torch.ops.csfast.ffn.counted(
-            *layer, x, code, tile_rows, stats, *biases, weight, activation
+            *layer, x, code, tile_rows, stats, *biases, weight, activation, design
         )
     return out
 
@@ -1178,6 +1191,7 @@ def _execute(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> Tensor:
     batch, d, n_neurons = _sizes("execute", x, gate, 2)
     workspace = _workspace(_native.execute_workspace(batch, d, n_neurons, x.is_cuda), x)
@@ -1194,6 +1208,7 @@ def _execute(
         _plain(up_bias),
         _plain(down_bias),
         activation,
+        design,
         workspace,
         out,
         _stream(x),
@@ -1213,6 +1228,7 @@ def _fake_execute(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> Tensor:
     batch, d, _ = _sizes("execute", x, gate, 2)
     return x.new_empty((batch, d))
@@ -1229,6 +1245,7 @@ def _select(
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     made = _fake_select(
         codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
@@ -1246,6 +1263,7 @@ def _select(
         _plain(offset),
         _plain(weight),
         activation,
+        design,
         workspace,
         *made,
         _stream(x),
@@ -1264,6 +1282,7 @@ def _fake_select(
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, n_neurons = _sizes("select", x, codes, 4)
     lists = batch if weight is None else 1
@@ -1292,6 +1311,7 @@ def _ffn(
     down_bias: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
     stats: Tensor | None = None,
 ) -> Tensor:
     batch, d, n_neurons = _sizes("ffn", x, codes, 4)
@@ -1314,6 +1334,7 @@ def _ffn(
         _plain(down_bias),
         _plain(weight),
         activation,
+        design,
         stats,
         workspace,
         out,
@@ -1340,10 +1361,11 @@ def _ffn_counted(
     down_bias: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    design: str = "",
 ) -> Tensor:
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
-    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, stats)
+    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, stats)
 
 
 def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
@@ -1412,14 +1434,14 @@ _register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_p
 _register(
     "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
     " int tile_rows, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None,"
-    " str activation='silu') -> Tensor",
+    " str activation='silu', str design='') -> Tensor",
     _execute,
     _fake_execute,
 )
 _register(
     "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int code,"
-    " int tile_rows, Tensor? offset=None, Tensor? weight=None, str activation='silu')"
-    " -> (Tensor, Tensor, Tensor)",
+    " int tile_rows, Tensor? offset=None, Tensor? weight=None, str activation='silu',"
+    " str design='') -> (Tensor, Tensor, Tensor)",
     _select,
     _fake_select,
 )
@@ -1432,7 +1454,8 @@ for _name, _stats, _run in (
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
         f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows,{_stats}"
         " Tensor? offset=None, Tensor? gate_bias=None, Tensor? up_bias=None,"
-        " Tensor? down_bias=None, Tensor? weight=None, str activation='silu') -> Tensor",
+        " Tensor? down_bias=None, Tensor? weight=None, str activation='silu', str design='')"
+        " -> Tensor",
         _run,
         _fake_ffn,
     )

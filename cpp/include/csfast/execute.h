@@ -4,11 +4,13 @@
 //   out[b, :] = sum_j a[b, j] * down_t[j, :] + down_bias                           of row b
 //
 // Sums and a in float32, out rounded to T once. Deterministic: the order of summation depends on
-// the tile list and the sizes only, never on the number of threads or on the rest of the batch.
+// the tile list, the sizes and the machine, never on the number of threads or on the rest of the
+// batch.
 #pragma once
 
 #include <cstdint>
 
+#include "csfast/design.h"
 #include "csfast/tile.h"
 #include "csfast/types.h"
 
@@ -31,12 +33,18 @@ struct ExecuteParams {
   bool shared;  // one list for all rows: lists is 1, otherwise batch
   DType dtype;  // T
   Activation activation;
+  Design design = {};
 };
 
 // Bytes of workspace that execute wants on `device`.
 int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);
 
+// Throws std::invalid_argument for sizes that make no sense or, on CUDA, a design that does not
+// fit; BackendError if the device fails. Asynchronous on CUDA.
 void execute(const ExecuteParams& p, Device device, Stream stream);
+
+// How CUDA goes about it on `chip`. Looks at sizes and addresses, not at memory.
+Chosen choose(const ExecuteParams& p, const Chip& chip);
 
 namespace cuda {
 int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons);

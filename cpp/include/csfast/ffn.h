@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "csfast/design.h"
 #include "csfast/execute.h"
 #include "csfast/select.h"
 #include "csfast/types.h"
@@ -31,6 +32,7 @@ struct FfnParams {
   int tile_rows;
   DType dtype;  // T
   Activation activation;
+  Design design = {};
 };
 
 int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "csfast/design.h"
 #include "csfast/planes.h"
 #include "csfast/types.h"
 
@@ -26,12 +27,13 @@ struct SelectParams {
   int tile_rows;
   DType dtype;  // T
   Activation activation;
+  Design design = {};
 };
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);
 
 // Equal to recover(sense(x)) with group_rows = tile_rows entry for entry, its groups being the
-// tiles.
+// tiles; `missed` up to the order of its sum.
 void select(const SelectParams& p, Device device, Stream stream);
 
 namespace cuda {

@@ -1,0 +1,173 @@
+#include "csfast/design.h"
+
+#include <algorithm>
+#include <charconv>
+#include <stdexcept>
+
+#include "csfast/execute.h"
+
+namespace csfast {
+namespace {
+
+constexpr int kThreads = 512;          // of a block of kList and kRange, see gather.cuh
+constexpr int kWarpThreads = 32;       // threads that share a neuron, at least
+constexpr int kColumns = 8;            // of a load of 16 bytes, of two bytes each
+constexpr int kVectorsMax = 2;         // loads of a row by one thread
+constexpr int64_t kBlockNeurons = 8;   // of a block of kList, when everything is listed
+constexpr int kOtherBytes = 24 << 10;  // of shared memory beside ring and list
+constexpr int kRingBytes = 192 << 10;  // likewise
+
+const char* name_of(Path path) {
+  switch (path) {
+    case Path::kAuto:
+      return "auto";
+    case Path::kGeneral:
+      return "general";
+    case Path::kList:
+      return "list";
+    case Path::kRange:
+      return "range";
+    case Path::kBatch:
+      return "batch";
+  }
+  return "unknown";
+}
+
+const char* name_of(Loads loads) {
+  return loads == Loads::kBulk ? "bulk" : loads == Loads::kRegister ? "register" : "auto";
+}
+
+bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// Whether loads of 16 bytes bring whole parts of rows.
+bool is_vectored(const ExecuteParams& p) {
+  return p.dtype != DType::kF32 && p.d % kColumns == 0 && is_aligned(p.gate) && is_aligned(p.up) &&
+         is_aligned(p.down_t) && is_aligned(p.x);
+}
+
+void refuse(const std::string& what) {
+  throw std::invalid_argument("[execute] design " + what + ".");
+}
+
+}  // namespace
+
+Design parse_design(const char* op, std::string_view words) {
+  Design design;
+  const auto fail = [&](std::string_view word) {
+    throw std::invalid_argument(
+        std::string("[") + op + "] design has " + std::string(word) +
+        ": want general, list, range or batch; register or bulk; blocks=N; portable; each once.");
+  };
+  while (!words.empty()) {
+    const size_t length = std::min(words.find(' '), words.size());
+    const std::string_view word = words.substr(0, length);
+    words.remove_prefix(std::min(length + 1, words.size()));
+    bool is_known = false;
+    for (const Path path : {Path::kGeneral, Path::kList, Path::kRange, Path::kBatch}) {
+      if (word != name_of(path) || design.path != Path::kAuto) continue;
+      design.path = path;
+      is_known = true;
+      break;
+    }
+    for (const Loads loads : {Loads::kRegister, Loads::kBulk}) {
+      if (word != name_of(loads) || design.loads != Loads::kAuto) continue;
+      design.loads = loads;
+      is_known = true;
+      break;
+    }
+    constexpr std::string_view kBlocks = "blocks=";
+    if (word.starts_with(kBlocks) && design.blocks == 0) {
+      const std::string_view number = word.substr(kBlocks.size());
+      const char* end = number.data() + number.size();
+      const auto [stop, error] = std::from_chars(number.data(), end, design.blocks);
+      is_known =
+          error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
+    }
+    if (word == "portable" && !design.portable) is_known = design.portable = true;
+    if (!is_known) fail(word);
+  }
+  return design;
+}
+
+Chosen choose(const ExecuteParams& p, const Chip& chip) {
+  const Design& asked = p.design;
+  const bool is_new = chip.capability >= 90 && !asked.portable;
+  if (asked.loads == Loads::kBulk && !is_new) {
+    refuse("has bulk loads at capability " + std::to_string(chip.capability) +
+           (asked.portable ? ", portable" : "") + ": want 90 or above, and not portable");
+  }
+  if (asked.blocks < 0 || asked.blocks > kBlocksMax) {
+    refuse("has blocks = " + std::to_string(asked.blocks) + ": want 0 to " +
+           std::to_string(kBlocksMax));
+  }
+  Chosen chosen{.path = Path::kGeneral,
+                .loads = Loads::kRegister,
+                .overlaps = is_new,
+                .blocks = 0,
+                .group_threads = 0,
+                .vectors = 0,
+                .list_room = 0};
+  if (asked.path == Path::kGeneral) return chosen;
+
+  chosen.path = asked.path == Path::kAuto ? Path::kList : asked.path;
+  chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
+  const int64_t loads = (p.d + kColumns - 1) / kColumns;
+  chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
+  chosen.group_threads = kWarpThreads;
+  while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
+         chosen.group_threads < kThreads) {
+    chosen.group_threads *= 2;
+  }
+
+  // A tile of more rows than there are is the only one.
+  const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
+  const int64_t positions = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
+  if (chosen.path == Path::kRange) {
+    Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
+    if (asked.blocks > 0) runs.blocks = asked.blocks;
+    chosen.blocks = runs.blocks;
+    chosen.list_room = static_cast<int>(std::min(runs.tiles_max() * tile_rows, int64_t{1} << 20));
+  } else {
+    const int64_t most = std::min(chip.n_processors, kBlocksMax);
+    const int64_t wanted = (positions + kBlockNeurons - 1) / kBlockNeurons;
+    chosen.blocks = asked.blocks > 0 ? asked.blocks : static_cast<int>(std::min(most, wanted));
+    chosen.list_room = static_cast<int>(
+        std::min((positions + chosen.blocks - 1) / chosen.blocks, int64_t{1} << 20));
+  }
+
+  const int64_t bytes =
+      kOtherBytes + (chosen.loads == Loads::kBulk ? kRingBytes : 0) + int64_t{chosen.list_room} * 4;
+  const bool fits = is_vectored(p) && loads <= kVectorsMax * kThreads && bytes <= chip.shared_bytes;
+  if (fits) return chosen;
+  if (asked.path != Path::kAuto) {
+    refuse("is " + to_string(chosen) +
+           ": want 16-bit elements, rows at multiples of 16 bytes, d at most " +
+           std::to_string(kVectorsMax * kThreads * kColumns) +
+           " and blocks for lists that fit in shared memory");
+  }
+  return {.path = Path::kGeneral,
+          .loads = Loads::kRegister,
+          .overlaps = is_new,
+          .blocks = 0,
+          .group_threads = 0,
+          .vectors = 0,
+          .list_room = 0};
+}
+
+std::string to_string(const Chosen& chosen) {
+  std::string text = name_of(chosen.path);
+  if (chosen.path == Path::kList || chosen.path == Path::kRange) {
+    text += std::string(" ") + name_of(chosen.loads);
+  }
+  if (chosen.overlaps) text += " overlapping";
+  if (chosen.blocks > 0) text += " blocks=" + std::to_string(chosen.blocks);
+  if (chosen.vectors > 0) {
+    text += " group_threads=" + std::to_string(chosen.group_threads) +
+            " vectors=" + std::to_string(chosen.vectors);
+  }
+  return text;
+}
+
+}  // namespace csfast

@@ -1,0 +1,396 @@
+// What one block senses of a run of neurons, on the tensor cores: from codes to integers.
+//
+// A warp takes eight neurons at a time: their gate rows are rows 0 to 7 of a product, their up rows
+// rows 8 to 15, so that both measurements of a neuron come out in one lane. The columns are eight
+// rows of the batch. Channels are permuted alike in codes and activations, so that a lane reads 16
+// neighbouring bytes of codes and uses all of them: half a chunk of planes, or 16 bytes of ternary
+// codes. Four lanes read 64 neighbouring bytes of a row: a unit, 256 channels of 2-bit codes.
+//
+// Of 16 bytes of 2-bit codes 28 operations make 16 words, which are operands of 4 products for each
+// 8 rows of the batch: at one row or eight the codes come from memory no faster than they are used.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <bit>
+#include <cstdint>
+
+#include "common/async.cuh"
+#include "common/measure.cuh"
+#include "common/mma.cuh"
+#include "common/segment.cuh"
+#include "common/warp.cuh"
+#include "csfast/planes.h"
+
+namespace csfast::cuda {
+
+inline constexpr int kSenseThreads = 512;  // a block, one on a processor: 128 registers a thread
+inline constexpr int kSenseWarps = kSenseThreads / kWarp;
+inline constexpr int kSenseBatch = 16;            // rows of the batch, at most
+inline constexpr int kProductColumns = 8;         // of these, in one product
+inline constexpr int kPrefetchBytes = 128 << 10;  // of codes, while the kernel before ends
+
+// Channels of one activation in shared memory, zero beyond d: whole units of planes, whole bytes of
+// ternary codes.
+template <Code kCode>
+constexpr int64_t shared_channels(int64_t d) {
+  if (kCode == Code::kTernary) return kTrits * row_bytes(d, kCode);
+  return (chunks_of(d) + 1) / 2 * 2 * kChunk;
+}
+
+// Bytes from one activation in shared memory to the next: an odd multiple of 64, so that the two
+// rows of the batch that a quarter of a warp reads are in different banks; and 64 at least beyond
+// the channels, as far as lanes without codes may read.
+template <Code kCode>
+constexpr int64_t shared_stride(int64_t d) {
+  return (shared_channels<kCode>(d) + 127) / 128 * 128 + 64;
+}
+
+// Where channel c of an activation is: of planes by unit, pair of bits in the byte, chunk of the
+// unit, half, so that the four lanes of a row of codes read 64 neighbouring bytes.
+template <Code kCode>
+__device__ __forceinline__ int place_of(int c) {
+  if constexpr (kCode == Code::kTernary) return c;
+  return (c & ~0xe0) | (c << 1 & 0xc0) | (c >> 2 & 0x20);
+}
+
+struct SenseShared {
+  unsigned peak[kSenseBatch][kSenseWarps];
+  int sum[kSenseBatch][kSenseWarps];  // of q
+  float scale[kSenseBatch];
+};
+
+struct Eight {
+  float at[8];
+};
+
+// Eight elements at an address that is a multiple of 16 bytes.
+template <typename T>
+__device__ __forceinline__ Eight load_eight(const T* from) {
+  const uint4* words = reinterpret_cast<const uint4*>(from);
+  Eight v;
+  if constexpr (sizeof(T) == 4) {
+    const uint4 low = words[0];
+    const uint4 high = words[1];
+    const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v.at[i] = __uint_as_float(bits[i]);
+  } else {
+    struct alignas(16) Halves {
+      T at[8];
+    };
+    const Halves halves = std::bit_cast<Halves>(words[0]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v.at[i] = static_cast<float>(halves.at[i]);
+  }
+  return v;
+}
+
+// Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
+// q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
+// bit. The whole block calls; what it wrote may be read at once.
+template <Code kCode, typename T>
+__device__ __forceinline__ void quantize_rows(const T* x, const float* equal, int batch, int d,
+                                              int8_t* q, SenseShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int stride = static_cast<int>(shared_stride<kCode>(d));
+  const int channels = static_cast<int>(shared_channels<kCode>(d));
+
+  // Peak
+  for (int b = 0; b < batch; ++b) {
+    unsigned peak = 0;
+    for (int c = 8 * thread; c < d; c += 8 * kSenseThreads) {
+      const Eight v = load_eight(x + int64_t{b} * d + c);
+      const Eight factor = load_eight(equal + c);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        peak = max(peak, __float_as_uint(fabsf(__fmul_rn(v.at[i], factor.at[i]))));
+      }
+    }
+    peak = __reduce_max_sync(kFull, peak);
+    if (lane == 0) shared.peak[b][warp] = peak;
+  }
+  __syncthreads();
+
+  // Round
+  for (int b = 0; b < batch; ++b) {
+    const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[b][lane % kSenseWarps]);
+    const float peak = __uint_as_float(peak_bits);
+    const bool finite = peak_bits < 0x7f800000u;  // infinity
+    const float inverse = finite && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
+    int sum = 0;
+    for (int c = 8 * thread; c < channels; c += 8 * kSenseThreads) {
+      uint32_t words[2] = {};
+      if (finite && c < d) {
+        const Eight v = load_eight(x + int64_t{b} * d + c);
+        const Eight factor = load_eight(equal + c);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float e = __fmul_rn(v.at[i], factor.at[i]);
+          float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
+          if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
+          // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
+          const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
+          words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
+        }
+      }
+      *reinterpret_cast<uint2*>(q + b * stride + place_of<kCode>(c)) =
+          make_uint2(words[0], words[1]);
+      sum = __dp4a(0x01010101, static_cast<int>(words[0]), sum);
+      sum = __dp4a(0x01010101, static_cast<int>(words[1]), sum);
+    }
+    sum = __reduce_add_sync(kFull, sum);
+    if (lane == 0) shared.sum[b][warp] = sum;
+    if (thread == 0) {
+      shared.scale[b] = finite ? __fdiv_rn(peak, 127.0f) : __uint_as_float(0x7fc00000u);  // NaN
+    }
+  }
+  __syncthreads();
+}
+
+// The same from what a kernel before has quantised: from (batch, q_width) and scale (batch).
+template <Code kCode>
+__device__ __forceinline__ void copy_rows(const int8_t* from, const float* scale, int batch, int d,
+                                          int8_t* q, SenseShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int stride = static_cast<int>(shared_stride<kCode>(d));
+  const int channels = static_cast<int>(shared_channels<kCode>(d));
+  for (int b = 0; b < batch; ++b) {
+    int sum = 0;
+    for (int c = 16 * thread; c < channels; c += 16 * kSenseThreads) {
+      const uint4 v = *reinterpret_cast<const uint4*>(from + b * q_width(d) + c);
+      *reinterpret_cast<uint4*>(q + b * stride + place_of<kCode>(c)) = v;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum = __dp4a(0x01010101, static_cast<int>(word(v, k)), sum);
+    }
+    sum = __reduce_add_sync(kFull, sum);
+    if (thread % kWarp == 0) shared.sum[b][thread / kWarp] = sum;
+    if (thread == 0) shared.scale[b] = scale[b];
+  }
+  __syncthreads();
+}
+
+// What a lane has of one row in one unit.
+template <Code kCode>
+struct Piece {
+  HalfChunk<bits_of(kCode)> codes;
+};
+template <>
+struct Piece<Code::kTernary> {
+  uint4 codes;
+};
+
+template <Code kCode>
+constexpr int units_of(int64_t d) {
+  if (kCode == Code::kTernary) return static_cast<int>((row_bytes(d, kCode) + 63) / 64);
+  return static_cast<int>((chunks_of(d) + 1) / 2);
+}
+
+// Zero where the row has ended.
+template <Code kCode>
+__device__ __forceinline__ Piece<kCode> load_piece(const uint8_t* row, int unit, int d,
+                                                   uint64_t policy) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  Piece<kCode> piece{};
+  if constexpr (kCode == Code::kTernary) {
+    const int at = 64 * unit + 16 * t;
+    if (at < row_bytes(d, kCode)) piece.codes = load_once(row + at, policy);
+  } else {
+    constexpr int kBits = bits_of(kCode);
+    const int chunk = 2 * unit + t / 2;
+    const int half = t % 2;
+    if (chunk < chunks_of(d)) {
+      const uint8_t* from = row + chunk * 16 * kBits;
+      if constexpr (kBits > 1) piece.codes.low = load_once(from + 16 * half, policy);
+      if constexpr (kBits == 4) piece.codes.high = load_once(from + 32 + 16 * half, policy);
+      if constexpr (kBits == 3) piece.codes.high = load_once(from + 32, policy);
+      if constexpr (kBits == 1) piece.codes.high = load_once(from, policy);
+    }
+  }
+  return piece;
+}
+
+// The next digit of four ternary codes at a time, of what is left of even and odd bytes: see
+// measure.cuh.
+struct Trits {
+  uint32_t even[4];
+  uint32_t odd[4];
+
+  __device__ __forceinline__ explicit Trits(const uint4& codes) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      even[k] = word(codes, k) & 0x00ff00ffu;
+      odd[k] = word(codes, k) >> 8 & 0x00ff00ffu;
+    }
+  }
+  __device__ __forceinline__ uint32_t next(int k) {
+    const uint32_t low = 3 * even[k];
+    const uint32_t high = 3 * odd[k];
+    even[k] = low & 0x00ff00ffu;
+    odd[k] = high & 0x00ff00ffu;
+    return __byte_perm(low, high, 0x7351);  // the upper bytes
+  }
+};
+
+// Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
+// rows of the batch; `width` the bytes of a row of ternary codes.
+template <Code kCode, int kProducts>
+__device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const Piece<kCode>& up,
+                                               const int8_t* const (&q)[kProducts], int offset,
+                                               int width, int (&y)[kProducts][4]) {
+  if constexpr (kCode == Code::kTernary) {
+    Trits gates(gate.codes);
+    Trits ups(up.codes);
+#pragma unroll
+    for (int digit = 0; digit < kTrits; ++digit) {
+      uint4 x[kProducts];
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n) {
+        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + digit * width);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        uint32_t a[4];
+        a[0] = gates.next(k);
+        a[1] = ups.next(k);
+        a[2] = gates.next(k + 1);
+        a[3] = ups.next(k + 1);
+#pragma unroll
+        for (int n = 0; n < kProducts; ++n)
+          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+      }
+    }
+  } else {
+    constexpr int kBits = bits_of(kCode);
+    const int half = static_cast<int>(threadIdx.x) % 2;
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint4 x[kProducts];
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n) {
+        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + 64 * s);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        uint32_t a[4];
+        a[0] = static_cast<uint32_t>(four_codes<kBits>(gate.codes, half, s, k));
+        a[1] = static_cast<uint32_t>(four_codes<kBits>(up.codes, half, s, k));
+        a[2] = static_cast<uint32_t>(four_codes<kBits>(gate.codes, half, s, k + 1));
+        a[3] = static_cast<uint32_t>(four_codes<kBits>(up.codes, half, s, k + 1));
+#pragma unroll
+        for (int n = 0; n < kProducts; ++n)
+          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+      }
+    }
+  }
+}
+
+// A run of neurons and the activations that one block senses.
+struct SenseRun {
+  const uint8_t* codes;  // (n_neurons, 2, groups, group_bytes)
+  int64_t first, end;    // neurons of the run
+  int batch, d;
+  int8_t* q;  // (batch, shared_stride), in shared memory; quantize() fills it
+};
+
+// Measures every neuron of the run for every row of the batch. Calls quantize() once, by the whole
+// block, when the first codes are on their way; then write(i, b, y_gate, y_up) from one lane for
+// every neuron first + i and row b. Barriers are in quantize() only.
+template <Code kCode, int kProducts, typename Quantize, typename Write>
+__device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared& shared,
+                                          Quantize quantize, Write write) {
+  constexpr int kLoads = kCode == Code::kBits3 || kCode == Code::kBits4 ? 2 : 1;  // of a piece
+  // In flight, as many again while they are multiplied; what registers allow.
+  constexpr int kUnits = (kCode == Code::kTernary && kProducts > 1 ? 2 : 4) / kLoads;
+  struct Stage {
+    Piece<kCode> gate[kUnits];
+    Piece<kCode> up[kUnits];
+  };
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int units = units_of<kCode>(run.d);
+  const int64_t bytes = row_bytes(run.d, kCode);
+  const int width = static_cast<int>(bytes);
+  const int stride = static_cast<int>(shared_stride<kCode>(run.d));
+  const uint64_t policy = read_once();
+
+  int64_t task = run.first + warp * kTaskNeurons;  // that is multiplied
+  int unit = 0;
+  int64_t task_ahead = task;  // that is loaded
+  int unit_ahead = 0;
+  const auto load = [&](Stage& stage) {  // and moves on; nothing beyond the run
+    const int64_t neuron = min(task_ahead + g, run.end - 1);
+    const uint8_t* row = run.codes + 2 * neuron * bytes;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      stage.gate[i] = load_piece<kCode>(row, unit_ahead + i, run.d, policy);
+      stage.up[i] = load_piece<kCode>(row + bytes, unit_ahead + i, run.d, policy);
+    }
+    unit_ahead += kUnits;
+    if (unit_ahead < units) return;
+    unit_ahead = 0;
+    task_ahead += kSenseWarps * kTaskNeurons;
+  };
+
+  Stage even;
+  Stage odd;
+  if (task_ahead < run.end) load(even);
+  quantize();
+
+  const int8_t* q[kProducts];  // of the lane's rows of the batch; rows beyond it repeat the last
+  int sum[kProducts][2];       // of q of the rows whose products the lane gets
+#pragma unroll
+  for (int n = 0; n < kProducts; ++n) {
+    q[n] = run.q + min(n * kProductColumns + g, run.batch - 1) * stride + 16 * t;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      sum[n][i] = 0;
+      const int b = min(n * kProductColumns + 2 * t + i, run.batch - 1);
+      for (int w = 0; w < kSenseWarps; ++w) sum[n][i] += shared.sum[b][w];
+    }
+  }
+
+  int y[kProducts][4] = {};
+  const auto multiply = [&](const Stage& stage) {  // and moves on
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if (unit + i < units) {
+        const int offset = (unit + i) * (kCode == Code::kTernary ? 64 : 256);
+        multiply_piece<kCode>(stage.gate[i], stage.up[i], q, offset, width, y);
+      }
+    }
+    unit += kUnits;
+    if (unit < units) return;
+    constexpr int kFactor = is_planes(kCode) ? 2 : 1;  // a level is kFactor * u - kMost
+    constexpr int kMost = is_planes(kCode) ? (1 << bits_of(kCode)) - 1 : 1;
+#pragma unroll
+    for (int n = 0; n < kProducts; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int b = n * kProductColumns + 2 * t + i;
+        if (b < run.batch && task + g < run.end) {
+          write(static_cast<int>(task + g - run.first), b, kFactor * y[n][i] - kMost * sum[n][i],
+                kFactor * y[n][i + 2] - kMost * sum[n][i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[n][i] = 0;
+    }
+    unit = 0;
+    task += kSenseWarps * kTaskNeurons;
+  };
+  while (task < run.end) {
+    if (task_ahead < run.end) load(odd);
+    multiply(even);
+    if (task >= run.end) break;
+    if (task_ahead < run.end) load(even);
+    multiply(odd);
+  }
+}
+
+}  // namespace csfast::cuda
