@@ -3,7 +3,8 @@
 // them, and every time is given as a fraction of the bandwidth that it finds.
 //
 //   cmake -B build -DCSFAST_CUDA=ON && cmake --build build
-//   build/bench/bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] [--commit HASH]
+//   build/bench/bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] [--design WORDS]
+//                              [--commit HASH]
 //
 // A measurement is one replay of a CUDA graph with a call for every layer. Layers of random weights
 // rotate so that no cache holds them; variants take turns; medians are shown. Before a case is
@@ -314,8 +315,9 @@ Layer random_layer(const Shape& s, int64_t batch_max, uint64_t seed, cudaStream_
 // are left at zero: null or the default.
 class Operations {
  public:
-  Operations(const Shape& s, int64_t batch_max, cudaStream_t stream)
-      : stream_(stream),
+  Operations(const Shape& s, int64_t batch_max, const csfast::Design& design, cudaStream_t stream)
+      : design_(design),
+        stream_(stream),
         weight_(std::vector<float>(batch_max, 1.0f)),
         q_(batch_max * csfast::q_width(s.d)),
         y_(batch_max * s.n_neurons * 2),
@@ -360,6 +362,7 @@ class Operations {
     set_selection(p, c, layer);
     set_weights(p, layer);
     p.workspace = ffn_space_.data();
+    p.design = design_;
     csfast::ffn(p, Device::kCuda, stream_);
   }
 
@@ -488,9 +491,11 @@ class Operations {
     p.shared = c.batch > 1;
     p.dtype = csfast::DType::kBF16;
     p.activation = csfast::Activation::kSilu;
+    p.design = design_;
     csfast::execute(p, Device::kCuda, stream_);
   }
 
+  csfast::Design design_;
   cudaStream_t stream_;
   Array<float> weight_;            // (batch_max), ones
   Array<int8_t> q_;                // (batch_max, q_width)
@@ -556,6 +561,7 @@ struct Options {
   bool json = false, quick = false;
   int runs = 40;  // measurements of every variant
   std::string only, commit;
+  csfast::Design design;  // of execute and ffn
 };
 
 // Times one case and adds its rows. Gives the bytes a second that were read in turns with all the
@@ -704,7 +710,7 @@ int run(const Options& options, int argc, char** argv) {
     for (int i = 0; i < s.layers; ++i) {
       layers.push_back(random_layer(s, batch_max, static_cast<uint64_t>(i + 1), stream));
     }
-    const Operations ops(s, batch_max, stream);
+    const Operations ops(s, batch_max, options.design, stream);
     for (const Case& c : cases) {
       const size_t first = rows.size();
       try {
@@ -746,6 +752,13 @@ bool parse(int argc, char** argv, Options& options) {
       options.runs = 3;
     } else if (option == "--only" && has_value) {
       options.only = argv[++i];
+    } else if (option == "--design" && has_value) {
+      try {
+        options.design = csfast::parse_design("bench", argv[++i]);
+      } catch (const std::invalid_argument& error) {
+        std::fprintf(stderr, "bench_ffn_cuda: %s\n", error.what());
+        return false;
+      }
     } else if (option == "--commit" && has_value) {
       options.commit = argv[++i];
     } else if (option == "--runs" && has_value) {
@@ -765,7 +778,7 @@ int main(int argc, char** argv) {
   if (!parse(argc, argv, options)) {
     std::fprintf(stderr,
                  "usage: bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] "
-                 "[--commit HASH]\n");
+                 "[--design WORDS] [--commit HASH]\n");
     return 2;
   }
   try {
