@@ -9,13 +9,18 @@
 namespace csfast {
 namespace {
 
-constexpr int kThreads = 512;          // of a block of kList and kRange, see gather.cuh
-constexpr int kWarpThreads = 32;       // threads that share a neuron, at least
-constexpr int kColumns = 8;            // of a load of 16 bytes, of two bytes each
-constexpr int kVectorsMax = 2;         // loads of a row by one thread
-constexpr int64_t kBlockNeurons = 8;   // of a block of kList, when everything is listed
-constexpr int kOtherBytes = 24 << 10;  // of shared memory beside ring and list
-constexpr int kRingBytes = 192 << 10;  // likewise
+constexpr int kThreads = 512;             // of a block of kList and kRange, see gather.cuh
+constexpr int kWarpThreads = 32;          // threads that share a neuron, at least
+constexpr int kColumns = 8;               // of a load of 16 bytes, of two bytes each
+constexpr int kVectorsMax = 2;            // loads of a row by one thread
+constexpr int64_t kBlockNeurons = 8;      // of a block of kList, when everything is listed
+constexpr int kOtherBytes = 24 << 10;     // of shared memory beside ring and list
+constexpr int kRowsBytes = 36 << 10;      // of kBatch, beside the list, see rows.cuh
+constexpr int64_t kCombineColumns = 512;  // likewise, of the output, of a block
+constexpr int64_t kStepNeurons = 16;      // likewise, that are added at once
+constexpr int64_t kBatchWidth = 1 << 16;  // channels, what places in a row as int allow
+constexpr int64_t kRoomMax = 1 << 20;     // neurons of a block's list, far beyond what fits
+constexpr int kRingBytes = 192 << 10;     // likewise
 
 const char* name_of(Path path) {
   switch (path) {
@@ -98,62 +103,68 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
     refuse("has bulk loads at capability " + std::to_string(chip.capability) +
            (asked.portable ? ", portable" : "") + ": want 90 or above, and not portable");
   }
-  if (asked.blocks < 0 || asked.blocks > kBlocksMax) {
-    refuse("has blocks = " + std::to_string(asked.blocks) + ": want 0 to " +
-           std::to_string(kBlocksMax));
-  }
-  Chosen chosen{.path = Path::kGeneral,
-                .loads = Loads::kRegister,
-                .overlaps = is_new,
-                .blocks = 0,
-                .group_threads = 0,
-                .vectors = 0,
-                .list_room = 0};
-  if (asked.path == Path::kGeneral) return chosen;
+  const Chosen general{.path = Path::kGeneral,
+                       .loads = Loads::kRegister,
+                       .overlaps = is_new,
+                       .blocks = 0,
+                       .shares = 0,
+                       .group_threads = 0,
+                       .vectors = 0,
+                       .list_room = 0};
+  if (asked.path == Path::kGeneral) return general;
 
-  chosen.path = asked.path == Path::kAuto ? Path::kList : asked.path;
-  chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
-  const int64_t loads = (p.d + kColumns - 1) / kColumns;
-  chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
-  chosen.group_threads = kWarpThreads;
-  while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
-         chosen.group_threads < kThreads) {
-    chosen.group_threads *= 2;
-  }
-
+  Chosen chosen = general;
+  const bool is_batch = p.shared && p.batch > 1;
+  chosen.path = asked.path != Path::kAuto ? asked.path : is_batch ? Path::kBatch : Path::kList;
   // A tile of more rows than there are is the only one.
   const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
-  const int64_t positions = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
-  if (chosen.path == Path::kRange) {
-    Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
-    if (asked.blocks > 0) runs.blocks = asked.blocks;
-    chosen.blocks = runs.blocks;
-    chosen.list_room = static_cast<int>(std::min(runs.tiles_max() * tile_rows, int64_t{1} << 20));
+  const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
+  const int64_t most = std::min(chip.n_processors, kBlocksMax);
+  const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  const auto list_blocks = [&] {
+    return asked.blocks > 0 ? asked.blocks
+                            : static_cast<int>(std::min(most, in_parts(places, kBlockNeurons)));
+  };
+  int64_t room = 0;
+  int64_t bytes = kOtherBytes;
+  bool fits = is_vectored(p);
+  if (chosen.path == Path::kBatch) {
+    const int64_t columns = in_parts(p.d, kCombineColumns);
+    const int64_t wanted = std::max<int64_t>(most / columns, 1);
+    chosen.blocks = list_blocks();
+    chosen.shares = static_cast<int>(std::min(wanted, in_parts(places, kStepNeurons)));
+    room = in_parts(places, std::min(chosen.blocks, chosen.shares));
+    bytes = kRowsBytes;
+    fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
-    const int64_t most = std::min(chip.n_processors, kBlocksMax);
-    const int64_t wanted = (positions + kBlockNeurons - 1) / kBlockNeurons;
-    chosen.blocks = asked.blocks > 0 ? asked.blocks : static_cast<int>(std::min(most, wanted));
-    chosen.list_room = static_cast<int>(
-        std::min((positions + chosen.blocks - 1) / chosen.blocks, int64_t{1} << 20));
+    const int64_t loads = in_parts(p.d, kColumns);
+    chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
+    chosen.group_threads = kWarpThreads;
+    while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
+           chosen.group_threads < kThreads) {
+      chosen.group_threads *= 2;
+    }
+    fits = fits && loads <= kVectorsMax * kThreads;
+    chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
+    if (chosen.loads == Loads::kBulk) bytes += kRingBytes;
+    if (chosen.path == Path::kRange) {
+      Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
+      if (asked.blocks > 0) runs.blocks = asked.blocks;
+      chosen.blocks = runs.blocks;
+      room = runs.tiles_max() * tile_rows;
+    } else {
+      chosen.blocks = list_blocks();
+      room = in_parts(places, chosen.blocks);
+    }
   }
-
-  const int64_t bytes =
-      kOtherBytes + (chosen.loads == Loads::kBulk ? kRingBytes : 0) + int64_t{chosen.list_room} * 4;
-  const bool fits = is_vectored(p) && loads <= kVectorsMax * kThreads && bytes <= chip.shared_bytes;
-  if (fits) return chosen;
-  if (asked.path != Path::kAuto) {
-    refuse("is " + to_string(chosen) +
-           ": want 16-bit elements, rows at multiples of 16 bytes, d at most " +
-           std::to_string(kVectorsMax * kThreads * kColumns) +
-           " and blocks for lists that fit in shared memory");
-  }
-  return {.path = Path::kGeneral,
-          .loads = Loads::kRegister,
-          .overlaps = is_new,
-          .blocks = 0,
-          .group_threads = 0,
-          .vectors = 0,
-          .list_room = 0};
+  chosen.list_room = static_cast<int>(std::min(room, kRoomMax));
+  if (fits && room <= kRoomMax && bytes + room * 4 <= chip.shared_bytes) return chosen;
+  if (asked.path == Path::kAuto) return general;
+  refuse(
+      "is " + to_string(chosen) +
+      ": want 16-bit elements, rows at multiples of 16 bytes, d at most 8192, or 65536 for batch, "
+      "whose rows share a list, and blocks for lists that fit in shared memory");
+  return general;
 }
 
 std::string to_string(const Chosen& chosen) {
@@ -163,6 +174,7 @@ std::string to_string(const Chosen& chosen) {
   }
   if (chosen.overlaps) text += " overlapping";
   if (chosen.blocks > 0) text += " blocks=" + std::to_string(chosen.blocks);
+  if (chosen.shares > 0) text += " shares=" + std::to_string(chosen.shares);
   if (chosen.vectors > 0) {
     text += " group_threads=" + std::to_string(chosen.group_threads) +
             " vectors=" + std::to_string(chosen.vectors);

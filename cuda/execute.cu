@@ -17,6 +17,7 @@
 #include "common/dispatch.cuh"
 #include "common/gather.cuh"
 #include "common/launch.cuh"
+#include "common/rows.cuh"
 #include "common/usage.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
@@ -60,10 +61,11 @@ constexpr int64_t shares_of(int64_t d, int64_t n_neurons) {
 
 // Where the parts of the workspace begin, and its size. The paths share it.
 struct Layout {
-  int64_t activation;  // of kGeneral: (batch, n_neurons), float; written where listed
-  int64_t partial;     // of kGeneral: (batch, shares, d), float
-  int64_t sum;         // of others: (rows, blocks, d), float
-  int64_t executed;    // of others: (rows, blocks), int32
+  int64_t activation;         // of kGeneral: (batch, n_neurons), float; written where listed
+  int64_t partial;            // of kGeneral: (batch, shares, d), float
+  int64_t sum;                // of others: (rows, blocks, d), float
+  int64_t executed;           // of others: (rows, blocks), int32
+  int64_t shared_activation;  // of kBatch: (n_neurons, kActivationStride) by place in the list
   int64_t bytes;
 };
 
@@ -73,22 +75,26 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t general = partial + padded(batch * shares * d * int64_t{sizeof(float)});
   const int64_t rows = batch < kRowsAtOnce ? batch : kRowsAtOnce;
   const int64_t executed = padded(rows * kBlocksMax * d * int64_t{sizeof(float)});
-  const int64_t others = executed + padded(rows * kBlocksMax * int64_t{sizeof(int32_t)});
+  const int64_t shared_activation = executed + padded(rows * kBlocksMax * int64_t{sizeof(int32_t)});
+  // A last tile with fewer neurons takes as many places as the others, of at most n_neurons.
+  const int64_t others =
+      shared_activation + padded(2 * n_neurons * kActivationStride * int64_t{sizeof(float)});
   return {.activation = 0,
           .partial = partial,
           .sum = 0,
           .executed = executed,
+          .shared_activation = shared_activation,
           .bytes = general > others ? general : others};
 }
 
 // The neurons of one row's tile list, by position: tile_rows to a tile.
-struct Listed {
+struct TileList {
   const int32_t* tile;  // (n_tiles)
   int64_t count;        // of positions
   int64_t n_neurons;
   int tile_rows;
 
-  __device__ Listed(const ExecuteParams& p, int64_t b)
+  __device__ TileList(const ExecuteParams& p, int64_t b)
       : n_neurons(p.n_neurons), tile_rows(p.tile_rows) {
     const int64_t list = p.shared ? 0 : b;
     const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(kActivateWarps* kWarp, 4) activate_kernel(cons
   const int64_t stride = int64_t{gridDim.x} * kActivateWarps;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const T* x = static_cast<const T*>(p.x) + b * p.d;  // (d)
-  const Listed listed(p, b);
+  const TileList listed(p, b);
   float* activation =
       at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).activation) + b * p.n_neurons;
 
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp, 3) combine_kernel(const 
   float* partial = at<float>(p.workspace, layout.partial) + (b * shares + share) * p.d;  // (d)
   const T* down_t = static_cast<const T*>(p.down_t) + first_column;
   const int width = static_cast<int>(min(p.d - first_column, int64_t{kStrip<T>}));
-  const Listed listed(p, b);
+  const TileList listed(p, b);
   const int64_t begin = listed.count * share / shares;
   const int64_t end = listed.count * (share + 1) / shares;
 
@@ -274,18 +280,18 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp, 3) combine_kernel(const 
 struct SumParams {
   const void* down_bias;    // (d), T, or null
   const float* partial;     // (batch, shares, d)
-  const int32_t* executed;  // (lists, shares), neurons of each share; looked at if someone counts
+  const int32_t* executed;  // (lists, n_counts), neurons in parts; looked at if someone counts
   void* out;                // (batch, d), T, written
   int64_t* stats;           // as in Listing
   int64_t batch, d;
-  int shares;
+  int shares, n_counts;
   bool shared;
 };
 
 // By one warp.
 __device__ __forceinline__ void count(const SumParams& p) {
   int64_t neurons = 0;
-  const int64_t n = (p.shared ? 1 : p.batch) * p.shares;
+  const int64_t n = (p.shared ? 1 : p.batch) * p.n_counts;
   for (int64_t i = threadIdx.x % kWarp; i < n; i += kWarp) neurons += p.executed[i];
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     neurons += __shfl_xor_sync(kFull, neurons, offset);
@@ -345,6 +351,18 @@ struct GatherParams {
   int32_t* executed;  // (lists, blocks), written, or null
 };
 
+// The part of a list that a block lists for itself.
+struct Share {
+  Path path;
+  int block, blocks;
+  int room;  // neurons
+};
+
+struct Listed {
+  int64_t first;  // place in the list
+  int count;      // of places
+};
+
 struct ShareShared {
   int before[kBlocksMax + 1];  // tiles of the pieces before
   int from;                    // of the list: the first tile of a run
@@ -367,54 +385,60 @@ __device__ __forceinline__ int tiles_below(const int32_t* tile, int n, int64_t l
   return low;
 }
 
-// Lists the neurons of the block's share in `neurons`, (list_room), -1 where a tile has none;
-// returns how many places it takes. The whole block calls; the list may be read at once.
-__device__ __forceinline__ int list_share(const GatherParams& params, ShareShared& shared,
-                                          int32_t* neurons) {
-  const ExecuteParams& p = params.p;
-  const Chosen& chosen = params.chosen;
+// Lists the neurons of a share in `neurons`, (room), -1 where a tile has none; returns which
+// places these are. The whole block calls; the list may be read at once.
+__device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segments& segments,
+                                             const Share& share, ShareShared& shared,
+                                             int32_t* neurons) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
-  const int block = static_cast<int>(blockIdx.x);
   const int64_t list = p.shared ? 0 : blockIdx.y;
   const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
-  const int pieces = params.segments.blocks;
-  const int32_t* tile = (pieces > 0 ? params.segments.tile : p.tile) + list * most;
-  const int32_t* piece_tiles = params.segments.count + list * pieces;  // (pieces), if there are any
+  const int pieces = segments.blocks;
+  const int32_t* tile = (pieces > 0 ? segments.tile : p.tile) + list * most;
+  const int32_t* piece_tiles = segments.count + list * pieces;  // (pieces), if there are any
   const auto rows = static_cast<unsigned>(p.tile_rows);
 
   int64_t first = 0;  // position in the list
   int64_t end = 0;
-  if (chosen.path == Path::kRange) {
-    const Runs runs = Runs::of(p.n_neurons, p.tile_rows, chosen.blocks);
+  if (share.path == Path::kRange) {
+    const Runs runs = Runs::of(p.n_neurons, p.tile_rows, share.blocks);
     if (pieces > 0) {  // as many as blocks, so this is the block's
-      tile += runs.begin(block);
-      end = int64_t{piece_tiles[block]} * p.tile_rows;
+      tile += runs.begin(share.block);
+      end = int64_t{piece_tiles[share.block]} * p.tile_rows;
     } else {
       const auto n = static_cast<int>(min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most));
       if (warp < 2) {
-        const int below = tiles_below(tile, n, runs.begin(block + warp));
+        const int below = tiles_below(tile, n, runs.begin(share.block + warp));
         if (lane == 0) (warp == 0 ? shared.from : shared.to) = below;
       }
       __syncthreads();
       first = int64_t{shared.from} * p.tile_rows;
       end = int64_t{shared.to} * p.tile_rows;
     }
-    end = min(end, first + chosen.list_room);  // of a list that does not ascend
+    end = max(min(end, first + share.room), first);  // of a list that does not ascend
   } else {
     int64_t n = 0;
     if (pieces > 0) {
       if (warp == 0) {
+        int counts[kBlocksMax / kWarp];
+#pragma unroll
+        for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+          const int i = k * kWarp + lane;
+          counts[k] = i < pieces ? piece_tiles[i] : 0;
+        }
         int total = 0;
-        for (int i0 = 0; i0 < pieces; i0 += kWarp) {
-          int through = i0 + lane < pieces ? piece_tiles[i0 + lane] : 0;
+#pragma unroll
+        for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+          int through = counts[k];
 #pragma unroll
           for (int offset = 1; offset < kWarp; offset *= 2) {
             const int other = __shfl_up_sync(kFull, through, offset);
             if (lane >= offset) through += other;
           }
-          if (i0 + lane < pieces) shared.before[i0 + lane + 1] = total + through;
+          const int i = k * kWarp + lane;
+          if (i < pieces) shared.before[i + 1] = total + through;
           total += __shfl_sync(kFull, through, kWarp - 1);
         }
         if (lane == 0) shared.before[0] = 0;
@@ -424,16 +448,16 @@ __device__ __forceinline__ int list_share(const GatherParams& params, ShareShare
     } else {
       n = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most);
     }
-    first = n * p.tile_rows * block / chosen.blocks;
-    end = n * p.tile_rows * (block + 1) / chosen.blocks;
+    first = n * p.tile_rows * share.block / share.blocks;
+    end = n * p.tile_rows * (share.block + 1) / share.blocks;
   }
 
   const auto count = static_cast<int>(end - first);
   const Runs runs = Runs::of(p.n_neurons, p.tile_rows, max(pieces, 1));
-  for (int i = thread; i < count; i += kGatherThreads) {
+  for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
     const auto position = static_cast<unsigned>(first + i);
     int64_t at = position / rows;
-    if (pieces > 0 && chosen.path != Path::kRange) {
+    if (pieces > 0 && share.path != Path::kRange) {
       int piece = 0;  // the last one that begins at or before `at`
       for (int step = 128; step > 0; step /= 2) {
         if (piece + step < pieces && shared.before[piece + step] <= at) piece += step;
@@ -444,7 +468,7 @@ __device__ __forceinline__ int list_share(const GatherParams& params, ShareShare
     neurons[i] = j < 0 || j >= p.n_neurons ? -1 : static_cast<int32_t>(j);
   }
   __syncthreads();
-  return count;
+  return {.first = first, .count = count};
 }
 
 // By one warp.
@@ -452,6 +476,21 @@ __device__ __forceinline__ int neurons_of(const int32_t* neurons, int n) {
   int there = 0;
   for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) there += neurons[i] >= 0;
   return __reduce_add_sync(kFull, there);
+}
+
+template <typename T>
+__device__ __forceinline__ Gather gather_of(const ExecuteParams& p, const int32_t* neurons,
+                                            int count, int group_threads) {
+  return {.gate = static_cast<const char*>(p.gate),
+          .up = static_cast<const char*>(p.up),
+          .down_t = static_cast<const char*>(p.down_t),
+          .gate_bias = p.gate_bias,
+          .up_bias = p.up_bias,
+          .neurons = neurons,
+          .count = count,
+          .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
+          .group_threads = group_threads,
+          .activation = p.activation};
 }
 
 template <int kVectors, bool kBulk>
@@ -476,7 +515,11 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherP
   wait_for_prior();
 
   // List
-  const int count = list_share(params, shared.share, neurons);
+  const Share share{.path = params.chosen.path,
+                    .block = static_cast<int>(blockIdx.x),
+                    .blocks = params.chosen.blocks,
+                    .room = params.chosen.list_room};
+  const int count = list_share(p, params.segments, share, shared.share, neurons).count;
   const int64_t list = p.shared ? 0 : b;
   if (params.executed != nullptr && threadIdx.x < kWarp && b == list) {
     const int there = neurons_of(neurons, count);
@@ -484,16 +527,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherP
   }
 
   // Gather
-  const Gather gather{.gate = static_cast<const char*>(p.gate),
-                      .up = static_cast<const char*>(p.up),
-                      .down_t = static_cast<const char*>(p.down_t),
-                      .gate_bias = p.gate_bias,
-                      .up_bias = p.up_bias,
-                      .neurons = neurons,
-                      .count = count,
-                      .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
-                      .group_threads = params.chosen.group_threads,
-                      .activation = p.activation};
+  const Gather gather = gather_of<T>(p, neurons, count, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
   uint4 x[kVectors];
   load_x<kVectors>(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
@@ -520,7 +554,103 @@ void launch_gather(const GatherParams& params, Stream stream) {
           .overlaps = params.chosen.overlaps});
 }
 
-// Rows first .. first + rows - 1 of the batch.
+struct RowsParams {
+  ExecuteParams p;  // of at most kRowsAtOnce rows
+  Chosen chosen;
+  Segments segments;
+  float* activation;  // (n_neurons, kActivationStride)
+  float* partial;     // (batch, shares, d)
+  int32_t* executed;  // (blocks), written, or null
+};
+
+template <typename T, int kProducts>
+__global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const RowsParams params) {
+  struct Shared {
+    RowsShared<kProducts> rows;
+    ShareShared share;
+  };
+  __shared__ Shared shared;
+  const ExecuteParams& p = params.p;
+  const auto block = static_cast<int>(blockIdx.x);
+  int32_t* neurons = reinterpret_cast<int32_t*>(dynamic_shared());
+  launch_dependents();
+  wait_for_prior();
+  const Share share{.path = Path::kList,
+                    .block = block,
+                    .blocks = params.chosen.blocks,
+                    .room = params.chosen.list_room};
+  const Listed listed = list_share(p, params.segments, share, shared.share, neurons);
+  if (params.executed != nullptr && threadIdx.x < kWarp) {
+    const int there = neurons_of(neurons, listed.count);
+    if (threadIdx.x == 0) params.executed[block] = there;
+  }
+  activate_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0), p.x,
+                              static_cast<int>(p.batch), shared.rows,
+                              params.activation + listed.first * kActivationStride);
+}
+
+template <typename T, int kProducts>
+__global__ void __launch_bounds__(kCombineThreads, 1) combine_rows_kernel(const RowsParams params) {
+  __shared__ ShareShared shared;
+  const ExecuteParams& p = params.p;
+  const int64_t block = blockIdx.y;
+  int32_t* neurons = reinterpret_cast<int32_t*>(dynamic_shared());
+  launch_dependents();
+  wait_for_prior();
+  const Share share{.path = Path::kList,
+                    .block = static_cast<int>(block),
+                    .blocks = params.chosen.shares,
+                    .room = params.chosen.list_room};
+  const Listed listed = list_share(p, params.segments, share, shared, neurons);
+  combine_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0),
+                             params.activation + listed.first * kActivationStride,
+                             static_cast<int>(p.batch),
+                             static_cast<int>(blockIdx.x) * kCombineColumns,
+                             params.partial + block * p.d, params.chosen.shares * p.d);
+}
+
+template <typename T, int kProducts>
+void launch_rows(const RowsParams& params, Stream stream) {
+  const Launch more{.shared_bytes = params.chosen.list_room * int{sizeof(int32_t)},
+                    .overlaps = params.chosen.overlaps};
+  launch("execute", "activate_rows", activate_rows_kernel<T, kProducts>,
+         dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kGatherThreads), stream, params,
+         more);
+  launch("execute", "combine_rows", combine_rows_kernel<T, kProducts>,
+         dim3(blocks_of(params.p.d, kCombineColumns), static_cast<unsigned>(params.chosen.shares)),
+         dim3(kCombineThreads), stream, params, more);
+}
+
+// Rows first .. first + rows - 1 of the batch, by kBatch.
+template <typename T>
+void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
+                   int64_t first, int64_t rows, Stream stream) {
+  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  RowsParams params{
+      .p = p,
+      .chosen = chosen,
+      .segments = listing.segments,
+      .activation = at<float>(p.workspace, layout.shared_activation),
+      .partial = at<float>(p.workspace, layout.sum),
+      .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
+  params.p.batch = rows;
+  params.p.x = static_cast<const T*>(p.x) + first * p.d;
+  rows <= kProductRows ? launch_rows<T, 1>(params, stream)
+                       : launch_rows<T, kProductsMax>(params, stream);
+  launch_sum<T>({.down_bias = p.down_bias,
+                 .partial = params.partial,
+                 .executed = params.executed,
+                 .out = static_cast<T*>(p.out) + first * p.d,
+                 .stats = listing.stats,
+                 .batch = rows,
+                 .d = p.d,
+                 .shares = chosen.shares,
+                 .n_counts = chosen.blocks,
+                 .shared = true},
+                chosen.overlaps, stream);
+}
+
+// Rows first .. first + rows - 1 of the batch, by kList or kRange.
 template <typename T>
 void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
                  int64_t first, int64_t rows, Stream stream) {
@@ -551,6 +681,7 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
                  .batch = rows,
                  .d = p.d,
                  .shares = chosen.blocks,
+                 .n_counts = chosen.blocks,
                  .shared = p.shared},
                 chosen.overlaps, stream);
 }
@@ -573,6 +704,7 @@ void launch_all(const ExecuteParams& p, Stream stream) {
                  .batch = p.batch,
                  .d = p.d,
                  .shares = static_cast<int>(shares),
+                 .n_counts = 0,
                  .shared = p.shared},
                 false, stream);
 }
@@ -598,8 +730,9 @@ void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing&
   const auto in_parts = [&]<typename T>() {
     for (int64_t first = 0; first < p.batch; first += kRowsAtOnce) {
       const int64_t left = p.batch - first;
-      gather_rows<T>(capped, chosen, listing, first, left < kRowsAtOnce ? left : kRowsAtOnce,
-                     stream);
+      const int64_t rows = left < kRowsAtOnce ? left : kRowsAtOnce;
+      chosen.path == Path::kBatch ? multiply_rows<T>(capped, chosen, listing, first, rows, stream)
+                                  : gather_rows<T>(capped, chosen, listing, first, rows, stream);
     }
   };
   if (p.dtype == DType::kF16) return in_parts.template operator()<__half>();

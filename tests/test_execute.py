@@ -1,9 +1,20 @@
+import dataclasses
+
 import pytest
 import torch
 
 from csfast import ops, reference
 from csfast.cases import CASES, LARGE, Case
 from numeric import assert_within, execute_tolerance, made, mask_of, split_tiles
+
+# What CUDA has besides its general path, for 16-bit rows at multiples of 16 bytes.
+WIDTHS = {
+    "one_warp": Case("one_warp", batch=2, d=8, n_neurons=41),
+    "off_group": Case("off_group", batch=3, d=200, n_neurons=301),
+    "demo": CASES[4],
+    "one_group": Case("one_group", batch=2, d=2056, n_neurons=150),
+    "two_loads": Case("two_loads", batch=2, d=4104, n_neurons=75),
+}
 
 
 def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
@@ -59,15 +70,16 @@ def test_matches_reference_with_one_bias(which, dtype, device):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("tile_rows", [1, 16])
 def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
-    """Bit for bit what each row gives with a list of its own."""
+    """Bit for bit what each row gives with a list of its own, on the same path."""
     p = made(case, dtype, device)
     more = case.make_biases(p).of_execute()
     shared = tiles_of(1, case.n_neurons, device, tile_rows=tile_rows)
     repeated = ops.TileList(
         shared.tile.repeat(case.batch, 1), shared.n_tiles.repeat(case.batch), tile_rows
     )
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, shared, **more)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, repeated, **more))
+    path = {"design": "general" if dtype == torch.float32 or case.d % 8 > 0 else "list"}
+    got = ops.execute(p.gate, p.up, p.down_t, p.x, shared, **path, **more)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, repeated, **path, **more))
     check(p, shared, **more)
 
 
@@ -75,8 +87,35 @@ def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
 def test_a_shared_list_for_every_number_of_rows(batch, dtype, device):
     p = made(CASES[5], dtype, device)
     tiles = tiles_of(1, 1152, device)
-    got = ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles)[:batch])
+    path = {"design": "general" if dtype == torch.float32 else "batch"}
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **path)
+    got = ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles, **path)
+    assert torch.equal(got, want[:batch])
+    assert batch == 1 or torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles), got)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("form", ["plain", "biased", "tiles", "full", "empty", "few_blocks"])
+@pytest.mark.parametrize("batch", [5, 9, 35])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_rows_that_share_a_list_match_reference(width, form, batch, dtype, device):
+    """Whatever their number; and none depends on the others."""
+    case = dataclasses.replace(WIDTHS[width], batch=batch)
+    p = made(case, dtype, device)
+    biases = case.make_biases(p).of_execute() if form == "biased" else {}
+    density = {"full": 2.0, "empty": 0.0}.get(form, 0.4)
+    tile_rows = 5 if form == "tiles" else 1
+    tiles = tiles_of(1, case.n_neurons, device, density=density, tile_rows=tile_rows)
+    design = "batch blocks=3" if form == "few_blocks" else "batch"
+    check(p, tiles, design=design, **biases)
+    rows = (p.gate, p.up, p.down_t)
+    got = ops.execute(*rows, p.x, tiles, design=design, **biases)
+    last = ops.execute(*rows, p.x[-1:], tiles, design=design, **biases)
+    assert torch.equal(got[-1:], last)
+    x = p.x.clone()
+    x[0] = float("nan")
+    poisoned = ops.execute(*rows, x, tiles, design=design, **biases)
+    assert torch.equal(poisoned[1:], got[1:])
 
 
 def test_matches_reference_on_a_large_layer(device):
@@ -96,16 +135,6 @@ def test_matches_reference_on_a_large_layer(device):
     want = reference.execute(gate, up, down_t, x, [everything], tile_rows=1)
     mask = torch.ones(1, len(chosen), dtype=torch.bool, device=device)
     assert_within(got, want, execute_tolerance(gate, up, down_t, x, mask))
-
-
-# What CUDA has besides its general path, for 16-bit rows at multiples of 16 bytes.
-WIDTHS = {
-    "one_warp": Case("one_warp", batch=2, d=8, n_neurons=41),
-    "off_group": Case("off_group", batch=3, d=200, n_neurons=301),
-    "demo": CASES[4],
-    "one_group": Case("one_group", batch=2, d=2056, n_neurons=150),
-    "two_loads": Case("two_loads", batch=2, d=4104, n_neurons=75),
-}
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -88,10 +88,11 @@ struct Chosen {
   Path path;
   Loads loads;
   bool overlaps;      // programmatic launches
-  int blocks;         // of kList and kRange, for one row of the batch
-  int group_threads;  // of these: threads that share a neuron, a power of two
-  int vectors;        // of these: loads of 16 bytes that a thread has of a row
-  int list_room;      // of these: neurons of a block, at most
+  int blocks;         // of kList and kRange, for one row of the batch; of kBatch, of activations
+  int shares;         // of kBatch: of the list, for each 512 columns of the output
+  int group_threads;  // of kList and kRange: threads that share a neuron, a power of two
+  int vectors;        // likewise: loads of 16 bytes that a thread has of a row
+  int list_room;      // of all but kGeneral: neurons of a block, at most
 };
 
 // For example "list bulk overlapping blocks=132 group_threads=512 vectors=1".
