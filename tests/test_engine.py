@@ -724,12 +724,13 @@ def test_votes_on_the_gpu_are_not_waited_for():
     csfast.apply(model, calibrated(model, joint=True), density=0.5, joint=True)
     x = torch.randn(3, 1, 64, device="cuda").bfloat16()
     votes = torch.tensor([True, False, True], device="cuda")
+    layer = layers_of(model)[0]  # looking for layers waits, to see what their activations are
     with torch.no_grad():
-        layers_of(model)[0](x)
+        layer(x)
         torch.cuda.set_sync_debug_mode("error")
         try:
             csfast.set_votes(model, votes)
-            layers_of(model)[0](x)
+            layer(x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert shared_of(model).votes.weight[:3].tolist() == [0.5, 0, 0.5]

@@ -327,7 +327,12 @@ def test_steps_do_not_matter_where_atoms_are_orthonormal(per_step, device):
     given_all = (torch.eye(n, device=device), correlation, correlation.square().sum(dim=1))
     budget = torch.tensor([40, 1, 17], dtype=torch.int32, device=device)
     want = ops.omp(*given_all, budget, budget_max=40)
-    assert_equal(ops.omp(*given_all, budget, budget_max=40, per_step=per_step), want)
+    got = ops.omp(*given_all, budget, budget_max=40, per_step=per_step)
+    for name in ("index", "coef", "count", "status"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    # The kernels of one atom a step keep the energy in float32: it is rounded once an atom.
+    off = (got.residual.double().square() - want.residual.double().square()).abs()
+    assert (off <= 42 * 2.0**-24 * given_all[2].double()).all()
     top = correlation.abs().topk(40, dim=1).indices
     assert torch.equal(want.index[0].long(), top[0])
 

@@ -360,7 +360,9 @@ def test_reads_read_only_inputs(name):
     assert given["tile"].tolist() == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("value", [3, "tile", object(), [1, 2]], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [3, "tile", object(), [1, 2]], ids=lambda value: type(value).__name__
+)
 def test_refuses_outputs_that_are_no_tensors(value):
     with pytest.raises(TypeError, match=r"\[tile\] tile is a .* without dense memory"):
         native_tile(**{**arrays(), "tile": value})

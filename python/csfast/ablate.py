@@ -356,6 +356,8 @@ def _met(
         for i, (target, density) in enumerate(wanted)
         if target is not None and density < 1 and abs(spent[i] - target) > FAR * target
     ]
+    if not far:
+        return settings, measured, corrected
     again = _calibrated(rule, sample, [corrected[i] for i in far])
     for i, setting, of in zip(far, again, trial.measure(again, done), strict=True):
         target, before, now = setting.target, settings[i].density, setting.density

@@ -1390,8 +1390,8 @@ _LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-cal
 def _on_its_device(run: Callable[..., object]) -> Callable[..., object]:
     """The same with the CUDA device of the first tensor made current: kernels start on that one."""
 
-    def guarded(first: Tensor, *rest: object) -> object:
-        with torch.cuda.device(first.device):
+    def guarded(first: Tensor | list[Tensor], *rest: object) -> object:
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
             return run(first, *rest)
 
     return guarded

@@ -348,7 +348,9 @@ def cuts(score: Tensor, densities: Sequence[float]) -> list[float]:
     places = [size - round(density * size) for density in densities]
     inside = sorted({place for place in places if 0 < place < size})
     if flat.is_cuda:
-        found = flat.sort().values[torch.tensor(inside, device=flat.device)].tolist()
+        found = (
+            flat.sort().values[torch.tensor(inside, dtype=torch.int64, device=flat.device)].tolist()
+        )
     else:
         # Linear in time whatever repeats, unlike torch.kthvalue on the CPU.
         values = flat.numpy()
