@@ -57,14 +57,14 @@ def test_the_test_command_is_what_ci_runs():
     assert "\n./csfast.sh test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/findings.md"])
 def test_figures_are_up_to_date(tool, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tool.render(text, tool.load(ROOT / "bench" / "results"), tool.PAGES[page]) == text
 
 
 def test_every_page_with_figures_is_checked(tool):
-    assert set(tool.PAGES) == {"README.md", "docs/speed.md"}
+    assert set(tool.PAGES) == {"README.md", "docs/speed.md", "docs/findings.md"}
 
 
 def test_without_results_the_pages_say_so(tool):
@@ -83,6 +83,21 @@ def test_figures_come_from_results(tool):
     assert (
         "| box, 2 threads | ffn d=64 F=64 density=.25 | complete | 6 (quick) | 2 | 3.00x |" in text
     )
+
+
+def test_findings_come_from_results(tool):
+    row = {"method": "teal", "target": 0.25, "delta": 0.5, "ci95": [0.4, 0.6]}
+    whole = {"method": "rtn-int4", "target": None, "delta": 0.03, "ci95": [0.02, 0.04]}
+    whole |= {"bytes_fraction": 0.281}
+    found = {"about": "a model", "best": [{"target": 0.25}, {"target": 0.5}], "rows": [row, whole]}
+    text = tool.rules([found, {"best": [], "rows": [row]}])
+    assert "| a model | teal | +0.5000 [+0.4000, +0.6000] | - |" in text
+    assert "| a model | rtn-int4 | +0.0300 [+0.0200, +0.0400] at 0.281 | - |" in text
+    assert text.count("teal") == 1
+    code = {"name": "mixed-3+3", "kind": "nested", "bits_stored": 6.35, "ci95": [0, 1]}
+    rows = [{**code, "target": 0.2, "delta": 0.02}, {**code, "target": 0.3, "delta": 0.01}]
+    text = tool.storage([{"about": "a model", "rows": rows[::-1]}, {"rows": []}])
+    assert "| a model | nested | mixed-3+3 | 6.35 | +0.0200 | +0.0100 |" in text
 
 
 LAYER = {

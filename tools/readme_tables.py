@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = "not measured yet"
+SHOWN = "ablate-demo"  # the ablation that README.md shows; docs/findings.md has all
 PACKAGE = "orthogonal_matching_pursuit_gpu f32"
 
 
@@ -72,8 +73,11 @@ TARGETS = tuple(_targets())
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Read every results file, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Read every results file, in the order of their names, each with its own as `file`."""
+    return [
+        {**json.loads(path.read_text(encoding="utf-8")), "file": path.stem}
+        for path in sorted(folder.glob("*.json"))
+    ]
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -258,6 +262,8 @@ def selection(results: list[dict[str, Any]]) -> str:
     """Loss over dense at equal bytes: few-bit selection beside the best other rule."""
     rows = []
     for result in results:
+        if result.get("file", SHOWN) != SHOWN:
+            continue
         for best in result.get("best", ()):
             if best["other"] is None:
                 continue
@@ -279,14 +285,72 @@ def selection(results: list[dict[str, Any]]) -> str:
 
 
 def quantised(results: list[dict[str, Any]]) -> str:
-    """Plain round-to-nearest weights, on the same axes as the selection rules."""
+    """Quantised weights, read whole or as the support says, on the axes of the selection rules."""
     rows = [
         (row["method"], f"{row['bytes_fraction']:.3f}", f"{row['delta']:+.4f}")
         for result in results
+        if result.get("file", SHOWN) == SHOWN
         for row in result.get("rows", ())
-        if str(row.get("method", "")).startswith("rtn-")
+        if row.get("family") in ("quantised", "mixed") and _is_first(result, row)
     ]
-    return table(("method", "FFN bytes, of dense", "loss over dense"), rows)
+    return table(
+        ("method", "FFN bytes, of dense", "loss over dense"), sorted(rows, key=lambda r: r[1])
+    )
+
+
+def _is_first(result: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether no row before has the method and as many bytes."""
+    same = [
+        other
+        for other in result["rows"]
+        if other["method"] == row["method"]
+        and round(other["bytes_fraction"], 3) == round(row["bytes_fraction"], 3)
+    ]
+    return same[0] is row
+
+
+def _loss(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def rules(results: list[dict[str, Any]]) -> str:
+    """All rules of every ablation at equal bytes."""
+    rows = []
+    for result in results:
+        if "best" not in result or "about" not in result:
+            continue
+        targets = [best["target"] for best in result["best"]]
+        methods = dict.fromkeys(row["method"] for row in result["rows"])
+        for method in methods:
+            found = {r["target"]: r for r in result["rows"] if r["method"] == method}
+            whole = found.get(None)
+            cells = [_loss(found[t]) if t in found else "-" for t in targets]
+            if whole is not None:
+                cells = [
+                    f"{_loss(whole)} at {whole['bytes_fraction']:.3f}",
+                    *["-"] * (len(targets) - 1),
+                ]
+            rows.append((result["about"], method, *cells))
+    return table(("model", "rule", "at .25 of the bytes", ".35", ".55", ".75"), rows)
+
+
+def storage(results: list[dict[str, Any]]) -> str:
+    """Ways to store few-bit weights, at equal bits read."""
+    rows = []
+    for result in results:
+        stored = [row for row in result.get("rows", ()) if "bits_stored" in row]
+        targets = sorted({row["target"] for row in stored if row["target"] is not None})
+        for name in dict.fromkeys(row["name"] for row in stored):
+            members = [row for row in stored if row["name"] == name]
+            found = {row["target"]: row for row in members}
+            cells = [f"{found[t]['delta']:+.4f}" if t in found else "-" for t in targets]
+            if None in found:
+                cells = [f"{_loss(found[None])}", *["-"] * (len(targets) - 1)]
+            bits = f"{members[0]['bits_stored']:.2f}"
+            rows.append((result["about"], members[0]["kind"], name, bits, *cells))
+    head = ("model", "kind", "code", "bits stored", "loss at 2.6 bits read", "3.0", "3.35", "3.6")
+    return table((*head, "4.1", "5.0"), rows)
 
 
 def quality(results: list[dict[str, Any]]) -> str:
@@ -315,7 +379,8 @@ def quality(results: list[dict[str, Any]]) -> str:
 
 TABLES = {"speed": speed, "selection": selection, "quantised": quantised, "quality": quality}
 SPEED_TABLES = {"targets": targets, "layers": layers, "native": native, "pursuits": pursuits}
-PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES}
+FOUND_TABLES = {"rules": rules, "storage": storage}
+PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES, "docs/findings.md": FOUND_TABLES}
 
 
 def render(
