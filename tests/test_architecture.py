@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantize": set(),
     "judge": {"models", "tasks", "types"},
     "rules": {"blocks", "judge", "models", "planes", "types"},
-    "compressed": {"judge", "ops", "rules", "types"},
+    "compressed": {"judge", "ops", "pursuit", "rules", "types"},
     "oracles": {"judge", "models", "rules", "types"},
     "mixed": {"judge", "models", "nested", "rules", "types"},
     "baselines": {

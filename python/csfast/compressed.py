@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, pursuit
 from .judge import BYTES, Sample, Thresholds, Where
 from .rules import BlockRule, Fit, ranks
 from .types import TASKS, LayerShape
@@ -242,21 +242,17 @@ def pursue(dictionary: Tensor, y: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]
         that were taken.
     """
     n, n_columns = len(y), dictionary.shape[1]
-    wide = dictionary.double()
+    measured = pursuit.measure(dictionary, y)
+    budget = torch.full((n,), n_atoms, dtype=torch.int32, device=y.device)
     found = ops.omp(
-        (wide.T @ wide).float(),
-        (y @ dictionary).contiguous(),
-        y.square().sum(dim=1),
-        torch.full((n,), n_atoms, dtype=torch.int32, device=y.device),
-        budget_max=n_atoms,
+        measured.gram, measured.correlation, measured.energy, budget, budget_max=n_atoms
     )
-    place = torch.arange(n_atoms, device=y.device)
     # What lies beyond the count goes to a column that is cut off.
+    place = torch.arange(n_atoms, device=y.device)
     column = torch.where(place < found.count[:, None], found.index.long(), n_columns)
-    coef = y.new_zeros(n, n_columns + 1).scatter_(1, column, found.coef)
     taken = torch.zeros(n, n_columns + 1, dtype=torch.bool, device=y.device)
     taken.scatter_(1, column, True)
-    return coef[:, :n_columns], taken[:, :n_columns]
+    return pursuit.dense(found, n_columns), taken[:, :n_columns]
 
 
 def _n_blocks(shape: LayerShape) -> int:
