@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"types"},
     "evaluate": {"engine", "judge", "models", "ops", "plan", "rules", "tasks", "types"},
     "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
-    "effort": {"engine", "evaluate", "judge", "plan", "types"},
+    "effort": {"engine", "evaluate", "judge", "models", "plan", "types"},
     "phase": {"judge", "models", "operators", "ops", "plan", "rules", "types"},
     "dictionaries": {"judge", "models", "operators", "planes", "rules"},
     "plots": set(),

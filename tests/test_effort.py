@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from csfast import calibrate, documents, effort, engine, evaluate, judge
+from csfast import calibrate, documents, effort, engine, evaluate, judge, models
 from csfast.types import PlanError
 from texts import make_documents
 
@@ -93,11 +93,12 @@ def test_generated_text_is_what_decoding_gives(model, tokenizer, plan, held_out)
     try:
         for example in got["examples"]:
             ids = [tokenizer.bos_token_id, *tokenizer.encode(example["prompt"])]
+            name = models.cache_argument(model)
             cache, step, made = None, torch.tensor([ids]), []
             with torch.no_grad():
                 for _ in range(24):
-                    out = model(input_ids=step, past_key_values=cache, use_cache=True)
-                    cache = out.past_key_values
+                    out = model(input_ids=step, use_cache=True, **{name: cache})
+                    cache = out[name]
                     step = out.logits[:, -1:].argmax(dim=-1)
                     made.append(int(step))
             shown = example["first"] + "".join(t["text"] for t in example["tokens"])

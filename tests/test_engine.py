@@ -60,12 +60,13 @@ def layers_of(model):
 
 def decode(model, ids, n_steps):
     """Logits of a prompt and of the greedy tokens after it, one by one over the cache."""
+    name = models.cache_argument(model)
     with torch.no_grad():
         out = model(ids, use_cache=True)
         logits = [out.logits[:, -1]]
         for _ in range(n_steps):
             step = logits[-1].argmax(dim=-1, keepdim=True)
-            out = model(step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(step, use_cache=True, **{name: out[name]})
             logits.append(out.logits[:, -1])
     return torch.stack(logits)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine, evaluate, judge
+from . import engine, evaluate, judge, models
 from .judge import Piece, Progress
 from .plan import Plan
 from .types import POOLED, Code, Document
@@ -173,10 +173,11 @@ def _likeliest(model: nn.Module, piece: Piece, stops: set[int | None], n: int) -
     ids = piece.ids[:, : piece.n_prompt]
     step = ids.to(next(model.parameters()).device)
     found = [ids]
+    name = models.cache_argument(model)
     cache = None
     for _ in range(n):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=step, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache = out[name]
         step = out.logits[:, -1:].argmax(dim=-1)
         found.append(step.cpu())
         if int(step) in stops:

@@ -367,7 +367,8 @@ def _decode_both(model: nn.Module, tokenizer: Any, piece: Piece) -> tuple[bool, 
     ids = piece.ids[:, : piece.n_prompt - 2].to(next(model.parameters()).device)
     cache = None
     if ids.shape[1] > 0:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        cache = out[models.cache_argument(model)]
     with engine.dense(model):
         dense = _greedy(model, tokenizer, cache, piece)
     sparse = _greedy(model, tokenizer, cache, piece)
@@ -379,10 +380,11 @@ def _greedy(model: nn.Module, tokenizer: Any, cache: Any, piece: Piece) -> str:
     """Decode one token at a time after the prompt, of which all but two tokens are in the cache."""
     cache = judge.copied(cache)
     ids = piece.ids[:, piece.n_prompt - 2 : piece.n_prompt].to(next(model.parameters()).device)
+    name = models.cache_argument(model)
     found: list[int] = []
     for _ in range(piece.n_tokens + 2):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=ids, use_cache=True, **{name: cache})
+        cache = out[name]
         ids = out.logits[:, -1:].argmax(dim=-1)
         token = int(ids)
         if token == tokenizer.eos_token_id:

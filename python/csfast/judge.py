@@ -581,7 +581,7 @@ def prefill(model: nn.Module, batch: Batch) -> Any:
         use_cache=True,
         logits_to_keep=1,
     )
-    return out.past_key_values
+    return out[models.cache_argument(model)]
 
 
 def copied(cache: Any) -> Any:
@@ -606,8 +606,8 @@ def follow(model: nn.Module, cache: Any, batch: Batch) -> Tensor:
         input_ids=batch.ids,
         attention_mask=batch.mask,
         position_ids=position_ids,
-        past_key_values=copied(cache),
         use_cache=True,
+        **{models.cache_argument(model): copied(cache)},
     ).logits
     return logits
 
