@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pursuit": {"ops"},
     "cases": {"nested", "planes", "reference", "types"},
     "models": {"types"},
-    "plan": {"models", "planes", "types"},
+    "plan": {"feedback", "models", "planes", "types"},
     "blocks": set(),
     "calibrate": {"blocks", "models", "ops", "plan", "planes", "reference", "types"},
     "engine": {"models", "ops", "plan", "planes", "types"},

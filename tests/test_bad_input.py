@@ -107,7 +107,7 @@ def not_finite(s):
 def old_plan(s):
     s.plan.save(s.folder / "a.plan")
     tensors, fields = plan_.unpack((s.folder / "a.plan").read_bytes())
-    (s.folder / "a.plan").write_bytes(plan_.pack(tensors, {**fields, "version": "1"}))
+    (s.folder / "a.plan").write_bytes(plan_.pack(tensors, {**fields, "version": "2"}))
     Plan.load(s.folder / "a.plan")
 
 
@@ -292,6 +292,11 @@ TABLE = {
         TypeError,
         "[calibrate] joint = 'yes': want True or False",
     ),
+    "feedback a number": (
+        lambda s: s.calibrate(feedback=1),
+        TypeError,
+        "[calibrate] feedback = 1: want True or False",
+    ),
     "densities a number": (lambda s: s.calibrate(densities=0.5), TypeError, "densities = 0.5: wa"),
     "density a string": (lambda s: s.calibrate(densities=("a",)), TypeError, "want numbers"),
     "density infinite": (lambda s: s.calibrate(densities=(float("inf"),)), E, "want rising frac"),
@@ -327,7 +332,7 @@ TABLE = {
     "folder as plan": (lambda s: Plan.load(s.folder), P, "want a regular file"),
     "plan of text": (lambda s: other_bytes(s, b"a plan, perhaps?"), P, "[plan] header of"),
     "empty plan": (lambda s: other_bytes(s, b""), P, "file of 0 bytes: want a header"),
-    "plan of the last version": (old_plan, P, "version '1': this csfast wants '2'; calibrate ag"),
+    "plan of the last version": (old_plan, P, "version '2': this csfast wants '3'; calibrate ag"),
     "plan saved nowhere": (
         lambda s: s.plan.save(s.folder / "none" / "a.plan"),
         FileNotFoundError,

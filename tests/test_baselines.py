@@ -153,19 +153,24 @@ def test_the_oracle_beats_every_rule_that_keeps_neurons(built, fit, ffns, inputs
     assert error["planes-b2"] < error["planes-b2-block-4"] < error["random"]
 
 
-def method_of(bits):
-    """The rule with the codes that a plan has, which are made without feedback."""
-    return "ternary-plain" if bits == "ternary" else f"planes-b{bits}-plain"
+def method_of(bits, has_feedback=True):
+    name = bits if bits == "ternary" else f"planes-b{bits}"
+    return name if has_feedback else f"{name}-plain"
 
 
+def layer_plan(fit, layer, equal, bits, has_feedback=True):
+    """What a plan fitted to the same inputs holds of a layer."""
+    moment = fit.moment(layer) if has_feedback else None
+    return LayerPlan.fit(*fit.ffns[layer].weights, equal, (bits,), moment)
+
+
+@pytest.mark.parametrize("has_feedback", [True, False], ids=["feedback", "plain"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, "ternary"])
-def test_planes_estimate_what_the_reference_estimates(built, ffns, inputs, bits):
-    rule, x, ffn = built[method_of(bits)], inputs[1], ffns[1]
+def test_planes_estimate_what_the_reference_estimates(built, fit, inputs, bits, has_feedback):
+    rule, x = built[method_of(bits, has_feedback)], inputs[1]
     equal = planes.equalizer(x.square().mean(dim=0))
-    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = LayerPlan.fit(*weights, equal, (bits,))
-    codes = layer.encode(*weights, bits=bits)
-    y, scale = reference.sense(codes, equal, x, bits=bits)
+    layer = layer_plan(fit, 1, equal, bits, has_feedback)
+    y, scale = reference.sense(layer.codes[bits], equal, x, bits=bits)
     expected = reference.usage(y, scale, layer.row_scale[bits])
     with torch.no_grad():
         usage = rule.score(1, x, x, x, WHERE)
@@ -173,16 +178,17 @@ def test_planes_estimate_what_the_reference_estimates(built, ffns, inputs, bits)
     assert torch.allclose(usage.double(), expected, rtol=16 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("has_feedback", [True, False], ids=["feedback", "plain"])
 @pytest.mark.parametrize("bits", [2, 3, "ternary"])
-def test_planes_keep_what_the_native_operation_keeps(built, fit, ffns, inputs, bits):
-    rule, x, ffn = built[method_of(bits)], inputs[0], ffns[0]
+def test_planes_keep_what_the_native_operation_keeps(built, fit, inputs, bits, has_feedback):
+    rule, x = built[method_of(bits, has_feedback)], inputs[0]
     equal = planes.equalizer(x.square().mean(dim=0))
-    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    layer = LayerPlan.fit(*weights, equal, (bits,))
-    codes = layer.encode(*weights, bits=bits)
+    layer = layer_plan(fit, 0, equal, bits, has_feedback)
     (threshold,) = thresholds_of(rule, 0, fit, 0.4)
     tiles, _ = ops.select(
-        codes, equal, layer.row_scale[bits], torch.full((len(x),), threshold), x, bits=bits
+        *(layer.codes[bits], equal, layer.row_scale[bits]),
+        *(torch.full((len(x),), threshold), x),
+        bits=bits,
     )
     with torch.no_grad():
         usage = rule.score(0, x, x, x, WHERE)
@@ -804,8 +810,8 @@ def test_families_are_estimated_as_the_reference_does(kind, bits, inputs):
     fit = rules.Fit(None, ffns, judge.Sample(inputs, WHERE, {}))
     rule, x, ffn = baselines.build(method_of(bits), fit), inputs[1], ffns[1]
     codes = rule._codes[1]
-    layer = LayerPlan.fit(*ffn.weights, codes.equal, (bits,))
-    y, scale = reference.sense(layer.encode(*ffn.weights, bits=bits), codes.equal, x, bits=bits)
+    layer = layer_plan(fit, 1, codes.equal, bits)
+    y, scale = reference.sense(layer.codes[bits], codes.equal, x, bits=bits)
     measured = (y, scale, layer.row_scale[bits], ffn.offset(), ffn.activation)
     with torch.no_grad():
         gate, a = ffn.activations(x)

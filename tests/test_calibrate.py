@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tiny
-from csfast import models, reference
+from csfast import models, planes, reference
 from csfast.calibrate import _BINS, _SHIFT, _thresholds, calibrate
-from csfast.plan import Plan
+from csfast.plan import LayerPlan, Plan
 from csfast.types import Document, PlanError
 
 calibrate_ = sys.modules["csfast.calibrate"]  # the module: the package has a function of the name
@@ -23,29 +23,36 @@ def run(model=None, samples=None, **options):
     return calibrate(model, samples, **{"densities": DENSITIES, **options})
 
 
+def sparse_inputs(model, samples):
+    """For every layer its inputs at the positions that would run sparse, of every sample."""
+    ffns = models.find_ffns(model)
+    inputs = [[] for _ in ffns]
+    for ids, n_prompt in samples:
+
+        def watch(layer, n_prompt=n_prompt):
+            return lambda _, args: inputs[layer].append(args[0][0, n_prompt:])
+
+        handles = [f.module.register_forward_pre_hook(watch(i)) for i, f in enumerate(ffns)]
+        with torch.no_grad():
+            model(ids)
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
 def kept_fraction(model, plan, ids, *, bits, density, task="pooled", block=1, batch=1):
     """Fraction of blocks that the thresholds keep at the sparse positions, layer by layer.
 
     Batches are made of positions drawn at random.
     """
-    inputs = [[] for _ in plan.layers]
     ffns = models.find_ffns(model)
-
-    def watch(layer):
-        return lambda _, args: inputs[layer].append(args[0][0, models.N_DENSE :])
-
-    handles = [f.module.register_forward_pre_hook(watch(i)) for i, f in enumerate(ffns)]
-    with torch.no_grad():
-        for sample in ids:
-            model(sample)
-    for handle in handles:
-        handle.remove()
+    inputs = sparse_inputs(model, [(sample, models.N_DENSE) for sample in ids])
     draw = torch.Generator().manual_seed(1)
     fractions = []
     for i, (ffn, layer) in enumerate(zip(ffns, plan.layers, strict=True)):
         x = torch.cat(inputs[i])
         order = torch.arange(ffn.shape.n_neurons) if block == 1 else layer.order[block]
-        codes = layer.encode(*ffn.weights, bits=bits, block=block)
+        codes = layer.blocked_codes(bits=bits, block=block)
         y, scale = reference.sense(codes, layer.equal, x, bits=bits)
         offset = None if ffn.offset() is None else ffn.offset()[order]
         row_scale = layer.row_scale[bits][order]
@@ -104,6 +111,56 @@ def test_joint_supports_keep_the_wanted_fraction(block, batch):
             assert fraction == pytest.approx(density, abs=0.02)
 
 
+def test_codes_are_fitted_to_the_inputs_of_the_samples():
+    """Every task counts the same, however many positions it has."""
+    model, tokenizer = tiny.make_model("llama-bias"), tiny.make_tokenizer()
+    texts = {"a": ["one " * 15], "b": [f"{i} and so on, and on " * 12 for i in range(3)]}
+    documents = [Document(task, "", text) for task, some in texts.items() for text in some]
+    bits = (2, "ternary")
+    plan, plain = (
+        run(model, documents, tokenizer=tokenizer, bits=bits, feedback=f) for f in (True, False)
+    )
+    assert plan.feedback is True and plain.feedback is False
+    encoded = [models.encode(tokenizer, d, max_tokens=1024) for d in documents]
+    found = sparse_inputs(model, [(e.ids, e.n_prompt) for e in encoded])
+    for i, (ffn, inputs) in enumerate(zip(models.find_ffns(model), found, strict=True)):
+        tasks = [inputs[0].double(), torch.cat(inputs[1:]).double()]
+        moment = sum(x.T @ x / len(x) for x in tasks) / 2
+        equal = planes.equalizer(moment.diagonal())
+        for made, given in ((plan, moment), (plain, None)):
+            wanted = LayerPlan.fit(*ffn.weights, equal, bits, given)
+            layer = made.layers[i]
+            assert torch.equal(layer.equal, equal)
+            for b in bits:
+                assert torch.equal(layer.row_scale[b], wanted.row_scale[b])
+                # The sums are those of another order, of padded batches: a code on a border may
+                # move, and others of its row with it.
+                differ = (layer.codes[b] != wanted.codes[b]).double().mean()
+                assert differ == 0 if given is None else differ < 0.01
+        assert not torch.equal(plan.layers[i].codes[2], plain.layers[i].codes[2])
+
+
+@pytest.mark.parametrize("kind", ["llama-bias", "gemma2", "phi3"])
+def test_feedback_lessens_the_error_of_usages(kind):
+    """In the metric of the inputs, and of what is estimated for them."""
+    model, ids = tiny.make_model(kind), tiny.make_ids(30, 80)
+    bits = (2, 3, "ternary")
+    plans = [run(model, ids, bits=bits, feedback=has_feedback) for has_feedback in (True, False)]
+    found = sparse_inputs(model, [(sample, models.N_DENSE) for sample in ids])
+    for i, (ffn, inputs) in enumerate(zip(models.find_ffns(model), found, strict=True)):
+        x = torch.cat(inputs)
+        with torch.no_grad():
+            usage = ffn.activations(x)[1].double().abs() * ffn.down_norm()
+        for b in bits:
+            errors = []
+            for plan in plans:
+                layer = plan.layers[i]
+                y, scale = reference.sense(layer.codes[b], layer.equal, x, bits=b)
+                measured = (y, scale, layer.row_scale[b], ffn.offset(), ffn.activation)
+                errors.append(float((reference.usage(*measured) - usage).square().sum()))
+            assert errors[0] < errors[1], (i, b)
+
+
 def test_own_thresholds_do_not_depend_on_what_else_is_asked_for():
     alone = run(bits=(2,))
     more = run(bits=("ternary", 2), blocks=(1, 16), joint=True)
@@ -125,13 +182,23 @@ def test_blocks_are_what_fires_together():
         assert torch.equal(original, original[:, :1].expand(40, 4))
 
 
+def test_memory_for_moments_is_bounded(monkeypatch):
+    """Layers are fitted a few at a time, and that changes nothing but the passes it takes."""
+    seen = []
+    wanted = run(progress=lambda done, total: seen.append(total)).plan_hash
+    monkeypatch.setattr(calibrate_, "_MOMENT_BYTES", 8 * 64 * 64)
+    more = []
+    assert run(progress=lambda done, total: more.append(total)).plan_hash == wanted
+    assert more[0] > seen[0]
+
+
 def test_memory_for_inputs_is_bounded(monkeypatch):
     """Layers are ordered a few at a time, and that changes nothing."""
     options = {"bits": (2,), "blocks": (1, 4), "joint": True}
     wanted = run(**options).plan_hash
     monkeypatch.setattr(calibrate_, "_ORDER_BYTES", 2048 * 64 * 4)
-    model = tiny.make_model()
-    assert calibrate_._rounds(models.find_ffns(model)) == [[0], [1]]
+    size = calibrate_._input_bytes(models.find_ffns(tiny.make_model())[0])
+    assert calibrate_._rounds([size, size], calibrate_._ORDER_BYTES) == [[0], [1]]
     assert run(**options).plan_hash == wanted
 
 
@@ -225,17 +292,12 @@ def test_massive_channels_change_nothing(kind):
     plain, massive = tiny.make_model(kind), tiny.make_model(kind)
     tiny.scale_channels(massive)
     one, other = run(plain), run(massive)
-    for i, (a, b) in enumerate(zip(one.layers, other.layers, strict=True)):
+    for a, b in zip(one.layers, other.layers, strict=True):
         assert torch.equal(a.equal[4:], b.equal[4:])
         assert torch.equal(a.equal[:4], 64 * b.equal[:4])
         for bits in (2, 3):
             assert torch.equal(a.row_scale[bits], b.row_scale[bits])
-            mlps = (m.model.layers[i].mlp for m in (plain, massive))
-            codes = [
-                p.encode(m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight, bits=bits)
-                for m, p in zip(mlps, (a, b), strict=True)
-            ]
-            assert torch.equal(*codes)
+            assert torch.equal(a.codes[bits], b.codes[bits])
     for bits in (2, 3):
         # The forward passes round in another order, so a few usages move to a neighbouring bin.
         mine, theirs = one.thresholds[bits, 1, 1], other.thresholds[bits, 1, 1]
@@ -253,12 +315,22 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("more", [{}, {"blocks": (1, 16), "joint": True}])
-def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, more):
+@pytest.mark.parametrize(
+    ("more", "moment_bytes"),
+    [
+        ({}, 1 << 31),
+        ({"feedback": False}, 1 << 31),
+        ({"blocks": (1, 16), "joint": True, "bits": ("ternary", 2)}, 1 << 31),
+        ({}, 1),  # a layer at a time
+    ],
+    ids=["feedback", "plain", "blocks", "layer by layer"],
+)
+def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, more, moment_bytes):
+    monkeypatch.setattr(calibrate_, "_MOMENT_BYTES", moment_bytes)
     samples = tiny.make_ids(120, 80)
     options = {"samples": samples, **more}
     wanted = run(**options).plan_hash
-    for stop_after in range(1, 8):
+    for stop_after in (1, 5, 6, 7, 8, 11):
         path = tmp_path / f"{stop_after}.resume"
         calls = []
 
@@ -287,10 +359,11 @@ def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, more):
         {"bits": (2, 3, "ternary")},
         {"blocks": (1, 4)},
         {"joint": True},
+        {"feedback": False},
         {"seed": 1},
         {"max_tokens": 1000},
     ],
-    ids=["model", "samples", "bits", "ternary", "blocks", "joint", "seed", "max_tokens"],
+    ids=["model", "samples", "bits", "ternary", "blocks", "joint", "feedback", "seed", "tokens"],
 )
 def test_resume_of_other_arguments_is_refused(tmp_path, change):
     run(resume=tmp_path / "a.resume")

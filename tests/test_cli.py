@@ -66,6 +66,20 @@ def test_calibrate_writes_a_plan_of_the_model(plan):
     assert not list(plan.parent.glob("*.partial"))
 
 
+def test_calibrate_says_the_bytes_of_the_plan_and_goes_without_feedback(folder, data, plan):
+    path = folder / "plain.plan"
+    done = call(
+        *("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500),
+        *("--bits", "2", "--no-feedback"),
+    )
+    assert done.exit_code == 0, done.output
+    assert f" {path.stat().st_size:,} bytes," in " ".join(done.stdout.split())
+    fitted, plain = csfast.Plan.load(plan), csfast.Plan.load(path)
+    assert fitted.feedback is True and plain.feedback is False
+    for a, b in zip(fitted.layers, plain.layers, strict=True):
+        assert not torch.equal(a.codes[2], b.codes[2])
+
+
 def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
     path = folder / "more.plan"
     options = ("--bits", "ternary,2", "--blocks", "16,1", "--joint")

@@ -124,7 +124,7 @@ def test_runs_the_neurons_that_the_plan_chooses(kind, bits, block, plans):
         threshold = plan.threshold(i, bits=bits, density=0.25, task="text", block=block)
         wanted = ops.ffn(
             # The codes of the neurons as they are, put in order.
-            layer.encode(gate, up, down, bits=bits)[order],
+            layer.codes[bits][order],
             layer.equal,
             layer.row_scale[bits][order],
             torch.full((4,), threshold),
@@ -141,6 +141,17 @@ def test_runs_the_neurons_that_the_plan_chooses(kind, bits, block, plans):
             assert torch.equal(ffn.module(x)[:, 0], wanted)
     # These inputs are no hidden states of the model: what matters is that something is skipped.
     assert 0 < csfast.stats(model).density < 0.8
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_codes_are_a_copy_of_the_plans(block, plans):
+    """What csfast owns is its own: neither writes to the other, and `remove` frees it."""
+    model, plan = tiny.make_model(), plans()
+    csfast.apply(model, plan, block=block)
+    for layer, of_plan in zip(layers_of(model), plan.layers, strict=True):
+        codes = layer.__dict__["_csfast"].codes
+        assert torch.equal(codes, of_plan.blocked_codes(bits=2, block=block))
+        assert codes.data_ptr() != of_plan.codes[2].data_ptr()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -542,7 +553,7 @@ def joint_output(model, plan, number, x, votes, *, density, block=1):
     n = max(sum(votes), 1)
     threshold = plan.threshold(number, bits=2, density=density, block=block, batch=n)
     return ops.ffn(
-        *(layer.encode(gate, up, down, bits=2, block=block), layer.equal),
+        *(layer.codes[2][order], layer.equal),
         *(layer.row_scale[2][order], torch.tensor([threshold])),
         *(gate[order], up[order], down.T[order].contiguous(), x[:, 0]),
         bits=2,

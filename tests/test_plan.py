@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 import tiny
-from csfast import models, planes
+from csfast import feedback, models, planes
 from csfast import plan as plan_
 from csfast.plan import JOINT, LayerPlan, Plan, Setting
 from csfast.types import LayerShape, PlanError
@@ -22,6 +22,11 @@ from csfast.types import LayerShape, PlanError
 D, N_NEURONS, N_LAYERS = 8, 12, 2
 CODES = (2, 3, "ternary")
 DENSITIES = (0.1, 0.5, 1.0)
+
+
+def make_codes(bits, draw):
+    shape = (N_NEURONS, 2, *planes.row_shape(D, bits))
+    return torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
 
 
 def make_plan(**changes):
@@ -41,6 +46,7 @@ def make_plan(**changes):
             LayerPlan(
                 torch.rand(D, generator=draw) + 0.5,
                 {b: torch.rand(N_NEURONS, 2, generator=draw) for b in CODES},
+                {b: make_codes(b, draw) for b in CODES},
                 {n: torch.randperm(N_NEURONS, generator=draw) for n in (4, 16)},
             )
             for _ in range(N_LAYERS)
@@ -49,6 +55,7 @@ def make_plan(**changes):
             s: (1 + CODES.index(s.bits)) * s.block * s.batch * falling for s in settings
         },
         "n_tokens": {"math": 100},
+        "feedback": True,
         "seed": 3,
     }
     return Plan(**{**values, **changes})
@@ -94,8 +101,8 @@ def test_round_trip_keeps_everything(tmp_path):
     plan = make_plan()
     plan.save(tmp_path / "a.plan")
     found = Plan.load(tmp_path / "a.plan")
-    plain = ("model", "bits", "blocks", "batches", "tasks", "densities", "n_tokens", "seed")
-    for name in (*plain, "settings", "plan_hash"):
+    simple = ("model", "bits", "blocks", "batches", "tasks", "densities", "n_tokens", "seed")
+    for name in (*simple, "feedback", "settings", "plan_hash"):
         assert getattr(found, name) == getattr(plan, name), name
     assert len(plan.settings) == 3 * 3 * 5
     for setting in plan.settings:
@@ -103,6 +110,7 @@ def test_round_trip_keeps_everything(tmp_path):
     for mine, theirs in zip(plan.layers, found.layers, strict=True):
         assert torch.equal(mine.equal, theirs.equal)
         assert all(torch.equal(mine.row_scale[b], theirs.row_scale[b]) for b in plan.bits)
+        assert all(torch.equal(mine.codes[b], theirs.codes[b]) for b in plan.bits)
         assert all(torch.equal(mine.order[n], theirs.order[n]) for n in (4, 16))
 
 
@@ -112,6 +120,22 @@ def test_hash_is_that_of_the_file(tmp_path, raw):
     assert (tmp_path / "b.plan").read_bytes() == raw
     assert plan.plan_hash == hashlib.sha256(raw).hexdigest()
     assert make_plan(seed=4).plan_hash != plan.plan_hash
+
+
+def test_plan_takes_the_bytes_of_its_codes():
+    """What a plan costs: codes of two rows a neuron, and little else."""
+    plan = make_plan(
+        bits=(2,),
+        thresholds={s: t for s, t in make_plan().thresholds.items() if s.bits == 2},
+        layers=tuple(
+            dataclasses.replace(layer, row_scale={2: layer.row_scale[2]}, codes={2: layer.codes[2]})
+            for layer in make_plan().layers
+        ),
+    )
+    parts = [part.nbytes for part in plan_.laid_out(*plan_._to_content(plan))]
+    assert parts.count(N_NEURONS * 2 * 32) == N_LAYERS  # one chunk of 128 channels at 2 bits
+    fitted = N_LAYERS * (planes.n_bytes(N_NEURONS, D, 2) + 2 * 8 * N_NEURONS)
+    assert sum(parts[1:]) == fitted + 3 * 5 * N_LAYERS * 2 * 3 * 4
 
 
 def test_file_is_plain_safetensors(tmp_path, raw):
@@ -128,6 +152,8 @@ def test_file_is_plain_safetensors(tmp_path, raw):
         assert torch.equal(file.get_tensor("layers.1.order.block4"), layer.order[4])
         found = file.get_tensor("layers.1.row_scale.bternary")
         assert torch.equal(found, layer.row_scale["ternary"])
+        for b in CODES:
+            assert torch.equal(file.get_tensor(f"layers.1.codes.b{b}"), layer.codes[b])
 
 
 def test_every_truncation_is_refused(tmp_path, raw):
@@ -157,6 +183,7 @@ def test_added_bytes_are_refused(raw):
 
 
 NAN, INFINITY = float("nan"), float("inf")
+DRAW = torch.Generator().manual_seed(1)
 
 
 def _with(name, index, value):
@@ -210,7 +237,10 @@ BAD_PLANS = {
         lambda raw: reheader(raw, lambda h: h["__metadata__"].update(seed=3)),
         "metadata of strings",
     ),
-    "pickled dtype": (_entry("layers.0.equal", dtype="O"), "dtype = 'O': want F32"),
+    "pickled dtype": (
+        _entry("layers.0.equal", dtype="O"),
+        "dtype = 'O': want F32, F64, I64 or U8",
+    ),
     "integers": (_entry("layers.0.equal", dtype="I64", shape=[4]), "contiguous float32"),
     "gap": (_entry("layers.0.equal", data_offsets=[4, 36]), "no gaps"),
     "overlap": (_entry("layers.1.equal", data_offsets=[0, 32]), "no gaps"),
@@ -227,10 +257,18 @@ BAD_PLANS = {
     ),
     "other format": (_fields(format="gguf"), "format = 'gguf'"),
     "old version": (
-        _fields(version="1"),
-        "format version '1': this csfast wants '2'; calibrate again",
+        _fields(version="2"),
+        "format version '2': this csfast wants '3'; calibrate again",
     ),
-    "next version": (_fields(version="3"), "format version '3': this csfast wants '2'"),
+    "version without codes": (
+        lambda raw: rewrite(
+            *(raw,),
+            fields={"version": "2"},
+            drop=["feedback", *(f"layers.{i}.codes.b{b}" for i in (0, 1) for b in CODES)],
+        ),
+        "format version '2': this csfast wants '3'; calibrate again",
+    ),
+    "next version": (_fields(version="4"), "format version '4': this csfast wants '3'"),
     "model type": (_fields(model_type="../x"), "want a model type"),
     "model dtype": (_fields(model_dtype="float64"), "want one of float32, float16, bfloat16"),
     "activation": (
@@ -256,7 +294,7 @@ BAD_PLANS = {
     "bits as text": (_fields(bits='["2",3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
     "bits as a float": (_fields(bits='[2.0,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
     "bits true": (_fields(bits='[true,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
-    "ternary unsaid": (_fields(bits="[2,3]"), "row_scale.bternary.*: want exactly those"),
+    "ternary unsaid": (_fields(bits="[2,3]"), "codes.bternary.*: want exactly those"),
     "ternary without thresholds": (
         lambda raw: rewrite(raw, drop=["thresholds.bternary.block16.joint2"]),
         "thresholds.bternary.block16.joint2",
@@ -316,6 +354,8 @@ BAD_PLANS = {
     "densities short of 1": (_fields(densities="[0.1,0.5,0.9]"), "end at 1"),
     "density NaN": (_fields(densities="[0.1,NaN,1.0]"), "rising fractions"),
     "tokens": (_fields(n_tokens='{"math":-1}'), "want whole numbers"),
+    "feedback a number": (_fields(feedback="1"), "feedback: want a JSON bool"),
+    "no feedback": (lambda raw: rewrite(raw, drop=["feedback"]), "feedback: want JSON"),
     "seed": (_fields(seed="-1"), r"want 0 to 2\^63"),
     "seed a float": (_fields(seed="1.5"), "want a JSON int"),
     "no seed": (lambda raw: rewrite(raw, drop=["seed"]), "seed: want JSON"),
@@ -328,6 +368,55 @@ BAD_PLANS = {
     "equal NaN": (_with("layers.0.equal", 3, NAN), "want finite numbers"),
     "scale infinite": (_with("layers.1.row_scale.b3", (0, 1), INFINITY), "want finite numbers"),
     "scale negative": (_with("layers.1.row_scale.b3", (0, 1), -1.0), "none below 0"),
+    "codes missing": (
+        lambda raw: rewrite(raw, drop=["layers.1.codes.b3"]),
+        "tensor 'layers.1.codes.b3': want exactly those of 2 layers",
+    ),
+    "codes of a code that is none": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b4": make_codes(4, DRAW)}),
+        "tensor 'layers.0.codes.b4': want exactly",
+    ),
+    "codes of another code": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(3, DRAW)}),
+        r"layers.0.codes.b2 of shape \(12, 2, 1, 48\): want \(12, 2, 1, 32\)",
+    ),
+    "codes of too few neurons": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b3": make_codes(3, DRAW)[:11]}),
+        r"layers.0.codes.b3 of shape \(11, 2, 1, 48\): want \(12, 2, 1, 48\)",
+    ),
+    "codes of wide rows": (
+        lambda raw: rewrite(
+            raw,
+            tensors={
+                "layers.1.codes.bternary": make_codes("ternary", DRAW)
+                .expand(-1, -1, 2, -1)
+                .contiguous()
+            },
+        ),
+        r"codes.bternary of shape \(12, 2, 2, 16\): want \(12, 2, 1, 16\)",
+    ),
+    "codes flat": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(2, DRAW).flatten()}),
+        r"of shape \(768,\): want \(12, 2, 1, 32\)",
+    ),
+    "codes of floats": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(2, DRAW).float()}),
+        "layers.0.codes.b2: want a contiguous uint8 tensor",
+    ),
+    "codes shortened": (
+        _entry("layers.0.codes.b2", shape=[12, 2, 1, 31]),
+        "tensor 'layers.0.codes.b2': want 744 elements at byte",
+    ),
+    "codes called floats": (
+        _entry("layers.0.codes.b2", dtype="F32", shape=[12, 2, 1, 8]),
+        "layers.0.codes.b2: want a contiguous uint8 tensor",
+    ),
+    "codes of another hash": (
+        lambda raw: reheader(
+            raw, lambda h: h["__metadata__"].update({"sha256.layers.1.codes.b2": "0" * 64})
+        ),
+        "tensor 'layers.1.codes.b2': want data that fit their SHA-256",
+    ),
     "threshold rises": (_with("thresholds.b2.block1", (0, 0, 1), 5.0), "do not rise"),
     "threshold NaN": (_with("thresholds.b2.block4.joint2", (0, 0, 1), NAN), "finite"),
     "threshold at 1": (_with("thresholds.b3.block16", (1, 1, 2), 0.1), "threshold 0 at density 1"),
@@ -353,7 +442,7 @@ def test_large_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "large.plan"
     with path.open("wb") as stream:
         stream.truncate(plan_.FILE_BYTES_MAX + 1)  # sparse: takes no space
-    with pytest.raises(PlanError, match="want at most 1073741824"):
+    with pytest.raises(PlanError, match="want at most 68719476736"):
         Plan.load(path)
 
 
@@ -470,7 +559,15 @@ def fingerprint_plan(model):
     found = models.fingerprint(model)
     sizes = found.shapes
     layers = tuple(
-        LayerPlan(torch.ones(s.d), {b: torch.ones(s.n_neurons, 2) for b in (2, 3)}) for s in sizes
+        LayerPlan(
+            torch.ones(s.d),
+            {b: torch.ones(s.n_neurons, 2) for b in (2, 3)},
+            {
+                b: torch.zeros(s.n_neurons, 2, *planes.row_shape(s.d, b), dtype=torch.uint8)
+                for b in (2, 3)
+            },
+        )
+        for s in sizes
     )
     thresholds = {Setting(b, 1, 1): torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
     return make_plan(
@@ -509,37 +606,91 @@ def test_one_weight_makes_another_model():
         plan.check(model)
 
 
-def test_encoded_rows_are_those_that_were_fitted():
+def make_layer(n=96, d=40):
+    """Gate, up and down, an equaliser, and the second moment of inputs that hang together."""
     draw = torch.Generator().manual_seed(0)
-    gate, up, down_t = (torch.randn(96, 40, generator=draw) for _ in range(3))
-    equal = planes.equalizer(torch.rand(40, generator=draw) + 0.01)
-    layer = LayerPlan.fit(gate, up, down_t.T, equal, CODES)
+    gate, up, down_t = (torch.randn(n, d, generator=draw) for _ in range(3))
+    x = torch.randn(500, d // 2, generator=draw) @ torch.randn(d // 2, d, generator=draw)
+    equal = planes.equalizer(x.square().mean(dim=0))
+    return (gate, up, down_t.T, equal), x.double().T @ x.double() / len(x)
+
+
+@pytest.mark.parametrize("has_feedback", [False, True], ids=["plain", "feedback"])
+def test_codes_are_those_of_the_fitted_scales(has_feedback):
+    (gate, up, down, equal), moment = make_layer()
+    wide = equal.double()
+    factor = feedback.spread(moment * wide[:, None] * wide) if has_feedback else None
+    layer = LayerPlan.fit(gate, up, down, equal, CODES, moment if has_feedback else None)
+    assert torch.equal(layer.equal, equal) and not layer.order
     for bits in CODES:
-        found = planes.unpack(layer.encode(gate, up, down_t.T, bits=bits).flatten(0, 1), bits, 40)
+        scales = [planes.fit_scale(weight, equal, bits) for weight in (gate, up)]
         for r, weight in enumerate((gate, up)):
-            scale = planes.fit_scale(weight, equal, bits)
-            wanted = planes.unpack(planes.encode(weight, equal, scale, bits), bits, 40)
-            # Taking the norm in and out of a scale rounds twice: a code on a border may move.
-            moved = (found[r::2].int() - wanted.int()).abs()
-            assert moved.max() <= 1 and (moved > 0).float().mean() < 1e-3
-        folded = layer.row_scale[bits][:, 1] / planes.fit_scale(up, equal, bits)
-        torch.testing.assert_close(folded, down_t.norm(dim=1))
+            wanted = planes.encode(weight, equal, scales[r], bits, factor)
+            assert torch.equal(layer.codes[bits][:, r], wanted)
+        norm = torch.linalg.vector_norm(down, dim=0)
+        folded = torch.stack([scales[0], scales[1] * norm], dim=1)
+        assert torch.equal(layer.row_scale[bits], folded)
 
 
-def test_blocks_are_encoded_in_their_order():
-    draw = torch.Generator().manual_seed(0)
-    n = 2000  # more than are coded at a time
-    gate, up, down_t = (torch.randn(n, 40, generator=draw) for _ in range(3))
-    fitted = LayerPlan.fit(gate, up, down_t.T, torch.ones(40), CODES)
-    order = torch.randperm(n, generator=draw)
-    layer = dataclasses.replace(fitted, order={16: order})
+@pytest.mark.parametrize("bits", CODES)
+def test_feedback_lessens_the_error_in_the_metric_of_the_inputs(bits):
+    (gate, up, down, equal), moment = make_layer()
+    errors = []
+    for given in (None, moment):
+        layer = LayerPlan.fit(gate, up, down, equal, (bits,), given)
+        norm = torch.linalg.vector_norm(down.double(), dim=0)
+        for r, (weight, factor) in enumerate(((gate, torch.ones_like(norm)), (up, norm))):
+            level = planes.levels_of(planes.unpack(layer.codes[bits][:, r], bits, 40), bits)
+            scale = layer.row_scale[bits][:, r].double() / factor
+            off = weight.double() - scale[:, None] * level.double() * equal.double()
+            errors.append(float(((off @ moment) * off).sum()))
+    assert errors[2] < errors[0] and errors[3] < errors[1]
+
+
+def test_rows_are_fitted_in_parts(monkeypatch):
+    """However many at a time; with feedback a product of other rows may be summed otherwise."""
+    problem, _ = make_layer()
+    whole = LayerPlan.fit(*problem, CODES)
+    monkeypatch.setattr(plan_, "_FIT_BYTES", 7 * 4 * 40)
+    assert len(plan_._row_slices(96, 40)) == 14
+    parts = LayerPlan.fit(*problem, CODES)
     for bits in CODES:
-        plain = layer.encode(gate, up, down_t.T, bits=bits)
-        assert torch.equal(layer.encode(gate, up, down_t.T, bits=bits, block=16), plain[order])
+        assert torch.equal(whole.codes[bits], parts.codes[bits])
+        assert torch.equal(whole.row_scale[bits], parts.row_scale[bits])
 
 
-def test_neuron_that_writes_nothing_is_encoded():
+def test_codes_of_blocks_are_the_rows_in_their_order():
+    problem, moment = make_layer()
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    layer = dataclasses.replace(LayerPlan.fit(*problem, CODES, moment), order={16: order})
+    for bits in CODES:
+        assert torch.equal(layer.blocked_codes(bits=bits), layer.codes[bits])
+        found = layer.blocked_codes(bits=bits, block=16)
+        assert torch.equal(found, layer.codes[bits][order]) and found.is_contiguous()
+
+
+def test_neuron_that_writes_nothing_is_coded():
     gate, up, down = torch.ones(4, 8), torch.ones(4, 8), torch.zeros(8, 4)
     layer = LayerPlan.fit(gate, up, down, torch.ones(8), (2,))
     assert layer.row_scale[2][:, 1].eq(0).all()
-    assert layer.encode(gate, up, down, bits=2).shape == (4, 2, 1, 32)
+    assert layer.codes[2].shape == (4, 2, 1, 32)
+    assert torch.equal(layer.codes[2][:, 0], layer.codes[2][:, 1])
+
+
+@pytest.mark.parametrize("bits", CODES)
+def test_inputs_that_were_always_zero_give_plain_codes(bits):
+    problem, moment = make_layer()
+    plain, fed = (LayerPlan.fit(*problem, (bits,), m) for m in (None, torch.zeros_like(moment)))
+    assert torch.equal(plain.codes[bits], fed.codes[bits])
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        (torch.zeros(40), r"\[fit\] moment of shape \(40,\): want \(40, 40\)\."),
+        (torch.full((40, 40), NAN).double(), r"\[feedback\] moment: not finite; want finite"),
+    ],
+)
+def test_moments_that_are_none_are_refused(moment, message):
+    with pytest.raises(ValueError, match=message):
+        LayerPlan.fit(*make_layer()[0], (2,), moment)

@@ -1,11 +1,12 @@
 """Calibration: from a model and sample texts to a plan.
 
 Passes over samples, each batch by batch. The first finds the mean square of every channel of every
-layer's input, hence the equaliser and the codes. For blocks, the next takes the true usages of a
-bounded number of positions and puts neurons together that are used together, a few layers at a
-time. The last senses the inputs with those very codes and counts the estimated usages in a
-histogram per layer, task and setting; thresholds are quantiles of it. All look only at positions
-that would run sparse.
+layer's input, hence the equaliser, and with feedback its second moment, hence the codes; second
+moments are large, so it is made for as many layers at a time as fit. For blocks, the next takes the
+true usages of a bounded number of positions and puts neurons together that are used together, a few
+layers at a time. The last senses the inputs with those very codes and counts the estimated usages
+in a histogram per layer, task and setting; thresholds are quantiles of it. All look only at
+positions that would run sparse.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from .plan import (
     LayerPlan,
     Plan,
     Setting,
-    pack,
+    laid_out,
+    layer_of,
+    layer_tensors,
     read_bounded,
     unpack,
     write_atomic,
@@ -48,13 +51,16 @@ if TYPE_CHECKING:
 
 DENSITIES = tuple(i / 100 for i in range(1, 101))
 TOKENS_MAX = 32_768  # run through the model in the second pass: 12 s of the demo model on one core
-FORMAT = "csfast-calibration-2"  # of a resume file
+FORMAT = "csfast-calibration-3"  # of a resume file
 PLAIN = "text"  # the task of samples that name none
-_SCALE_SHARE = 4  # the first pass, a mean over channels, takes one token in so many
+# Without feedback the first pass, a mean over channels, takes one token in so many; second moments
+# want all of them (docs/decisions/0003-plans-hold-codes.md).
+_SCALE_SHARE = 4
 _DOCUMENT_TOKENS_MAX = 1024  # of one sample: twenty samples a pass at the least
 _POSITIONS_MIN = 16  # of a task: below that, a quantile of 1 % of the neurons is a guess
 _BATCH_TOKENS = 2048
-_SQUARE_ROWS = 512  # tokens squared at a time in float64
+_SQUARE_ROWS = 512  # tokens squared at a time in float64, at most
+_MOMENT_BYTES = 1 << 32  # of second moments at a time: 32 layers at d = 4096
 # Of one matrix product, so that Ctrl-C waits for 0.1 s at most on two cores of 50 GFLOP/s each.
 _STEP_OPERATIONS = 10**10
 _COUNT_USAGES = 1 << 22  # counted at a time
@@ -62,7 +68,7 @@ _STEP_NEURONS = 1024  # sensed at a time: their levels in float32 have 64 MiB at
 # Positions whose usages order the neurons of a layer: 235 MB of float32 at 28,672 neurons.
 _ORDER_POSITIONS = 2048
 _MIXTURES = 4  # of the positions of a task to batches
-_ORDER_BYTES = 1 << 30  # of their inputs, held for as many layers at a time as fit
+_ORDER_BYTES = 1 << 30  # of their inputs at a time
 
 # A usage is counted by the upper bits of its float32: the exponent and six bits of the mantissa,
 # 64 bins an octave. Bins above that of infinity hold what is not a number.
@@ -85,18 +91,16 @@ class _Batch:
 
 @dataclasses.dataclass
 class _State:
-    """What has been counted so far; the whole of a resume file."""
+    """What has been counted and fitted so far; the whole of a resume file."""
 
-    done: int  # batches of the first and the last pass together
-    n_ordered: int  # layers that the pass between them is done with
+    fitted: list[LayerPlan]  # of the first layers, without orders
+    n_summed: int  # batches that the squares of the layers in hand, the next ones, have seen
+    n_ordered: int  # layers that have orders and joint usages
+    n_counted: int  # batches of the last pass
     square: Tensor  # (n_layers, n_tasks, d_max), float64: sums of squares
+    moment: dict[int, Tensor]  # of layers in hand, (d, d), float64, where their weights are
     order: Tensor  # (n_blocks, n_layers, n_neurons_max), int64
     histogram: Tensor  # (n_settings, n_layers, n_tasks, _BINS), int64
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the counts."""
-        return self.square.nbytes + self.order.nbytes + self.histogram.nbytes
 
     @staticmethod
     def empty(ffns: list[Ffn], n_tasks: int, n_blocks: int, n_settings: int) -> _State:
@@ -104,9 +108,12 @@ class _State:
         d_max = max(ffn.shape.d for ffn in ffns)
         n_neurons_max = max(ffn.shape.n_neurons for ffn in ffns)
         return _State(
-            done=0,
+            fitted=[],
+            n_summed=0,
             n_ordered=0,
+            n_counted=0,
             square=torch.zeros(len(ffns), n_tasks, d_max, dtype=torch.float64),
+            moment={},
             order=torch.zeros(n_blocks, len(ffns), n_neurons_max, dtype=torch.int64),
             histogram=torch.zeros(n_settings, len(ffns), n_tasks, _BINS, dtype=torch.int64),
         )
@@ -120,6 +127,7 @@ def calibrate(
     bits: Sequence[Code] = (2, 3),
     blocks: Sequence[int] = (1,),
     joint: bool = False,
+    feedback: bool = True,
     densities: Sequence[float] = DENSITIES,
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -140,12 +148,16 @@ def calibrate(
         bits: Codes of the sensor to fit: 1 to 4 bits a weight, ``"ternary"``.
         blocks: Sizes of block to order the neurons for, 1 to 128; 1 is single neurons.
         joint: Find thresholds for batches that share one support as well.
+        feedback: Fit the codes to the inputs, so that they make up for each other's errors (eq.
+            42). False codes every weight by itself: for texts too few to stand for what the model
+            will see.
         densities: Fractions to find thresholds for, rising; 1 is added if it is missing.
         resume: File that keeps what has been counted after every batch. If it exists, counting goes
             on from there. It is not removed at the end.
-        progress: Called after every batch with tokens done and tokens in all.
+        progress: Called after every batch and every fitted layer with tokens done and tokens in
+            all; what is fitted counts as much as what it is fitted to.
         seed: Of the draw of samples.
-        max_tokens: Most tokens of the last pass; the others take a quarter as many.
+        max_tokens: Most tokens of a pass; the first takes a quarter as many without feedback.
 
     Returns:
         The plan.
@@ -156,11 +168,14 @@ def calibrate(
         TypeError: A sample is of another type, or token ids are not int64.
         UnsupportedModelError: csfast does not run on the model.
         PlanError: The resume file is damaged or belongs to other arguments.
-        KeyboardInterrupt: At once on Ctrl-C; the resume file holds all whole batches.
+        KeyboardInterrupt: At once on Ctrl-C, but for a few operations of ``d^3`` that factorise a
+            second moment; the resume file holds all whole batches.
     """
     bits, blocks = _bits(bits), _block_sizes(blocks)
     if not isinstance(joint, bool):
         raise TypeError(f"[calibrate] joint = {joint!r}: want True or False.")
+    if not isinstance(feedback, bool):
+        raise TypeError(f"[calibrate] feedback = {feedback!r}: want True or False.")
     if type(max_tokens) is not int:
         raise TypeError(f"[calibrate] max_tokens = {max_tokens!r}: want a whole number.")
     batches = (1, *JOINT) if joint else (1,)
@@ -180,24 +195,29 @@ def calibrate(
                 if not bool(torch.isfinite(tensor).all()):
                     raise ValueError(f"[calibrate] weights of {ffn.name}: want them finite.")
 
-    few = _batches(_draw(groups, model, tokenizer, max_tokens // _SCALE_SHARE, seed))
     chosen = _batches(_draw(groups, model, tokenizer, max_tokens, seed))
-    counts = list(_positions(groups, few, least=1).values())
+    first = chosen
+    if not feedback:
+        first = _batches(_draw(groups, model, tokenizer, max_tokens // _SCALE_SHARE, seed))
+    counts = list(_positions(groups, first, least=1).values())
     n_tokens = _positions(groups, chosen, least=_POSITIONS_MIN)
     above = tuple(n for n in blocks if n > 1)
-    rounds = _rounds(ffns) if above or joint else []
-    total = _n_tokens(few) + (len(rounds) + 1) * _n_tokens(chosen)
+    sums = _rounds([8 * ffn.shape.d**2 if feedback else 0 for ffn in ffns], _MOMENT_BYTES)
+    orders = _rounds([_input_bytes(ffn) for ffn in ffns], _ORDER_BYTES) if above or joint else []
+    total = 2 * len(sums) * _n_tokens(first) + (len(orders) + 1) * _n_tokens(chosen)
 
-    drawn = [*few, *chosen]
-    key = _key(fingerprint.model_hash, groups, drawn, (settings, seed, max_tokens))
+    key = _key(
+        fingerprint.model_hash, groups, [*first, *chosen], (settings, feedback, seed, max_tokens)
+    )
     keep = None if resume is None else pathlib.Path(resume)
     empty = _State.empty(ffns, len(groups), len(above), len(settings))
-    if keep is not None and empty.n_bytes > FILE_BYTES_MAX:
+    n_bytes = _bytes_max(empty, ffns, bits, sums if feedback else [])
+    if keep is not None and n_bytes > FILE_BYTES_MAX:
         raise ValueError(
-            f"[calibrate] resume: a file of {empty.n_bytes} bytes: want at most {FILE_BYTES_MAX}; "
+            f"[calibrate] resume: a file of {n_bytes} bytes: want at most {FILE_BYTES_MAX}; "
             "take fewer bits, blocks or tasks, or do without it."
         )
-    state = _start(keep, key, empty)
+    state = _start(keep, key, empty, ffns, bits)
 
     def told(n_done: int) -> None:
         if keep is not None:
@@ -206,13 +226,26 @@ def calibrate(
             progress(n_done, total)
 
     with torch.no_grad():
-        for i in range(state.done, len(few)):
-            _run(model, ffns, few[i], _add_squares(state, few[i]))
-            state.done = i + 1
-            told(_n_tokens(few[: i + 1]))
-        sensors = _sensors(ffns, state, counts, bits)
+        for i, layers in enumerate(sums):
+            before = 2 * i * _n_tokens(first)
+            todo = [layer for layer in layers if layer >= len(state.fitted)]
+            for j in range(state.n_summed if todo else len(first), len(first)):
+                share = 1 / (counts[first[j].task] * len(groups)) if feedback else None
+                _run(model, ffns, first[j], _add_squares(state, first[j], todo, share))
+                state.n_summed = j + 1
+                told(before + _n_tokens(first[: j + 1]))
+            for layer in todo:
+                state.fitted.append(_fitted(state, layer, ffns[layer], counts, bits))
+                if layer == layers[-1]:
+                    state.n_summed = 0
+                part = (layer - layers[0] + 1) / len(layers)
+                told(before + int(_n_tokens(first) * (1 + part)))
+        before = 2 * len(sums) * _n_tokens(first)
+        sensors = [
+            _Sensor(plan, ffn, ffn.offset()) for plan, ffn in zip(state.fitted, ffns, strict=True)
+        ]
         thinned = _thinned(chosen, len(groups))
-        for i, layers in enumerate(rounds):
+        for i, layers in enumerate(orders):
             todo = [layer for layer in layers if layer >= state.n_ordered]
             inputs = _inputs(model, ffns, thinned, todo)
             for layer in todo:
@@ -222,13 +255,13 @@ def calibrate(
                 _add_joint_usages(state, layer, xs, sensors[layer], settings, seed)
                 state.n_ordered = layer + 1
                 part = (layer - layers[0] + 1) / len(layers)
-                told(_n_tokens(few) + int(_n_tokens(chosen) * (i + part)))
+                told(before + int(_n_tokens(chosen) * (i + part)))
         for layer, sensor in enumerate(sensors):
             sensors[layer] = sensor.ordered(state.order[:, layer], above)
-        for i in range(state.done - len(few), len(chosen)):
+        for i in range(state.n_counted, len(chosen)):
             watch = _add_usages(state, chosen[i], sensors, settings)
             _run(model, ffns, chosen[i], watch)
-            state.done = len(few) + i + 1
+            state.n_counted = i + 1
             told(total - _n_tokens(chosen[i + 1 :]))
 
     thresholds = {s: _thresholds(state.histogram[j], grid) for j, s in enumerate(settings)}
@@ -242,6 +275,7 @@ def calibrate(
         layers=tuple(sensor.plan for sensor in sensors),
         thresholds=thresholds,
         n_tokens=n_tokens,
+        feedback=feedback,
         seed=seed,
     )
 
@@ -252,15 +286,13 @@ class _Sensor:
 
     plan: LayerPlan
     ffn: Ffn
-    norm: Tensor  # (n_neurons,), float32: of the down rows
     offset: Tensor | None  # (n_neurons, 2), float32: from the biases
 
     def ordered(self, order: Tensor, above: tuple[int, ...]) -> _Sensor:
         """The same with the orders ``(n_blocks, n_neurons_max)`` for its blocks."""
         n_neurons = self.ffn.shape.n_neurons
         orders = {n: row[:n_neurons].clone() for n, row in zip(above, order, strict=True)}
-        plan = LayerPlan(self.plan.equal, self.plan.row_scale, orders)
-        return dataclasses.replace(self, plan=plan)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, order=orders))
 
 
 Watch = Callable[[int, Tensor], None]  # number of the layer, its input at the sparse positions
@@ -297,27 +329,52 @@ def _watching(ffns: list[Ffn], batch: _Batch, watch: Watch) -> Iterator[None]:
             handle.remove()
 
 
-def _add_squares(state: _State, batch: _Batch) -> Watch:
+def _add_squares(state: _State, batch: _Batch, layers: Sequence[int], share: float | None) -> Watch:
+    """Add up squares of some layers' inputs, and if positions have a share, second moments."""
+
     def watch(layer: int, x: Tensor) -> None:
+        if layer not in layers:
+            return
+        d = x.shape[1]
         total = state.square[layer, batch.task]
-        for part in torch.split(x, _SQUARE_ROWS):
-            total[: x.shape[1]] += part.double().square().sum(dim=0).cpu()
+        if share is not None and layer not in state.moment:
+            state.moment[layer] = torch.zeros(d, d, dtype=torch.float64, device=x.device)
+        # Products in float64 take twice as long as those of `_STEP_OPERATIONS`.
+        for part in torch.split(x, max(1, min(_SQUARE_ROWS, _STEP_OPERATIONS // (4 * d * d)))):
+            wide = part.double()
+            total[:d] += wide.square().sum(dim=0).cpu()
+            if share is not None:
+                state.moment[layer].addmm_(wide.T, wide, alpha=share)
 
     return watch
 
 
-def _rounds(ffns: list[Ffn]) -> list[list[int]]:
-    """Layers in parts whose inputs fit into memory together."""
+def _fitted(
+    state: _State, layer: int, ffn: Ffn, counts: list[int], bits: tuple[Code, ...]
+) -> LayerPlan:
+    """Fit a layer to what has been added up, each task weighted equally; its moment is spent."""
+    square = state.square[layer, :, : ffn.shape.d]
+    mean = (square / torch.tensor(counts, dtype=torch.float64)[:, None]).mean(dim=0)
+    moment = state.moment.pop(layer, None)
+    return LayerPlan.fit(*ffn.weights, planes.equalizer(mean), bits, moment)
+
+
+def _rounds(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Layers in parts that take at most so many bytes together, or are one layer."""
     rounds: list[list[int]] = []
     left = 0
-    for layer, ffn in enumerate(ffns):
-        n_bytes = _ORDER_POSITIONS * ffn.shape.d * ffn.gate.weight.element_size()
-        if not rounds or n_bytes > left:
+    for layer, size in enumerate(sizes):
+        if not rounds or size > left:
             rounds.append([])
-            left = _ORDER_BYTES
+            left = most
         rounds[-1].append(layer)
-        left -= n_bytes
+        left -= size
     return rounds
+
+
+def _input_bytes(ffn: Ffn) -> int:
+    """Bytes of the inputs that order the neurons of a layer."""
+    return _ORDER_POSITIONS * ffn.shape.d * ffn.gate.weight.element_size()
 
 
 def _thinned(batches: list[_Batch], n_tasks: int) -> list[_Batch]:
@@ -367,19 +424,6 @@ def _order(
         state.order[j, layer, : ffn.shape.n_neurons] = blocks_.cluster(usage, block, seed).cpu()
 
 
-def _sensors(
-    ffns: list[Ffn], state: _State, counts: list[int], bits: tuple[Code, ...]
-) -> list[_Sensor]:
-    """Fit every layer to the mean squares, each task weighted equally."""
-    sensors = []
-    for layer, ffn in enumerate(ffns):
-        square = state.square[layer, :, : ffn.shape.d]
-        mean = (square / torch.tensor(counts, dtype=torch.float64)[:, None]).mean(dim=0)
-        plan = LayerPlan.fit(*ffn.weights, planes.equalizer(mean), bits)
-        sensors.append(_Sensor(plan, ffn, ffn.down_norm(), ffn.offset()))
-    return sensors
-
-
 def _add_usages(
     state: _State, batch: _Batch, sensors: list[_Sensor], settings: list[Setting]
 ) -> Watch:
@@ -408,7 +452,7 @@ def _add_joint_usages(
     """
     for task, x in enumerate(inputs):
         draw = torch.Generator().manual_seed(seed)
-        x = x.to(sensor.norm.device)
+        x = x.to(sensor.ffn.gate.weight.device)
         for j, usage in _usages(sensor, x, settings, joint=True):
             size = settings[j].batch
             n = len(x) // size * size
@@ -443,7 +487,7 @@ def _usage(sensor: _Sensor, x: Tensor, bits: Code) -> Tensor:
     step = max(1, _STEP_OPERATIONS // (4 * d * _STEP_NEURONS))
     for start in range(0, n_neurons, _STEP_NEURONS):
         rows = slice(start, start + _STEP_NEURONS)
-        codes = sensor.plan.encode_rows(*ffn.weights[:2], sensor.norm, rows, bits=bits)
+        codes = sensor.plan.codes[bits][rows].to(x.device)
         level = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).to(dtype)
         gate, up = level[0::2].T.contiguous(), level[1::2].T.contiguous()
         for first in range(0, len(x), step):
@@ -674,7 +718,23 @@ def _key(model_hash: str, names: Iterable[str], batches: list[_Batch], settings:
     return digest.hexdigest()
 
 
-def _start(resume: pathlib.Path | None, key: str, empty: _State) -> _State:
+def _bytes_max(
+    empty: _State, ffns: list[Ffn], bits: tuple[Code, ...], sums: list[list[int]]
+) -> int:
+    """Most bytes that a state grows to: counts, what is fitted, second moments of one round."""
+    counts = empty.square.nbytes + empty.order.nbytes + empty.histogram.nbytes
+    shapes = [ffn.shape for ffn in ffns]
+    fitted = sum(planes.n_bytes(s.n_neurons, s.d, b) for s in shapes for b in bits)
+    return counts + fitted + max((sum(8 * shapes[i].d ** 2 for i in of) for of in sums), default=0)
+
+
+def _start(
+    resume: pathlib.Path | None,
+    key: str,
+    empty: _State,
+    ffns: list[Ffn],
+    bits: tuple[Code, ...],
+) -> _State:
     """The state in the resume file, or an empty one if there is no file yet."""
     if resume is None or not resume.exists():
         return empty
@@ -687,9 +747,16 @@ def _start(resume: pathlib.Path | None, key: str, empty: _State) -> _State:
             "want the same, or another file."
         )
     return _State(
-        done=int(fields["done"]),
+        fitted=[layer_of(i, tensors, bits) for i in range(int(fields["n_fitted"]))],
+        n_summed=int(fields["n_summed"]),
         n_ordered=int(fields["n_ordered"]),
+        n_counted=int(fields["n_counted"]),
         square=tensors["square"],
+        moment={
+            layer: tensors[f"layers.{layer}.moment"].to(ffn.gate.weight.device)
+            for layer, ffn in enumerate(ffns)
+            if f"layers.{layer}.moment" in tensors
+        },
         order=tensors["order"],
         histogram=tensors["histogram"],
     )
@@ -698,5 +765,14 @@ def _start(resume: pathlib.Path | None, key: str, empty: _State) -> _State:
 def _keep(resume: pathlib.Path, key: str, state: _State) -> None:
     """Write the state, whole or not at all."""
     tensors = {"square": state.square, "order": state.order, "histogram": state.histogram}
-    counts = {"done": str(state.done), "n_ordered": str(state.n_ordered)}
-    write_atomic(resume, pack(tensors, {"format": FORMAT, "key": key, **counts}))
+    tensors |= {f"layers.{i}.moment": moment.cpu() for i, moment in state.moment.items()}
+    for i, layer in enumerate(state.fitted):
+        tensors |= layer_tensors(i, layer)
+    counts = {
+        "n_fitted": len(state.fitted),
+        "n_summed": state.n_summed,
+        "n_ordered": state.n_ordered,
+        "n_counted": state.n_counted,
+    }
+    fields = {name: str(count) for name, count in counts.items()}
+    write_atomic(resume, laid_out(tensors, {"format": FORMAT, "key": key, **fields}))

@@ -171,12 +171,15 @@ def calibrate(
     joint: Annotated[bool, typer.Option("--joint", help="For batches with one support too.")] = (
         False
     ),
+    feedback: Annotated[
+        bool, typer.Option(help="Fit codes to the text; without, each weight by itself.")
+    ] = True,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
     limit: Limit = None,
     device: Where = DeviceName.CPU,
     seed: Seed = 0,
 ) -> None:
-    """Find a model's thresholds on sample text and write them to a plan."""
+    """Find a model's codes and thresholds on sample text and write them to a plan."""
     clock = timing.Clock()
     samples = _documents(data, part, limit)
     net, tokenizer = _load(model, device)
@@ -191,6 +194,7 @@ def calibrate(
             bits=[_code(text) for text in bits.split(",")],
             blocks=[_size(text) for text in blocks.split(",")],
             joint=joint,
+            feedback=feedback,
             seed=seed,
             resume=partial,
             progress=advance,
@@ -200,7 +204,7 @@ def calibrate(
     partial.unlink(missing_ok=True)
     Console().print(
         f"{out}: {len(plan.layers)} layers, {sum(plan.n_tokens.values())} tokens, "
-        f"{out.stat().st_size / 2**20:.1f} MiB, {clock.seconds():.1f} s"
+        f"{out.stat().st_size:,} bytes, {clock.seconds():.1f} s"
     )
 
 

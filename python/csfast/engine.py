@@ -554,7 +554,7 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
     row_scale = layer_plan.row_scale[shared.bits].to(device, copy=True)
     biases = [None if p.bias is None else p.bias.detach() for p in (ffn.gate, ffn.up, ffn.down)]
     offset, down_t = ffn.offset(), down.T
-    codes = layer_plan.encode(gate, up, down, bits=shared.bits, block=shared.block)
+    codes = layer_plan.blocked_codes(bits=shared.bits, block=shared.block)
     if shared.block > 1:
         order = layer_plan.order[shared.block].to(device)
         gate, up, down_t, row_scale = (t[order] for t in (gate, up, down_t, row_scale))
@@ -566,7 +566,7 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
     layer = _Layer(
         shared=shared,
         number=number,
-        codes=codes,
+        codes=codes.to(device, copy=shared.block == 1),
         equal=layer_plan.equal.to(device, copy=True),
         row_scale=row_scale,
         offset=offset,

@@ -239,7 +239,7 @@ class PlanRule(Rule):
     def __init__(
         self, ffns: Sequence[Ffn], plan: Plan, *, density: float, bits: Code, block: int, task: str
     ) -> None:
-        """Encode the layers for one setting of the plan."""
+        """Take the codes of one setting of the plan."""
         super().__init__("plan", ffns)
         self._density = density
         self._bits = bits
@@ -254,7 +254,7 @@ class PlanRule(Rule):
             offset = ffn.offset()
             self._layers.append(
                 _Sensor(
-                    codes=of_plan.encode(*ffn.weights, bits=bits, block=block),
+                    codes=of_plan.blocked_codes(bits=bits, block=block).to(device),
                     equal=of_plan.equal.to(device),
                     row_scale=of_plan.row_scale[bits].to(device)[order],
                     offset=None if offset is None else offset[order],

@@ -68,20 +68,24 @@ def round_columns(
     Returns:
         The rounded matrix, ``(n, d)``, float32.
     """
-    n, d = weight.shape
+    d = weight.shape[1]
     left = weight.clone()
     rounded = torch.empty_like(left)
     for start in range(0, d, block):
         stop = min(start + block, d)
+        # Columns as rows: in a matrix of many columns, each entry of one lies on a page of its own.
+        part = left[:, start:stop].T.contiguous()
         if begin is not None:
-            begin(start, stop, left[:, start:stop])
-        error = left.new_zeros(n, stop - start)
-        for c in range(start, stop):
-            rounded[:, c] = nearest(c, left[:, c])
+            begin(start, stop, part.T)
+        value, error = torch.empty_like(part), torch.zeros_like(part)
+        for i in range(stop - start):
+            c = start + i
+            value[i] = nearest(c, part[i])
             if factor is None:
                 continue
-            error[:, c - start] = (left[:, c] - rounded[:, c]) / factor[c, c]
-            left[:, c + 1 : stop] -= error[:, c - start, None] * factor[c, c + 1 : stop]
+            error[i] = (part[i] - value[i]) / factor[c, c]
+            part[i + 1 :] -= error[i] * factor[c, c + 1 : stop, None]
+        rounded[:, start:stop] = value.T
         if factor is not None and stop < d:
-            left[:, stop:] -= error @ factor[start:stop, stop:]
+            left[:, stop:] -= error.T.contiguous() @ factor[start:stop, stop:]
     return rounded

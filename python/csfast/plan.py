@@ -18,28 +18,31 @@ import pathlib
 import re
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import feedback as feedback_
 from . import models, planes
 from .models import Fingerprint
 from .types import POOLED, Code, LayerShape, PlanError
 
 FORMAT = "csfast-plan"
-VERSION = "2"
+VERSION = "3"
 HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
 TENSORS_MAX = 65_536
-FILE_BYTES_MAX = 1 << 30  # 80 layers of 28,672 neurons, three codes, four blocks: 130 MB
+FILE_BYTES_MAX = 1 << 36  # 80 layers of 28,672 neurons at d = 8192, 2 and 3 bits: 22 GiB
 BLOCK_MAX = 128  # neurons of a block: a tile of the tensor cores, and quality is gone before that
 JOINT = (2, 4, 8, 16)  # sizes of batches with one support that have thresholds, where any have
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U8": torch.uint8}
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a task or model type
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LIST_MAX = 400  # characters of a list in a message
-_ROWS = 1024  # neurons fitted or coded at a time: a float32 copy at d = 8192 has 32 MiB
+# Of a float32 copy of the rows that are fitted at a time: five or so are held, and the more rows,
+# the fewer times feedback goes through the columns.
+_FIT_BYTES = 1 << 26
 _T = TypeVar("_T")
 
 
@@ -59,19 +62,27 @@ class LayerPlan:
         equal: Factors that even out the channels of the input, ``(d,)``, float32, positive.
         row_scale: For each code the scales of the measurements, ``(n_neurons, 2)``,
             float32: of the gate row, and of the up row times the norm of the down row.
+        codes: For each code the rows of gate and up as `planes.pack` lays them out,
+            ``(n_neurons, 2, groups, group_bytes)``, uint8.
         order: For each block size above 1 the neurons in the order of csfast's own copy,
             ``(n_neurons,)``, int64: block ``i`` is ``order[i * block : (i + 1) * block]``.
     """
 
     equal: Tensor
     row_scale: Mapping[Code, Tensor]
+    codes: Mapping[Code, Tensor]
     order: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def fit(
-        gate: Tensor, up: Tensor, down: Tensor, equal: Tensor, bits: tuple[Code, ...]
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        equal: Tensor,
+        bits: tuple[Code, ...],
+        moment: Tensor | None = None,
     ) -> LayerPlan:
-        """Fit the scales of one layer.
+        """Fit scales and codes of one layer.
 
         Args:
             gate: ``(n_neurons, d)``, floating.
@@ -79,68 +90,49 @@ class LayerPlan:
             down: ``(d, n_neurons)``, floating.
             equal: ``(d,)``, float32, from `planes.equalizer`.
             bits: Codes to fit for.
+            moment: Second moment of the layer's inputs, ``(d, d)``, float64, on the device of the
+                weights: codes then make up for each other's errors (eq. 42). None codes every
+                weight by itself.
+
+        Raises:
+            ValueError: The moment is of another shape or not finite.
         """
         norm = _down_norm(down)
+        factor = None
+        if moment is not None:
+            d = gate.shape[1]
+            if moment.shape != (d, d):
+                raise ValueError(f"[fit] moment of shape {tuple(moment.shape)}: want {(d, d)}.")
+            wide = equal.to(moment.device).double()
+            factor = feedback_.spread(moment * wide[:, None] * wide)
         scales: dict[Code, Tensor] = {}
+        codes: dict[Code, Tensor] = {}
         for b in bits:
-            pairs = [
-                torch.stack(
-                    [
-                        planes.fit_scale(gate[rows], equal, b),
-                        planes.fit_scale(up[rows], equal, b) * norm[rows],
-                    ],
-                    dim=1,
-                )
-                for rows in _row_slices(gate.shape[0])
-            ]
-            scales[b] = torch.cat(pairs).cpu()
-        return LayerPlan(equal.cpu(), scales)
+            scale_parts, code_parts = [], []
+            for rows in _row_slices(*gate.shape):
+                pair = gate[rows], up[rows]
+                of_pair = [planes.fit_scale(weight, equal, b) for weight in pair]
+                coded = [
+                    planes.encode(weight, equal, scale, b, factor)
+                    for weight, scale in zip(pair, of_pair, strict=True)
+                ]
+                scale_parts.append(torch.stack([of_pair[0], of_pair[1] * norm[rows]], dim=1).cpu())
+                code_parts.append(torch.stack(coded, dim=1).cpu())
+            scales[b], codes[b] = torch.cat(scale_parts), torch.cat(code_parts)
+        return LayerPlan(equal.cpu(), scales, codes)
 
-    def encode(
-        self, gate: Tensor, up: Tensor, down: Tensor, *, bits: Code, block: int = 1
-    ) -> Tensor:
-        """Code the rows of one layer with this plan's scales.
+    def blocked_codes(self, *, bits: Code, block: int = 1) -> Tensor:
+        """Give the codes of the neurons in the order of their blocks.
 
         Args:
-            gate: ``(n_neurons, d)``, floating.
-            up: ``(n_neurons, d)``, floating.
-            down: ``(d, n_neurons)``, floating; its norms are taken out of the scales again.
             bits: One of this plan's codes.
-            block: One of this plan's blocks: the neurons come in its order.
+            block: One of this plan's blocks; 1 leaves the neurons where they are.
 
         Returns:
-            ``(n_neurons, 2, groups, group_bytes)``, uint8, contiguous, on the weights' device.
+            ``(n_neurons, 2, groups, group_bytes)``, uint8, contiguous, on the CPU.
         """
-        norm = _down_norm(down)
-        order = None if block == 1 else self.order[block].to(gate.device)
-        parts = [
-            self.encode_rows(gate, up, norm, rows if order is None else order[rows], bits=bits)
-            for rows in _row_slices(gate.shape[0])
-        ]
-        return torch.cat(parts)
-
-    def encode_rows(
-        self, gate: Tensor, up: Tensor, norm: Tensor, rows: slice | Tensor, *, bits: Code
-    ) -> Tensor:
-        """Code some neurons of one layer, in the order they are named.
-
-        Args:
-            gate: ``(n_neurons, d)``, floating.
-            up: ``(n_neurons, d)``, floating.
-            norm: Norm of every neuron's down row, ``(n_neurons,)``, float32.
-            rows: The neurons, few enough for float32 copies of their rows.
-            bits: One of this plan's codes.
-
-        Returns:
-            ``(n_rows, 2, groups, group_bytes)``, uint8, contiguous, on the weights' device.
-        """
-        scale, norm = self.row_scale[bits].to(gate.device)[rows], norm[rows]
-        up_scale = torch.where(norm > 0, scale[:, 1] / norm, torch.zeros_like(norm))
-        pair = (
-            planes.encode(gate[rows], self.equal, scale[:, 0].contiguous(), bits),
-            planes.encode(up[rows], self.equal, up_scale, bits),
-        )
-        return torch.stack(pair, dim=1)
+        codes = self.codes[bits]
+        return codes if block == 1 else codes[self.order[block]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,6 +153,7 @@ class Plan:
             The usage of a block is the root of its neurons' summed squares, that of a batch the
             mean over its sequences.
         n_tokens: Positions that were sensed for each task, the pooled one left out.
+        feedback: Whether the codes were fitted with error feedback on the calibration inputs.
         seed: Seed that calibration drew its samples with.
 
     Raises:
@@ -176,6 +169,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     thresholds: Mapping[Setting, Tensor]
     n_tokens: Mapping[str, int]
+    feedback: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -188,7 +182,7 @@ class Plan:
         Raises:
             OSError: The file cannot be written; what was there before still is.
         """
-        write_atomic(pathlib.Path(path), self._bytes)
+        write_atomic(pathlib.Path(path), laid_out(*_to_content(self)))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -204,11 +198,10 @@ class Plan:
     @functools.cached_property
     def plan_hash(self) -> str:
         """SHA-256 of the plan's canonical form, which is its file: 64 hexadecimal digits."""
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    @functools.cached_property
-    def _bytes(self) -> bytes:
-        return pack(*_to_content(self))
+        digest = hashlib.sha256()
+        for part in laid_out(*_to_content(self)):
+            digest.update(part)
+        return digest.hexdigest()
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -326,33 +319,40 @@ def _between(first: float, last: float, part: float) -> float:
     return math.exp((1 - part) * math.log(first) + part * math.log(last))
 
 
-def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
+def laid_out(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> Iterator[memoryview]:
     """Lay tensors and text fields out as one safetensors file, always in the same way.
 
     Args:
-        tensors: Contiguous, on the CPU, float32, float64 or int64.
+        tensors: Contiguous, on the CPU, float32, float64, int64 or uint8.
         fields: Names and values of the metadata.
+
+    Yields:
+        The parts of the file: its header, then the memory of the tensors, which is not copied.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     table: dict[str, Any] = {}
-    blobs = []
     metadata = dict(fields)
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        blob = tensor.detach().numpy().tobytes()
         table[name] = {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(blob)],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        metadata[f"sha256.{name}"] = hashlib.sha256(blob).hexdigest()
-        offset += len(blob)
-        blobs.append(blob)
+        metadata[f"sha256.{name}"] = _sha256(tensor)
+        offset += tensor.nbytes
     metadata["header_sha256"] = _header_hash(table, metadata)
     header = _canonical({**table, "__metadata__": metadata}).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([struct.pack("<Q", len(header)), header, *blobs])
+    yield memoryview(struct.pack("<Q", len(header)) + header)
+    for name in sorted(tensors):
+        yield _memory(tensors[name])
+
+
+def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
+    """Give the file of `laid_out` in one piece."""
+    return b"".join(laid_out(tensors, fields))
 
 
 def unpack(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -399,12 +399,19 @@ def read_bounded(path: pathlib.Path) -> bytes:
     return raw
 
 
-def write_atomic(path: pathlib.Path, data: bytes) -> None:
-    """Write a file beside its destination, make it durable, and rename it into place."""
+def write_atomic(path: pathlib.Path, data: bytes | Iterable[memoryview]) -> None:
+    """Write a file beside its destination, make it durable, and rename it into place.
+
+    Args:
+        path: The destination.
+        data: The whole file, or its parts.
+    """
+    parts = [data] if isinstance(data, bytes) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as stream:
-            stream.write(data)
+            for part in parts:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -449,14 +456,15 @@ def _tensor(raw: bytes, name: str, entry: Any, start: int, begin: int) -> tuple[
         raise PlanError(f"{where}: want at most four sizes and two offsets.")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64 or I64.")
+        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64, I64 or U8.")
     n = math.prod(shape)
     end = begin + n * dtype.itemsize
     if [begin - start, end - start] != offsets or end > len(raw):
         raise PlanError(f"{where}: want {n} elements at byte {begin} of {len(raw)}, no gaps.")
     if n == 0:
         return torch.empty(shape, dtype=dtype), end
-    return torch.frombuffer(bytearray(raw[begin:end]), dtype=dtype).view(shape), end
+    memory = bytearray(memoryview(raw)[begin:end])
+    return torch.frombuffer(memory, dtype=dtype).view(shape), end
 
 
 def _all_sizes(value: Any) -> bool:
@@ -474,16 +482,19 @@ def _header_hash(table: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_memory(tensor)).hexdigest()
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor where they are."""
+    return tensor.detach().flatten().view(torch.uint8).numpy().data
 
 
 def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and fields of a plan's file."""
     tensors = {_threshold_name(s): plan.thresholds[s] for s in plan.settings}
     for i, layer in enumerate(plan.layers):
-        tensors[f"layers.{i}.equal"] = layer.equal
-        tensors |= {f"layers.{i}.row_scale.b{b}": layer.row_scale[b] for b in plan.bits}
-        tensors |= {f"layers.{i}.order.block{n}": order for n, order in layer.order.items()}
+        tensors |= layer_tensors(i, layer)
     fields = {
         "format": FORMAT,
         "version": VERSION,
@@ -498,9 +509,30 @@ def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
         "tasks": _canonical(plan.tasks),
         "densities": _canonical(plan.densities),
         "n_tokens": _canonical(dict(plan.n_tokens)),
+        "feedback": _canonical(plan.feedback),
         "seed": _canonical(plan.seed),
     }
     return tensors, fields
+
+
+def layer_tensors(i: int, layer: LayerPlan) -> dict[str, Tensor]:
+    """Give the tensors of a layer by the names that a file has for them."""
+    tensors = {f"layers.{i}.equal": layer.equal}
+    tensors |= {f"layers.{i}.row_scale.b{b}": scale for b, scale in layer.row_scale.items()}
+    tensors |= {f"layers.{i}.codes.b{b}": codes for b, codes in layer.codes.items()}
+    return tensors | {f"layers.{i}.order.block{n}": order for n, order in layer.order.items()}
+
+
+def layer_of(
+    i: int, tensors: Mapping[str, Tensor], bits: Iterable[Code], blocks: Iterable[int] = ()
+) -> LayerPlan:
+    """Give the layer that `layer_tensors` took apart."""
+    return LayerPlan(
+        equal=tensors[f"layers.{i}.equal"],
+        row_scale={b: tensors[f"layers.{i}.row_scale.b{b}"] for b in bits},
+        codes={b: tensors[f"layers.{i}.codes.b{b}"] for b in bits},
+        order={n: tensors[f"layers.{i}.order.block{n}"] for n in blocks if n > 1},
+    )
 
 
 def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
@@ -545,16 +577,10 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         batches=batches,
         tasks=tuple(_field(fields, "tasks", list)),
         densities=tuple(_field(fields, "densities", list)),
-        layers=tuple(
-            LayerPlan(
-                equal=tensors[f"layers.{i}.equal"],
-                row_scale={b: tensors[f"layers.{i}.row_scale.b{b}"] for b in bits},
-                order={n: tensors[f"layers.{i}.order.block{n}"] for n in blocks if n > 1},
-            )
-            for i in range(len(shapes))
-        ),
+        layers=tuple(layer_of(i, tensors, bits, blocks) for i in range(len(shapes))),
         thresholds={s: tensors[_threshold_name(s)] for s in settings},
         n_tokens=_field(fields, "n_tokens", dict),
+        feedback=_field(fields, "feedback", bool),
         seed=_field(fields, "seed", int),
     )
 
@@ -563,7 +589,7 @@ def _names(
     n_layers: int, bits: tuple[Code, ...], blocks: tuple[int, ...], settings: Sequence[Setting]
 ) -> set[str]:
     """Names of the tensors of a plan."""
-    kinds = ["equal", *(f"row_scale.b{b}" for b in bits)]
+    kinds = ["equal", *(f"{kind}.b{b}" for kind in ("row_scale", "codes") for b in bits)]
     kinds += [f"order.block{n}" for n in blocks if n > 1]
     layers = {f"layers.{i}.{k}" for i, k in itertools.product(range(n_layers), kinds)}
     return layers | {_threshold_name(s) for s in settings}
@@ -615,6 +641,7 @@ def _validate(plan: Plan) -> None:
     _want(set(plan.n_tokens) == set(plan.tasks[1:]), "n_tokens", "a number a task, none pooled")
     counts_fit = all(type(n) is int and n >= 0 for n in plan.n_tokens.values())
     _want(counts_fit, "n_tokens", "whole numbers")
+    _want(isinstance(plan.feedback, bool), f"feedback = {plan.feedback!r}", "True or False")
     _want(type(plan.seed) is int and 0 <= plan.seed < 2**63, "seed", "0 to 2^63 - 1")
 
     numbers = all(type(r) is float and 0 < r <= 1 for r in plan.densities)
@@ -628,6 +655,9 @@ def _validate(plan: Plan) -> None:
         _want(set(layer.row_scale) == set(plan.bits), f"layers.{i}.row_scale", "one a setting")
         for b, scale in layer.row_scale.items():
             _want_tensor(f"layers.{i}.row_scale.b{b}", scale, (shape.n_neurons, 2))
+        _want(set(layer.codes) == set(plan.bits), f"layers.{i}.codes", "one a setting")
+        for b, codes in layer.codes.items():
+            _want_codes(f"layers.{i}.codes.b{b}", codes, shape, b)
         above = {n for n in plan.blocks if n > 1}
         _want(set(layer.order) == above, f"layers.{i}.order", "one a block size above 1")
         for n, order in layer.order.items():
@@ -651,6 +681,14 @@ def _want_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _want(sane, name, "finite numbers, none below 0")
 
 
+def _want_codes(name: str, codes: Tensor, shape: LayerShape, bits: Code) -> None:
+    """Refuse what is not a uint8 tensor of the shape, on the CPU; any byte of one is a code."""
+    sound = codes.dtype == torch.uint8 and codes.device.type == "cpu" and codes.is_contiguous()
+    _want(sound, name, "a contiguous uint8 tensor on the CPU")
+    wanted = (shape.n_neurons, 2, *planes.row_shape(shape.d, bits))
+    _want(tuple(codes.shape) == wanted, f"{name} of shape {tuple(codes.shape)}", f"{wanted}")
+
+
 def _want_order(name: str, order: Tensor, n_neurons: int) -> None:
     """Refuse what is not every neuron once, in int64 on the CPU."""
     sound = order.dtype == torch.int64 and order.device.type == "cpu" and order.is_contiguous()
@@ -671,9 +709,10 @@ def _list(values: tuple[object, ...]) -> str:
     return text if len(text) <= _LIST_MAX else f"{text[:_LIST_MAX]}..."
 
 
-def _row_slices(n_rows: int) -> list[slice]:
+def _row_slices(n_rows: int, d: int) -> list[slice]:
     """Parts of the rows, small enough for float32 copies."""
-    return [slice(start, start + _ROWS) for start in range(0, n_rows, _ROWS)]
+    step = max(1, _FIT_BYTES // (4 * d))
+    return [slice(start, start + step) for start in range(0, n_rows, step)]
 
 
 def _down_norm(down: Tensor) -> Tensor:

@@ -110,14 +110,14 @@ def encode(
     w = weight.detach().float() / equal.to(weight.device)
     if factor is None:
         return pack(_code(w, scale, bits), bits)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    codes = torch.empty(w.T.shape, dtype=torch.uint8, device=w.device)
 
     def nearest(c: int, column: Tensor) -> Tensor:
-        codes[:, c] = _code(column[:, None], scale, bits)[:, 0]
-        return scale * levels_of(codes[:, c], bits)
+        codes[c] = _code(column[:, None], scale, bits)[:, 0]
+        return scale * levels_of(codes[c], bits)
 
     feedback.round_columns(w, factor, nearest)
-    return pack(codes, bits)
+    return pack(codes.T, bits)
 
 
 def pack(codes: Tensor, bits: Code) -> Tensor:
@@ -161,6 +161,11 @@ def levels_of(codes: Tensor, bits: Code) -> Tensor:
         codes.float() - 1 if isinstance(bits, str) else 2 * codes.float() - level_max(bits)
     )
     return level
+
+
+def n_codes(bits: Code) -> int:
+    """Give how many codes a weight may have."""
+    return 3 if isinstance(bits, str) else 2**bits
 
 
 def level_max(bits: Code) -> int:

@@ -37,6 +37,31 @@ def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def code_with_feedback(
+    weight: Tensor, scale: Tensor, bits: Code, moment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give codes ``(n, d)`` that make up for each other's errors, and what each was rounded from.
+
+    Column by column: the error of one moves those after it to where the mean squared error of the
+    output is least (eq. 42, without the factorisation that spares inverting a matrix a column).
+
+    Args:
+        weight: ``(n, d)``, divided by the equaliser.
+        scale: ``(n,)``.
+        bits: Code of a weight.
+        moment: Second moment of the equalised inputs, ``(d, d)``, positive definite.
+    """
+    left, h, m = weight.double().clone(), scale.double()[:, None], moment.double()
+    levels = planes.levels_of(torch.arange(planes.n_codes(bits)), bits).double()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for c in range(weight.shape[1]):
+        codes[:, c] = (left[:, c, None] - h * levels).abs().argmin(dim=1).to(torch.uint8)
+        error = left[:, c] - h[:, 0] * levels[codes[:, c].long()]
+        rest = torch.linalg.inv(m[c:, c:])[0]
+        left[:, c + 1 :] -= error[:, None] * rest[1:] / rest[0]
+    return codes, left
+
+
 def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` int32 and ``scale (batch,)`` float32."""
     n_neurons, d = codes.shape[0], x.shape[1]
