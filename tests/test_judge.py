@@ -169,7 +169,7 @@ def test_the_judge_equals_decoding_of_the_demo_model():
     changed, before, drift = compare_with_decoding(model, plan, pieces)
     assert changed <= 0.01
     assert before >= 0.5
-    assert abs(drift) <= 4e-3  # .002 on one machine, .0005 on another: which neurons cross differs
+    assert abs(drift) <= 4e-3  # .00203 was seen: which neurons cross is up to rounding
 
 
 @torch.no_grad()
