@@ -8,7 +8,8 @@ reads it. All sizes share the tokenizer and the recipe of the demo model (`train
 at the full learning rate, from which each length branches off to fall to zero over its last
 quarter, so that every length is a finished model and no token is trained on twice for two of them.
 `measure` compares rules at densities, and plain quantisation, on text that nothing was chosen on,
-for the models in RUNS that are there. DATA is as `train_demo.py` wants it.
+for the models in RUNS that are there; an interrupted one goes on from the file beside the result.
+DATA is as `train_demo.py` wants it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ SIZES: dict[str, dict[str, int]] = {
 }
 DECAY = 0.25  # of a length: the part over which the learning rate falls to zero
 DENSITIES = (0.1, 0.25, 0.5)
-METHODS = ("oracle-neuron", "planes-b2", "planes-b3", "teal", "rtn-int4", "rtn-int3")
+VALID = "valid.jsonl.xz"  # text to fit rules to, and to report on
+METHODS = (
+    *("oracle-neuron", "planes-b2", "planes-b3", "teal"),
+    *("rtn-int4", "rtn-int3", "gptq-int4", "gptq-int3"),
+)
 
 
 def config_of(size: str) -> dict[str, Any]:
@@ -216,7 +221,7 @@ def measure(args: argparse.Namespace) -> None:
     from csfast.plan import write_atomic
 
     start = time.time()
-    found = documents.read(args.data / "valid.jsonl.xz")
+    found = documents.read(args.data / VALID)
     select, report = (documents.split(found, part) for part in ("select", "report"))
     rows: list[dict[str, Any]] = []
     folders = sorted(
@@ -227,11 +232,21 @@ def measure(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "command": sys.argv[1:],
         "seed": args.seed,
+        "tokens": args.tokens,
         "models": [],
         "rows": rows,
     }
+    partial = args.json.with_name(f"{args.json.name}.partial")
+    if partial.exists():  # an interrupted run goes on with the models that it lacks
+        before = json.loads(partial.read_text())
+        if (before["seed"], before["tokens"]) == (args.seed, args.tokens):
+            result["models"] += before["models"]
+            rows += before["rows"]
+    known = [(model["size"], model["asked"]) for model in result["models"]]
     for folder in chosen:
         about = json.loads((folder / "training.json").read_text())
+        if (about["size"], about["asked"]) in known:
+            continue
         model, tokenizer = models.load(folder, dtype="float32", device=args.device)
         d = model.config.hidden_size
         table = ablate(
@@ -257,11 +272,14 @@ def measure(args: argparse.Namespace) -> None:
             for row in table["rows"]
         ]
         result["seconds"] = round(time.time() - start, 1)
-        write_atomic(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(partial, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
         print(folder.name, table["dense"], result["seconds"], flush=True)
+    if not rows:
+        raise SystemExit(f"size_curve: no models in {args.runs.name}: train some first.")
+    partial.replace(args.json)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -289,9 +307,9 @@ def arguments() -> argparse.Namespace:
     verb.add_argument("--device", default="cuda")
     for verb in verbs.choices.values():
         verb.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    given.resume = None
-    return given
+    found = parser.parse_args(given)
+    found.resume = None
+    return found
 
 
 if __name__ == "__main__":
