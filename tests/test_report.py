@@ -182,6 +182,33 @@ def test_quantisation_wins_with_fewer_bytes_and_less_loss(ablation):
     )
 
 
+def test_mixed_precision_is_told_beside_weights_quantised_alike():
+    def row(method, family, read, delta):
+        return {
+            **{"method": method, "family": family, "target": read, "bytes_fraction": read},
+            **{"delta": delta, "ci95": [delta - 0.001, delta + 0.001], "select_delta": delta},
+        }
+
+    rows = [
+        row("rtn-int3", "quantised", 0.2, 0.25),
+        row("gptq-int4", "quantised", 0.281, 0.02),
+        row("rtn-int8", "quantised", 0.531, 0.0),
+        row("mixed-3+3", "mixed", 0.15, 0.3),
+        row("mixed-3+3", "mixed", 0.25, 0.0067),
+        row("mixed-3+3", "mixed", 0.399, -0.001),
+        {**row("mixed-3+3", "mixed", 0.399, -0.001), "target": 0.75},
+    ]
+    said = report.findings({"best": [], "rows": rows})[4:]
+    assert said == [
+        "mixed-3+3 reads 0.15 and loses +0.3000; no weights quantised alike get by with so "
+        "little, and the first to lose no more read 0.20 (rtn-int3).",
+        "mixed-3+3 reads 0.25 and loses +0.0067; weights quantised alike lose +0.2500 within "
+        "these bytes (rtn-int3), and the first to lose no more read 0.53 (rtn-int8).",
+        "mixed-3+3 reads 0.40 and loses -0.0010; weights quantised alike lose +0.0200 within "
+        "these bytes (gptq-int4), and none lose as little.",
+    ]
+
+
 def test_phases_are_told_with_their_failures():
     found = pages.MADE["phase"]()
     said = panels.phase_findings(found)

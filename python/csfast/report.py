@@ -108,7 +108,7 @@ def findings(ablation: Mapping[str, Any]) -> list[str]:
 
     Returns:
         One sentence for each number of bytes that was asked for, then one for each quantised row,
-        then a count of which won.
+        a count of which won, and one for each row of a rule whose precision follows the support.
     """
     said = [_selection_sentence(best) for best in ablation["best"]]
     rows = ablation["rows"]
@@ -126,7 +126,11 @@ def findings(ablation: Mapping[str, Any]) -> list[str]:
             f"within their bytes, {losses} lose to it, and {len(verdicts) - wins - losses} cannot "
             "be told apart or have no rival."
         )
-    return said
+    mixed: dict[tuple[str, float], Mapping[str, Any]] = {}
+    for row in rows:  # beyond the bytes of its whole code, a rule meets every target with these
+        if row["family"] == "mixed":
+            mixed.setdefault((str(row["method"]), round(float(row["bytes_fraction"]), 3)), row)
+    return said + [_mixed_sentence(row, rows) for row in mixed.values()]
 
 
 def _selection_sentence(best: Mapping[str, Any]) -> str:
@@ -177,6 +181,27 @@ def _quantised_sentence(
     if rival["ci95"][1] < row["ci95"][0]:
         return f"{against}: selection wins.", "selection"
     return f"{against}: their intervals overlap.", "none"
+
+
+def _mixed_sentence(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """How precision that follows the support compares with weights quantised alike."""
+    said = f"{row['method']} reads {row['bytes_fraction']:.2f} and loses {_signed(row['delta'])}; "
+    plain = [other for other in rows if other["family"] == "quantised"]
+    within = [r for r in plain if r["bytes_fraction"] <= row["bytes_fraction"] + 0.01]
+    level = [r for r in plain if r["delta"] <= row["delta"]]
+    if within:
+        best = min(within, key=lambda other: float(other["delta"]))
+        lost = _signed(best["delta"])
+        said += f"weights quantised alike lose {lost} within these bytes ({best['method']}), "
+    else:
+        said += "no weights quantised alike get by with so little, "
+    if not level:
+        return f"{said}and none lose as little."
+    first = min(level, key=lambda other: float(other["bytes_fraction"]))
+    return (
+        f"{said}and the first to lose no more read {first['bytes_fraction']:.2f} "
+        f"({first['method']})."
+    )
 
 
 # Numbers
