@@ -97,8 +97,8 @@ fi
 case $verb in
   demo) exec "$venv/bin/python" -m csfast demo "$@" ;;
   test)
-    # Tensors of tests are small: threads that wait for each other cost more than they bring, much more
-    # on a busy machine. Tests of several threads ask for them.
+    # Tensors of tests are small: threads that wait for each other cost more than they bring, much
+    # more on a busy machine. Tests of several threads ask for them.
     cd "$root" && OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -m pytest "$@"
     ;;
 esac
