@@ -69,120 +69,26 @@ struct RunParams {
   int run_neurons;     // of a run, at most
 };
 
-struct RunShared {
-  SenseShared sense;
-  Votes votes[kSenseBatch];
-};
-
-// Of dynamic shared memory: activations, scales of the run's rows, usages.
-template <Code kCode>
-constexpr int64_t shared_bytes(int64_t batch, int64_t d, int64_t run_neurons) {
-  return batch * shared_stride<kCode>(d) + run_neurons * int64_t{sizeof(float2)} +
-         batch * run_neurons * int64_t{sizeof(float)};
-}
-
-// Of every list, by one warp.
-__device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
-  const bool broken = !isfinite(scale);
-  if (p.weight == nullptr) {
-    if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
-    return;
-  }
-  const bool votes = lane < p.batch && p.weight[lane] != 0.0f;
-  const bool any = __any_sync(kFull, votes);
-  const bool all = __any_sync(kFull, votes && broken);
-  if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
-}
-
 template <Code kCode, int kProducts>
 __global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams params) {
   __shared__ RunShared shared;
   const SelectParams& p = params.p;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, params.segments.blocks);
-  const int block = static_cast<int>(blockIdx.x);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t first_tile = runs.begin(block);
-  const int64_t end_tile = runs.begin(block + 1);
-  const int batch = static_cast<int>(p.batch);
-  const int d = static_cast<int>(p.d);
-  int8_t* q = reinterpret_cast<int8_t*>(dynamic_shared());  // (batch, shared_stride)
-  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
-  float* usage = reinterpret_cast<float*>(row_scale + params.run_neurons);  // (batch, run_neurons)
-  const SenseRun run{.codes = p.codes,
-                     .first = first_tile * p.tile_rows,
-                     .end = min(end_tile * p.tile_rows, p.n_neurons),
-                     .batch = batch,
-                     .d = d,
-                     .q = q};
+  const int blocks = params.segments.blocks;
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
+  const auto block = static_cast<int>(blockIdx.x);
+  const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, params.q,
+                                                      params.scale, shared, dynamic_shared());
 
-  launch_dependents();
-  if (threadIdx.x == 0 && run.first < run.end) {
-    const int64_t bytes = 2 * row_bytes(d, kCode);
-    prefetch(p.codes + run.first * bytes,
-             static_cast<int>(min((run.end - run.first) * bytes, int64_t{kPrefetchBytes})));
-  }
-  wait_for_prior();
-
-  // Usage
-  const auto quantize = [&] {
-    const auto n = static_cast<int>(run.end - run.first);
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kSenseThreads) {
-      row_scale[i] = reinterpret_cast<const float2*>(p.row_scale)[run.first + i];
-    }
-    if (params.q != nullptr) {
-      copy_rows<kCode>(params.q, params.scale, batch, d, q, shared.sense);
-    } else if (p.dtype == DType::kF32) {
-      quantize_rows<kCode>(static_cast<const float*>(p.x), p.equal, batch, d, q, shared.sense);
-    } else if (p.dtype == DType::kF16) {
-      quantize_rows<kCode>(static_cast<const __half*>(p.x), p.equal, batch, d, q, shared.sense);
-    } else {
-      quantize_rows<kCode>(static_cast<const __nv_bfloat16*>(p.x), p.equal, batch, d, q,
-                           shared.sense);
-    }
-    if (warp == 0) vote(p, shared);
-  };
-  const auto write = [&](int i, int b, int y_gate, int y_up) {
-    const int64_t at = 2 * (run.first + i);
-    const float scale = shared.sense.scale[b];
-    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.offset, at);
-    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.offset, at + 1);
-    usage[b * params.run_neurons + i] = usage_of(p.activation, gate, up);
-  };
-  sense_run<kCode, kProducts>(run, shared.sense, quantize, write);
-  __syncthreads();
-
-  // Keep: a warp a list, a lane a tile.
-  for (int list = warp; list < (p.weight == nullptr ? batch : 1); list += kSenseWarps) {
-    const Votes votes = shared.votes[list];
-    const float threshold = p.threshold[list];
-    int32_t* tile = params.segments.tile + list * runs.n_tiles + first_tile;
-    int kept = 0;
-    float missed = 0.0f;
-    for (int64_t t0 = first_tile; t0 < end_tile; t0 += kWarp) {
-      const int64_t t = t0 + lane;
-      const bool inside = t < end_tile;
-      float tile_usage = 0.0f;
-      if (inside) {
-        const auto of_row = [&](int64_t b) {
-          const float* row = usage + b * params.run_neurons - run.first;
-          return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
-        };
-        tile_usage = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, batch, of_row);
-      }
-      const bool keep = inside && is_kept(tile_usage, threshold, votes);
-      const unsigned keeps = __ballot_sync(kFull, keep);
-      if (keep) tile[kept + __popc(keeps & ((1u << lane) - 1))] = static_cast<int32_t>(t);
-      if (inside && !keep) missed = __fmaf_rn(tile_usage, tile_usage, missed);
-      kept += __popc(keeps);
-    }
-    missed = warp_sum(missed);
-    if (lane == 0) {
-      const int64_t at = int64_t{list} * params.segments.blocks + block;
-      params.segments.count[at] = kept;
-      params.missed[at] = missed;
+  // Keep: a warp a list.
+  const int lists = p.weight == nullptr ? static_cast<int>(p.batch) : 1;
+  for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
+    int32_t* tile = params.segments.tile + list * runs.n_tiles + run.first_tile;
+    const Kept kept = keep_tiles(p, run, list, shared.votes[list], [&](int64_t t, int rank) {
+      tile[rank] = static_cast<int32_t>(t);
+    });
+    if (threadIdx.x % kWarp == 0) {
+      params.segments.count[list * blocks + block] = kept.count;
+      params.missed[list * blocks + block] = kept.missed;
     }
   }
 }
@@ -213,10 +119,17 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
 
   // Add up: one warp the counts, another what was missed.
   if (warp == 0) {
+    int counts[kBlocksMax / kWarp];
+#pragma unroll
+    for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+      const int i = k * kWarp + lane;
+      counts[k] = i < blocks ? params.segments.count[list * blocks + i] : 0;
+    }
     int total = 0;
-    for (int first = 0; first < blocks; first += kWarp) {
-      const int i = first + lane;
-      const int own = i < blocks ? params.segments.count[list * blocks + i] : 0;
+#pragma unroll
+    for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+      const int i = k * kWarp + lane;
+      const int own = counts[k];
       int through = own;
 #pragma unroll
       for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -327,12 +240,6 @@ bool is_overlapping(const SelectParams& p, const Chip& chip) {
   return chip.capability >= 90 && !p.design.portable;
 }
 
-Runs runs_of(const SelectParams& p, const Chip& chip) {
-  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
-  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
-  return runs;
-}
-
 Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   const Runs runs = runs_of(p, chip);
@@ -351,7 +258,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
     launch("select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
            stream, params,
-           {.shared_bytes = static_cast<int>(shared_bytes<kCode>(p.batch, p.d, params.run_neurons)),
+           {.shared_bytes = static_cast<int>(run_bytes<kCode>(p.batch, p.d, params.run_neurons)),
             .overlaps = is_overlapping(p, chip)});
   });
   return segments;
@@ -363,6 +270,12 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
 }
 
+Runs runs_of(const SelectParams& p, const Chip& chip) {
+  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
+  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
+  return runs;
+}
+
 bool is_one_pass(const SelectParams& p, const Chip& chip) {
   if (p.design.path == Path::kGeneral) return false;
   if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > (1 << 20)) return false;
@@ -370,7 +283,7 @@ bool is_one_pass(const SelectParams& p, const Chip& chip) {
   const Runs runs = runs_of(p, chip);
   int64_t bytes = 0;
   dispatch_code(p.code, "select", [&]<Code kCode>() {
-    bytes = shared_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
+    bytes = run_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
   });
   return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
 }

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from csfast import ops, reference
-from csfast.cases import CASES
+from csfast import ops, planes, reference
+from csfast.cases import CASES, Case
 from numeric import assert_within, execute_tolerance, made, mask_of, middle_threshold, split_tiles
 
 
@@ -45,6 +45,54 @@ def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtyp
         p.gate, p.up, p.down_t, p.x, tiles, activation=activation, **biases.of_execute()
     )
     got = run(p, threshold, offset=biases.offset, **biases.of_execute(), **told)
+    assert torch.equal(got, want)
+
+
+# Widths that CUDA has more paths for: 16-bit rows at multiples of 16 bytes.
+WIDTHS = (
+    Case("one_warp", batch=1, d=8, n_neurons=41),
+    Case("off_group", batch=3, d=200, n_neurons=301),
+    Case("demo", batch=1, d=384, n_neurons=1152),
+    Case("two_loads", batch=1, d=4104, n_neurons=75),
+    Case("batch", batch=9, d=264, n_neurons=150),
+)
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
+@pytest.mark.parametrize("form", ["plain", "biased", "tiles", "joint", "few_blocks", "all"])
+@pytest.mark.parametrize("path", ["list", "range", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_equals_select_and_execute_in_every_design(case, form, path, dtype, device):
+    """And counts as much; and all designs of one path are equal, bit for bit."""
+    p = made(case, dtype, device)
+    tile_rows = 5 if form == "tiles" else 1
+    is_joint = form == "joint" or path == "batch"
+    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    told = {"tile_rows": tile_rows, "weight": weight}
+    biases = case.make_biases(p).of_execute() if form == "biased" else {}
+    threshold = middle_threshold(p, **told)
+    threshold = torch.zeros_like(threshold) if form == "all" else threshold
+    blocks = " blocks=3" if form == "few_blocks" else ""
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, **told)
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path + blocks, **biases)
+    mask = mask_of(tiles.tile, tiles.n_tiles, tile_rows, case.n_neurons)
+    executed = int(mask.sum()) * (case.batch if is_joint else 1)
+    for more in ("", " register", " bulk", " portable"):
+        if more == " bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            continue  # refused
+        stats = torch.zeros(2, dtype=torch.int64, device=device)
+        got = run(p, threshold, stats=stats, design=path + blocks + more, **biases, **told)
+        assert torch.equal(got, want), more
+        assert stats.tolist() == [case.batch, executed]
+
+
+@pytest.mark.parametrize("code", planes.CODES)
+def test_one_kernel_senses_and_executes_every_code(code, device):
+    p = made(WIDTHS[2], torch.bfloat16, device, bits=code)
+    threshold = middle_threshold(p)
+    got = run(p, threshold, design="range")
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=code)
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design="range")
     assert torch.equal(got, want)
 
 
