@@ -1,8 +1,12 @@
 // Ffn on CUDA: select, then execute on what it leaves in the workspace.
 //
 // Three kernels, each of which may begin while the one before ends: select leaves its list in
-// pieces, execute takes its share of them, the sum adds up and counts. Where either goes its
-// general path, they meet at a list, and whoever counts costs a kernel of one thread.
+// pieces, execute takes its share of them, the sum adds up and counts. For one row on kRange, two:
+// a block that has sensed its run goes on to the weights of what it keeps of it. Where either goes
+// its general path, and with a cap, they meet at a list; there whoever counts costs a kernel of one
+// thread.
+#include <algorithm>
+
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/workspace.cuh"
@@ -17,6 +21,7 @@ namespace {
 struct Layout {
   int64_t tile;     // (batch, n_tiles_max) and room for tile_rows = 1, int32
   int64_t n_tiles;  // (batch), int32
+  int64_t dropped;  // (batch), int32
   int64_t select;   // select_workspace()
   int64_t execute;  // execute_workspace()
   int64_t bytes;
@@ -24,10 +29,12 @@ struct Layout {
 
 Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t n_tiles = padded(batch * n_neurons * int64_t{sizeof(int32_t)});
-  const int64_t select = n_tiles + padded(batch * int64_t{sizeof(int32_t)});
+  const int64_t dropped = n_tiles + padded(batch * int64_t{sizeof(int32_t)});
+  const int64_t select = dropped + padded(batch * int64_t{sizeof(int32_t)});
   const int64_t execute = select + padded(select_workspace(batch, d, n_neurons));
   return {.tile = 0,
           .n_tiles = n_tiles,
+          .dropped = dropped,
           .select = select,
           .execute = execute,
           .bytes = execute + padded(execute_workspace(batch, d, n_neurons))};
@@ -36,7 +43,9 @@ Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
 struct CountParams {
   const int32_t* tile;     // (lists, n_tiles_max)
   const int32_t* n_tiles;  // (lists)
-  int64_t* stats;          // (2)
+  const int32_t* dropped;  // (lists)
+  int64_t* stats;          // (2), or null
+  int64_t* all_dropped;    // (1), or null
   int64_t batch, n_neurons;
   int tile_rows;
   bool shared;  // one list, which every row of the batch executes
@@ -54,6 +63,12 @@ __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
     }
   }
   if (p.shared) neurons *= p.batch;
+  if (p.all_dropped != nullptr) {
+    for (int64_t list = 0; list < (p.shared ? 1 : p.batch); ++list) {
+      *p.all_dropped += p.dropped[list];
+    }
+  }
+  if (p.stats == nullptr) return;
   p.stats[0] += p.batch;
   p.stats[1] += neurons;
 }
@@ -92,7 +107,8 @@ __global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangePara
 
   // Keep
   if (threadIdx.x < kWarp) {
-    const Kept kept = keep_tiles(p, run, 0, shared.run.votes[0], [&](int64_t t, int rank) {
+    const Kept kept = keep_tiles(p, run, 0, shared.run.votes[0], [&](int64_t t, int rank, float) {
+      if (rank < 0) return;
       for (int i = 0; i < tile_rows; ++i) {
         const int64_t j = t * tile_rows + i;
         neurons[rank * tile_rows + i] = j < p.n_neurons ? static_cast<int32_t>(j) : -1;
@@ -158,16 +174,19 @@ void ffn(const FfnParams& p, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   int32_t* tile = at<int32_t>(p.workspace, layout.tile);
   int32_t* n_tiles = at<int32_t>(p.workspace, layout.n_tiles);
+  int32_t* dropped = at<int32_t>(p.workspace, layout.dropped);
   const SelectParams selection{.codes = p.codes,
                                .equal = p.equal,
                                .row_scale = p.row_scale,
                                .offset = p.offset,
                                .weight = p.weight,
                                .threshold = p.threshold,
+                               .cap = p.cap,
                                .x = p.x,
                                .workspace = at<void>(p.workspace, layout.select),
                                .tile = tile,
                                .n_tiles = n_tiles,
+                               .dropped = dropped,
                                .missed = nullptr,
                                .batch = p.batch,
                                .d = p.d,
@@ -200,7 +219,7 @@ void ffn(const FfnParams& p, Stream stream) {
   const Chosen chosen = choose(execution, machine);
   const bool is_general = chosen.path == Path::kGeneral;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
-  const bool is_piecewise = !is_general && is_one_pass(selection, machine);
+  const bool is_piecewise = !is_general && p.cap == nullptr && is_one_pass(selection, machine);
   const Runs runs = runs_of(selection, machine);
   const RangeParams range{
       .selection = selection,
@@ -219,11 +238,15 @@ void ffn(const FfnParams& p, Stream stream) {
     select(selection, stream);
   }
   execute_chosen(execution, chosen, listing, stream);
-  if (p.stats == nullptr || !is_general) return;
+  int64_t* stats = is_general ? p.stats : nullptr;
+  int64_t* all_dropped = p.cap == nullptr ? nullptr : p.dropped;
+  if (stats == nullptr && all_dropped == nullptr) return;
   launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
          CountParams{.tile = tile,
                      .n_tiles = n_tiles,
-                     .stats = p.stats,
+                     .dropped = dropped,
+                     .stats = stats,
+                     .all_dropped = all_dropped,
                      .batch = p.batch,
                      .n_neurons = p.n_neurons,
                      .tile_rows = p.tile_rows,

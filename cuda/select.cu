@@ -4,14 +4,16 @@
 // Reads the codes once, which bounds it: 4.3 TB/s want 26 KB on the way to each processor, and here
 // 16 warps have 4 to 8 KB each. Every block quantises the activations for itself, up to four rows,
 // while its first codes come; more are quantised by a kernel before. Nothing is decided by who
-// comes first: each block keeps what it keeps at a place of its own. Where rows do not lie on 16
-// bytes, and for more than 16 rows, usages go through memory: a kernel that senses, one that pools
-// where tiles or rows decide together, one block a list.
+// comes first: each block keeps what it keeps at a place of its own. A cap takes one block a list
+// instead of the joining, which ranks the usages. Where rows do not lie on 16 bytes, and for more
+// than 16 rows, usages go through memory: a kernel that senses, one that pools where tiles or rows
+// decide together, one block a list.
 #include "common/compact.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/measure.cuh"
 #include "common/quantize.cuh"
+#include "common/rank.cuh"
 #include "common/sensing.cuh"
 #include "common/usage.cuh"
 #include "common/workspace.cuh"
@@ -21,7 +23,7 @@
 namespace csfast::cuda {
 namespace {
 
-constexpr int kListThreads = kCompactWarps * kWarp;
+constexpr int kListThreads = kRankThreads;
 constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there may be few of them
 constexpr int kOwnRows = 4;  // that every block quantises itself: .2 us each, a launch is 2 us
 
@@ -66,6 +68,8 @@ struct RunParams {
   const int8_t* q;     // (batch, q_width), or null: the blocks quantise
   const float* scale;  // (batch), or null likewise
   float* missed;       // (lists, blocks), written
+  float* usage;        // (lists, n_tiles_max), written, or null
+  float* own_scale;    // (batch), written if there are usages
   int run_neurons;     // of a run, at most
 };
 
@@ -79,13 +83,19 @@ __global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams p
   const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, params.q,
                                                       params.scale, shared, dynamic_shared());
 
+  if (params.usage != nullptr && block == 0 && threadIdx.x < p.batch) {
+    params.own_scale[threadIdx.x] = shared.sense.scale[threadIdx.x];
+  }
+
   // Keep: a warp a list.
   const int lists = p.weight == nullptr ? static_cast<int>(p.batch) : 1;
   for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
     int32_t* tile = params.segments.tile + list * runs.n_tiles + run.first_tile;
-    const Kept kept = keep_tiles(p, run, list, shared.votes[list], [&](int64_t t, int rank) {
-      tile[rank] = static_cast<int32_t>(t);
-    });
+    const Kept kept =
+        keep_tiles(p, run, list, shared.votes[list], [&](int64_t t, int rank, float usage) {
+          if (rank >= 0) tile[rank] = static_cast<int32_t>(t);
+          if (params.usage != nullptr) params.usage[list * runs.n_tiles + t] = usage;
+        });
     if (threadIdx.x % kWarp == 0) {
       params.segments.count[list * blocks + block] = kept.count;
       params.missed[list * blocks + block] = kept.missed;
@@ -144,6 +154,7 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
     }
     if (lane == 0) {
       p.n_tiles[list] = total;
+      if (p.dropped != nullptr) p.dropped[list] = 0;
     }
   } else if (warp == 1 && p.missed != nullptr) {
     float missed = 0.0f;
@@ -190,19 +201,29 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const SelectParams p
       p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
 }
 
-__global__ void __launch_bounds__(kListThreads) list_kernel(const SelectParams p) {
-  __shared__ CompactShared shared;
+struct ListParams {
+  SelectParams p;
+  const float* usage;  // (lists, n_tiles_max)
+  const float* scale;  // (batch)
+};
+
+// One block a list.
+__global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams params) {
+  struct Shared {
+    CompactShared compact;
+    RankShared rank;
+  };
+  __shared__ Shared shared;
+  const SelectParams& p = params.p;
   const int64_t list = blockIdx.x;
   const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const float* usage =
-      at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage) + list * n_tiles;
-  const Votes votes = votes_of(p.weight, at<float>(p.workspace, layout.scale), p.batch, list);
+  const float* usage = params.usage + list * n_tiles;
+  const Votes votes = votes_of(p.weight, params.scale, p.batch, list);
   const float threshold = p.threshold[list];
   int32_t* tile = p.tile + list * n_tiles;  // (n_tiles)
 
   float missed = 0.0f;
-  const auto choose = [&](int64_t t) {
+  const auto by_threshold = [&](int64_t t) {
     return is_kept(usage[t], threshold, votes) ? Choice::kKeep : Choice::kDrop;
   };
   const auto emit = [&](int64_t t, int rank) {
@@ -212,10 +233,32 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const SelectParams p
       missed = __fmaf_rn(usage[t], usage[t], missed);
     }
   };
-  const int kept = compact(shared, n_tiles, 0, choose, emit);
-  if (threadIdx.x == 0) p.n_tiles[list] = kept;
+  int kept = compact(shared.compact, n_tiles, 0, by_threshold, emit);
+  const int wanted = kept;
+  if (p.cap != nullptr && !votes.all) {
+    const int cap = max(p.cap[list], 0);
+    if (kept > cap) {  // every thread alike
+      missed = 0.0f;
+      if (cap > 0) find_last_key(shared.rank, usage, n_tiles, cap);
+      const unsigned last = shared.rank.prefix;
+      const int ties = cap > 0 ? shared.rank.left : 0;
+      const auto by_rank = [&](int64_t t) {
+        if (cap == 0) return Choice::kDrop;
+        const unsigned key = key_of(usage[t]);
+        return key > last ? Choice::kKeep : key == last ? Choice::kTie : Choice::kDrop;
+      };
+      __syncthreads();  // the longer list is written
+      kept = compact(shared.compact, n_tiles, ties, by_rank, emit);
+    }
+  }
+  __syncthreads();  // the list is written
+  for (int i = kept + static_cast<int>(threadIdx.x); i < wanted; i += kListThreads) tile[i] = 0;
+  if (threadIdx.x == 0) {
+    p.n_tiles[list] = kept;
+    if (p.dropped != nullptr) p.dropped[list] = wanted - kept;
+  }
   if (p.missed == nullptr) return;
-  missed = block_sum(shared, missed);
+  missed = block_sum(shared.compact, missed);
   if (threadIdx.x == 0) p.missed[list] = missed;
 }
 
@@ -240,6 +283,7 @@ bool is_overlapping(const SelectParams& p, const Chip& chip) {
   return chip.capability >= 90 && !p.design.portable;
 }
 
+// With a cap, usages and scales stay in the workspace as well.
 Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   const Runs runs = runs_of(p, chip);
@@ -253,6 +297,8 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
                    .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
                    .missed = at<float>(p.workspace, layout.missed),
+                   .usage = p.cap == nullptr ? nullptr : at<float>(p.workspace, layout.pooled),
+                   .own_scale = at<float>(p.workspace, layout.scale),
                    .run_neurons = static_cast<int>(runs.tiles_max() * p.tile_rows)};
   dispatch_code(p.code, "select", [&]<Code kCode>() {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
@@ -262,6 +308,12 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
             .overlaps = is_overlapping(p, chip)});
   });
   return segments;
+}
+
+void launch_list(const SelectParams& p, const float* usage, Stream stream) {
+  const float* scale = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).scale);
+  launch("select", "list", list_kernel, dim3(static_cast<unsigned>(lists_of(p))),
+         dim3(kListThreads), stream, ListParams{.p = p, .usage = usage, .scale = scale});
 }
 
 }  // namespace
@@ -302,6 +354,7 @@ void select(const SelectParams& p, Stream stream) {
   const Chip machine = chip("select");
   if (is_one_pass(p, machine)) {
     const Segments segments = launch_runs(p, machine, stream);
+    if (p.cap != nullptr) return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
     return launch(
         "select", "join", join_kernel, dim3(lists), dim3(kListThreads), stream,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
@@ -320,7 +373,7 @@ void select(const SelectParams& p, Stream stream) {
            dim3(blocks_of(n_tiles_max(p.n_neurons, p.tile_rows), kPoolThreads), lists),
            dim3(kPoolThreads), stream, p);
   }
-  launch("select", "list", list_kernel, dim3(lists), dim3(kListThreads), stream, p);
+  launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), stream);
 }
 
 }  // namespace csfast::cuda

@@ -117,8 +117,8 @@ struct Kept {
   float missed;  // sum of the squares of the usages of the others
 };
 
-// Calls keep(t, rank) for every tile of the run that `list` keeps, ascending; rank counts them. One
-// warp, a lane a tile.
+// Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is
+// -1 for the others. One warp, a lane a tile.
 template <typename Keep>
 __device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const SensedRun& run, int list,
                                            Votes votes, Keep keep) {
@@ -139,7 +139,8 @@ __device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const SensedRu
     }
     const bool is_in = inside && is_kept(usage, threshold, votes);
     const unsigned keeps = __ballot_sync(kFull, is_in);
-    if (is_in) keep(t, count + __popc(keeps & ((1u << lane) - 1)));
+    const int rank = is_in ? count + __popc(keeps & ((1u << lane) - 1)) : -1;
+    if (inside) keep(t, rank, usage);
     if (inside && !is_in) missed = __fmaf_rn(usage, usage, missed);
     count += __popc(keeps);
   }

@@ -96,6 +96,33 @@ def test_one_kernel_senses_and_executes_every_code(code, device):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_caps_what_it_executes_and_counts_the_rest(case, is_joint, dtype, device):
+    p = made(case, dtype, device)
+    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    threshold = middle_threshold(p, weight=weight)
+    lists = 1 if is_joint else case.batch
+    cap = (torch.arange(lists, dtype=torch.int32) * 100 + 7).to(device)
+    given = (p.codes, p.equal, p.row_scale, threshold, p.x)
+    tiles, _ = ops.select(*given, bits=2, weight=weight, cap=cap)
+    assert tiles.dropped.sum() > 0
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    dropped = torch.full((1,), 100, dtype=torch.int64, device=device)
+    got = run(p, threshold, weight=weight, cap=cap, stats=stats, dropped=dropped)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles))
+    assert torch.equal(got, run(p, threshold, weight=weight, cap=cap))
+    assert int(dropped) == 100 + int(tiles.dropped.sum())
+    executed = int(tiles.n_tiles.sum()) * (case.batch if is_joint else 1)
+    assert stats.tolist() == [case.batch, executed]
+
+
+def test_refuses_to_count_what_no_cap_drops():
+    p = made(CASES[2], torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"\[ffn\] dropped without a cap: want both"):
+        run(p, torch.zeros(3), dropped=torch.zeros(1, dtype=torch.int64))
+
+
 def test_is_the_bias_if_no_row_votes(dtype, device):
     case = CASES[2]
     p = made(case, dtype, device)

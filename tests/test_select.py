@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from csfast import ops, reference
-from csfast.cases import CASES
+from csfast.cases import CASES, Case
 from numeric import (
     assert_same_support,
     assert_within,
@@ -219,6 +219,58 @@ def test_threads_change_nothing_for_groups(is_joint):
         torch.set_num_threads(n_threads)
     assert torch.equal(one.tile, two.tile)
     assert torch.equal(missed_one, missed_two)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile_rows", [1, 5])
+@pytest.mark.parametrize("case", [*CASES, Case("aligned", 17, 64, 90)], ids=lambda c: c.name)
+def test_a_cap_keeps_the_largest(case, form, tile_rows, device):
+    """As top-k would, where the threshold keeps more than that."""
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    free, _ = select(p, threshold, tile_rows=tile_rows, **options)
+    caps = torch.tensor([3, 0, 10**6, -5, 1, 17], dtype=torch.int32).repeat(4).to(device)
+    for shift in range(6):
+        cap = caps[shift:][: len(free.n_tiles)].contiguous()
+        got, missed = select(p, threshold, tile_rows=tile_rows, cap=cap, **options)
+        budget = torch.minimum(free.n_tiles, cap.clamp(min=0))
+        y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+        want = ops.recover(y, scale, p.row_scale, budget=budget, group_rows=tile_rows, **options)
+        assert torch.equal(got.n_tiles, budget) and torch.equal(got.tile, want.index)
+        assert torch.equal(got.dropped, free.n_tiles - budget)
+        assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
+        usage, margin, scale = usage_of(p, tile_rows=tile_rows, **told)
+        # A list ends at its threshold, or at the usage that the cap ends with, if that is larger.
+        last = usage.sort(dim=1, descending=True).values
+        last = last.gather(1, (cap.long() - 1).clamp(0, usage.shape[1] - 1)[:, None])
+        end = torch.where(cap[:, None] > usage.shape[1], 0.0, last).maximum(threshold[:, None])
+        assert_same_support(
+            mask_of(got.tile, got.n_tiles, 1, usage.shape[1]),
+            reference.keep_threshold(usage, threshold, scale, options["weight"], cap),
+            torch.where(cap[:, None] > 0, (usage - end).abs(), INF),
+            2 * margin.amax(dim=1, keepdim=True),
+        )
+
+
+def test_a_cap_breaks_ties_by_index_and_yields_to_what_is_not_finite(device):
+    p = made(CASES[2], torch.bfloat16, device)
+    x = p.x.clone()
+    x[0] = 0.0  # all usages are 0, and kept
+    x[1, 8] = NAN
+    cap = torch.tensor([5, 0, 0], dtype=torch.int32, device=device)
+    got, _ = select(p, torch.zeros(3, device=device), x, cap=cap)
+    assert got.n_tiles.tolist() == [5, 77, 0]
+    assert got.tile[0].tolist() == [0, 1, 2, 3, 4] + [0] * 72
+    assert got.dropped.tolist() == [72, 0, 77]
+
+
+def test_refuses_a_cap_of_another_type_or_shape():
+    p = made(CASES[2], torch.float32, "cpu")
+    with pytest.raises(TypeError, match=r"\[select\] cap is int64: want int32"):
+        select(p, torch.zeros(3), cap=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[select\] cap"):
+        select(p, torch.zeros(3), cap=torch.zeros(2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("bits", [0, 5, "trits"])

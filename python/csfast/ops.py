@@ -47,7 +47,8 @@ __all__ = [
 
 _INT32_MAX = 2**31 - 1
 _CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
-_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
+# May be None.
+_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats", "cap", "dropped"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class TileList:
     tile: Tensor  # (lists, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
     n_tiles: Tensor  # (lists,) int32
     tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
+    dropped: Tensor | None = None  # (lists,) int32: tiles that only a cap left out, if there is one
 
 
 class PursuitStatus(enum.IntEnum):
@@ -367,6 +369,7 @@ def select(
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    cap: Tensor | None = None,
     design: str = "",
 ) -> tuple[TileList, Tensor]:
     """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
@@ -383,11 +386,14 @@ def select(
         offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
         weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        cap: The most tiles that each list keeps, ``(lists,)``, int32: of a longer one the largest
+            usages, ties going to the lower index and NaN ranking as infinity. A scale that is not
+            finite keeps everything nevertheless.
         design: How CUDA goes about it, see `ffn`.
 
     Returns:
-        The tile list, equal entry for entry to the support of `recover` with ``group_rows`` of
-        `tile_rows`, and the usage missed, ``(lists,)``, float32.
+        The tile list, without a cap equal entry for entry to the support of `recover` with
+        ``group_rows`` of `tile_rows`, and the usage missed, ``(lists,)``, float32.
 
     Raises:
         ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
@@ -404,14 +410,19 @@ def select(
         x=x,
         offset=offset,
         weight=weight,
+        cap=cap,
     )
     code = _code("select", bits)
     _check_ints("select", tile_rows=tile_rows)
     _check_activation("select", activation)
-    tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation, design
-    )
-    return TileList(tiles, n_tiles, tile_rows), missed
+    given = (codes, equal, row_scale, threshold, x, code, tile_rows)
+    more = (offset, weight, activation, design)
+    if cap is None:
+        tiles, n_tiles, missed = torch.ops.csfast.select.default(*given, *more)
+        return TileList(tiles, n_tiles, tile_rows), missed
+    capped = torch.ops.csfast.select.capped(*given, cap, *more)
+    tiles, n_tiles, missed, dropped = capped
+    return TileList(tiles, n_tiles, tile_rows, dropped), missed
 
 
 def ffn(
@@ -434,6 +445,8 @@ def ffn(
     activation: str = "silu",
     design: str = "",
     stats: Tensor | None = None,
+    cap: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
 
@@ -460,6 +473,8 @@ def ffn(
             loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what runs
             at compute capability 8.0. Another path adds up in another order. Of no account on the
             CPU.
+        cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.
+        dropped: Counter to add to, ``(1,)``, int64: tiles that only the cap left out.
         stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
             of them.
 
@@ -488,6 +503,8 @@ def ffn(
         down_bias=down_bias,
         weight=weight,
         stats=stats,
+        cap=cap,
+        dropped=dropped,
     )
     code = _code("ffn", bits)
     _check_ints("ffn", tile_rows=tile_rows)
@@ -495,6 +512,15 @@ def ffn(
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
     out: Tensor
+    if cap is not None or dropped is not None:
+        stats = x.new_zeros(2, dtype=torch.int64) if stats is None else stats
+        dropped = x.new_zeros(1, dtype=torch.int64) if dropped is None else dropped
+        if cap is None:
+            raise ValueError("[ffn] dropped without a cap: want both, or no dropped.")
+        out = torch.ops.csfast.ffn.capped(
+            *layer, x, code, tile_rows, stats, cap, dropped, *biases, weight, activation, design
+        )
+        return out
     if stats is None:
         out = torch.ops.csfast.ffn.default(
             *layer, x, code, tile_rows, *biases, weight, activation, design
@@ -995,11 +1021,52 @@ def _select(
     activation: str = "silu",
     design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _fake_select(
-        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
-    )
+    options = (offset, weight, activation, design)
+    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options)
+    _run_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options, made, None, None)
+    return made
+
+
+def _select_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    cap: Tensor,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (offset, weight, activation, design)
+    rows = (codes, equal, row_scale, threshold, x, code, tile_rows)
+    tile, n_tiles, missed, dropped = _fake_select_capped(*rows, cap, *options)
+    _run_select(*rows, *options, (tile, n_tiles, missed), cap, dropped)
+    return tile, n_tiles, missed, dropped
+
+
+def _run_select(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    design: str,
+    made: tuple[Tensor, ...],
+    cap: Tensor | None,
+    dropped: Tensor | None,
+) -> None:
     batch, d, n_neurons = _sizes("select", x, codes, 4)
     workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
+    tile, n_tiles, missed = made
     _native.select(
         codes.detach(),
         equal.detach(),
@@ -1013,10 +1080,31 @@ def _select(
         activation,
         design,
         workspace,
-        *made,
+        tile,
+        n_tiles,
+        missed,
+        cap,
+        dropped,
         _stream(x),
     )
-    return made
+
+
+def _fake_select_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    cap: Tensor,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight)
+    return *made, made[1].new_empty(made[1].shape)
 
 
 def _fake_select(
@@ -1061,6 +1149,8 @@ def _ffn(
     activation: str = "silu",
     design: str = "",
     stats: Tensor | None = None,
+    cap: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     batch, d, n_neurons = _sizes("ffn", x, codes, 4)
     workspace = _workspace(_native.ffn_workspace(batch, d, n_neurons, x.is_cuda), x)
@@ -1084,6 +1174,8 @@ def _ffn(
         activation,
         design,
         stats,
+        cap,
+        dropped,
         workspace,
         out,
         _stream(x),
@@ -1114,6 +1206,34 @@ def _ffn_counted(
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
     return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, stats)
+
+
+def _ffn_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    stats: Tensor,
+    cap: Tensor,
+    dropped: Tensor,
+    offset: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> Tensor:
+    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
+    biases = (offset, gate_bias, up_bias, down_bias)
+    counters = (stats, cap, dropped)
+    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, *counters)
 
 
 def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
@@ -1175,10 +1295,18 @@ _register(
     _select,
     _fake_select,
 )
-# Two overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
+_register(
+    "select.capped(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x,"
+    " int code, int tile_rows, Tensor cap, Tensor? offset=None, Tensor? weight=None,"
+    " str activation='silu', str design='') -> (Tensor, Tensor, Tensor, Tensor)",
+    _select_capped,
+    _fake_select_capped,
+)
+# Overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
 for _name, _stats, _run in (
     ("ffn", "", _ffn),
     ("ffn.counted", " Tensor(a!) stats,", _ffn_counted),
+    ("ffn.capped", " Tensor(a!) stats, Tensor cap, Tensor(b!) dropped,", _ffn_capped),
 ):
     _register(
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
