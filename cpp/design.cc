@@ -9,14 +9,11 @@
 namespace csfast {
 namespace {
 
-constexpr int kThreads = 512;         // of a block of kList and kRange, see gather.cuh
-constexpr int kWarpThreads = 32;      // threads that share a neuron, at least
-constexpr int kColumns = 8;           // of a load of 16 bytes, of two bytes each
-constexpr int kVectorsMax = 2;        // loads of a row by one thread
-constexpr int64_t kBlockNeurons = 8;  // of a block of kList, when everything is listed
-// Weights of a layer up to which kRange saves more, a launch and a list in memory, than it loses,
-// as some runs keep more than others: 64 MB are 20 us of memory, a twelfth of which is either.
-constexpr int64_t kRangeBytes = 64 << 20;
+constexpr int kThreads = 512;             // of a block of kList and kRange, see gather.cuh
+constexpr int kWarpThreads = 32;          // threads that share a neuron, at least
+constexpr int kColumns = 8;               // of a load of 16 bytes, of two bytes each
+constexpr int kVectorsMax = 2;            // loads of a row by one thread
+constexpr int64_t kBlockNeurons = 8;      // of a block of kList, when everything is listed
 constexpr int kOtherBytes = 24 << 10;     // of shared memory beside ring and list
 constexpr int kRowsBytes = 36 << 10;      // of kBatch, beside the list, see rows.cuh
 constexpr int64_t kCombineColumns = 512;  // likewise, of the output, of a block
@@ -64,9 +61,9 @@ void refuse(const std::string& what) {
 Design parse_design(const char* op, std::string_view words) {
   Design design;
   const auto fail = [&](std::string_view word) {
-    throw std::invalid_argument(
-        std::string("[") + op + "] design has " + std::string(word) +
-        ": want general, list, range or batch; register or bulk; blocks=N; portable; each once.");
+    throw std::invalid_argument(std::string("[") + op + "] design has " + std::string(word) +
+                                ": want general, list, range or batch; register or bulk; blocks=N; "
+                                "eager; portable; each once.");
   };
   while (!words.empty()) {
     const size_t length = std::min(words.find(' '), words.size());
@@ -94,6 +91,7 @@ Design parse_design(const char* op, std::string_view words) {
           error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
     }
     if (word == "portable" && !design.portable) is_known = design.portable = true;
+    if (word == "eager" && !design.eager) is_known = design.eager = true;
     if (!is_known) fail(word);
   }
   return design;
@@ -118,11 +116,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
 
   Chosen chosen = general;
   const bool is_batch = p.shared && p.batch > 1;
-  const bool is_small = 3 * p.n_neurons * p.d * 2 <= kRangeBytes;
-  chosen.path = asked.path != Path::kAuto ? asked.path
-                : is_batch                ? Path::kBatch
-                : is_small                ? Path::kRange
-                                          : Path::kList;
+  chosen.path = asked.path != Path::kAuto ? asked.path : is_batch ? Path::kBatch : Path::kList;
   // A tile of more rows than there are is the only one.
   const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
   const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;

@@ -109,7 +109,7 @@ struct JoinParams {
   const float* missed;  // (lists, blocks)
 };
 
-// One block a list.
+// One block a list, or several that share its pieces.
 __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams params) {
   struct Shared {
     int before[kBlocksMax];  // tiles of the pieces before
@@ -118,6 +118,8 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
   __shared__ Shared shared;
   const SelectParams& p = params.p;
   const int64_t list = blockIdx.x;
+  const auto part = static_cast<int>(blockIdx.y);  // of the pieces
+  const auto parts = static_cast<int>(gridDim.y);
   const int blocks = params.segments.blocks;
   const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -152,11 +154,11 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
       }
       total += __shfl_sync(kFull, through, kWarp - 1);
     }
-    if (lane == 0) {
+    if (lane == 0 && part == 0) {
       p.n_tiles[list] = total;
       if (p.dropped != nullptr) p.dropped[list] = 0;
     }
-  } else if (warp == 1 && p.missed != nullptr) {
+  } else if (warp == 1 && part == 0 && p.missed != nullptr) {
     float missed = 0.0f;
     for (int i = lane; i < blocks; i += kWarp) missed += params.missed[list * blocks + i];
     missed = warp_sum(missed);
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
   }
   __syncthreads();
 
-  for (int s = warp; s < blocks; s += kCompactWarps) {
+  for (int s = part * kCompactWarps + warp; s < blocks; s += parts * kCompactWarps) {
     const int32_t* from = piece + runs.begin(s);
     for (int i = lane; i < shared.count[s]; i += kWarp) tile[shared.before[s] + i] = from[i];
   }

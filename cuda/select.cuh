@@ -48,6 +48,36 @@ struct SensedRun {
   int run_neurons;
 };
 
+// Brings what the run needs beside the activations to the L2 cache: all its codes and scales, a
+// threshold, and the block's part of the equaliser. Reads nothing, so it may come before
+// wait_for_prior().
+__device__ __forceinline__ void prefetch_run(const SelectParams& p, const SenseRun& run, int block,
+                                             int blocks, int64_t code_bytes) {
+  constexpr int kLine = 128;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t n = run.end - run.first;
+
+  // Each warp the codes that it will sense first; then, together, the rest.
+  const int64_t task_bytes = kTaskNeurons * 2 * code_bytes;
+  const uint8_t* codes = p.codes + run.first * 2 * code_bytes;
+  const int64_t bytes = n * 2 * code_bytes;
+  for (int64_t from = thread / kWarp * task_bytes; from < bytes && thread % kWarp == 0;
+       from += kSenseWarps * task_bytes) {
+    prefetch(codes + from, static_cast<int>(min(task_bytes, bytes - from)));
+  }
+
+  const int64_t scales = n * int64_t{sizeof(float2)};
+  const char* row_scale = reinterpret_cast<const char*>(p.row_scale) + run.first * sizeof(float2);
+  for (int64_t i = thread * kLine; i < scales; i += kSenseThreads * kLine) {
+    prefetch_line(row_scale + i);
+  }
+  const int64_t line = int64_t{thread} * blocks + block;
+  if (line * kLine < p.d * int64_t{sizeof(float)}) {
+    prefetch_line(reinterpret_cast<const char*>(p.equal) + line * kLine);
+  }
+  if (thread == 0) prefetch_line(p.threshold);
+}
+
 // Senses the block's run of tiles for every row of p.x, at most kSenseBatch; votes are in `shared`
 // then. The kernel's first call: lets the next kernel begin, and waits for the one before. The
 // activations are q (batch, q_width) and scale (batch), or quantised here where these are null.
@@ -71,28 +101,43 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
                      .d = d,
                      .q = q};
 
+  const auto n = static_cast<int>(run.end - run.first);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const bool is_eager = p.design.eager;
+  const float2* row_scales = reinterpret_cast<const float2*>(p.row_scale) + run.first;  // (n)
+
   launch_dependents();
-  if (threadIdx.x == 0 && run.first < run.end) {
+  if (is_eager) {
+    prefetch_run(p, run, block, runs.blocks, row_bytes(d, kCode));
+  } else if (thread == 0 && n > 0) {
     const int64_t bytes = 2 * row_bytes(d, kCode);
     prefetch(p.codes + run.first * bytes,
-             static_cast<int>(min((run.end - run.first) * bytes, int64_t{kPrefetchBytes})));
+             static_cast<int>(min(n * bytes, int64_t{kPrefetchBytes})));
   }
   wait_for_prior();
 
   const auto quantize = [&] {
-    const auto n = static_cast<int>(run.end - run.first);
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kSenseThreads) {
-      row_scale[i] = reinterpret_cast<const float2*>(p.row_scale)[run.first + i];
-    }
+    const auto load_scales = [&] {
+      for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
+    };
+    const auto of_type = [&]<typename T>() {
+      const T* x = static_cast<const T*>(p.x);
+      if (is_eager && batch == 1 && shared_channels<kCode>(d) <= kHeldChannels) {
+        quantize_row<kCode>(x, p.equal, d, q, shared.sense, load_scales);
+      } else {
+        load_scales();
+        quantize_rows<kCode>(x, p.equal, batch, d, q, shared.sense);
+      }
+    };
     if (given_q != nullptr) {
+      load_scales();
       copy_rows<kCode>(given_q, given_scale, batch, d, q, shared.sense);
     } else if (p.dtype == DType::kF32) {
-      quantize_rows<kCode>(static_cast<const float*>(p.x), p.equal, batch, d, q, shared.sense);
+      of_type.template operator()<float>();
     } else if (p.dtype == DType::kF16) {
-      quantize_rows<kCode>(static_cast<const __half*>(p.x), p.equal, batch, d, q, shared.sense);
+      of_type.template operator()<__half>();
     } else {
-      quantize_rows<kCode>(static_cast<const __nv_bfloat16*>(p.x), p.equal, batch, d, q,
-                           shared.sense);
+      of_type.template operator()<__nv_bfloat16>();
     }
     if (threadIdx.x < kWarp) vote(p, shared);
   };

@@ -77,7 +77,7 @@ def test_equals_select_and_execute_in_every_design(case, form, path, dtype, devi
     want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path + blocks, **biases)
     mask = mask_of(tiles.tile, tiles.n_tiles, tile_rows, case.n_neurons)
     executed = int(mask.sum()) * (case.batch if is_joint else 1)
-    for more in ("", " register", " bulk", " portable"):
+    for more in ("", " register", " bulk", " portable", " eager"):
         if more == " bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue  # refused
         stats = torch.zeros(2, dtype=torch.int64, device=device)

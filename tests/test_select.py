@@ -4,6 +4,7 @@ import torch
 from csfast import ops, reference
 from csfast.cases import CASES, Case
 from numeric import (
+    UNIT,
     assert_same_support,
     assert_within,
     made,
@@ -219,6 +220,37 @@ def test_threads_change_nothing_for_groups(is_joint):
         torch.set_num_threads(n_threads)
     assert torch.equal(one.tile, two.tile)
     assert torch.equal(missed_one, missed_two)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile_rows", [1, 5])
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[2:], Case("wide", 1, 4104, 50), Case("wider", 2, 8256, 20)],
+    ids=lambda c: c.name,
+)
+def test_every_design_selects_alike(case, form, tile_rows, device):
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    options["tile_rows"] = tile_rows
+    want, missed = select(p, threshold, **options)
+    for design in ("eager", "portable", "eager portable", "general", "eager blocks=3", "blocks=70"):
+        got, missed_so = select(p, threshold, design=design, **options)
+        assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile), design
+        allowed = 2.5 * case.n_neurons * UNIT * missed.double() + 2.0**-120
+        assert_within(missed_so, missed.double(), allowed)
+
+
+@pytest.mark.parametrize("d", [384, 8192, 8256])
+def test_an_eager_selection_of_every_code_and_dtype(d, dtype, bits, device):
+    p = made(Case("eager", 1, d, 24), dtype, device, bits=bits)
+    threshold = middle_threshold(p)
+    for x in (p.x, torch.zeros_like(p.x), p.x * NAN, p.x * 1e-38):
+        want, missed = select(p, threshold, x)
+        got, missed_so = select(p, threshold, x, design="eager")
+        assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile)
+        assert torch.equal(missed_so, missed)
 
 
 @pytest.mark.parametrize("form", FORMS)

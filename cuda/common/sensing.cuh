@@ -87,6 +87,38 @@ __device__ __forceinline__ Eight load_eight(const T* from) {
   return v;
 }
 
+// Peaks as bits: those of non-negative floats order as the floats do, and what is not finite lies
+// above all that is.
+inline constexpr unsigned kInfinity = 0x7f800000u;
+
+// What channels are multiplied by, and what stands for 1 of their levels.
+__device__ __forceinline__ float inverse_of(unsigned peak_bits) {
+  const float peak = __uint_as_float(peak_bits);
+  return peak_bits < kInfinity && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
+}
+__device__ __forceinline__ float scale_of(unsigned peak_bits) {
+  const bool finite = peak_bits < kInfinity;
+  return finite ? __fdiv_rn(__uint_as_float(peak_bits), 127.0f) : __uint_as_float(0x7fc00000u);
+}
+
+// Eight levels, a byte each; all zero if the peak is not finite.
+__device__ __forceinline__ uint2 round_eight(const Eight& equalised, unsigned peak_bits,
+                                             float inverse) {
+  uint32_t words[2] = {};
+  if (peak_bits < kInfinity) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float e = equalised.at[i];
+      float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
+      if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
+      // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
+      const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
+      words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
+    }
+  }
+  return make_uint2(words[0], words[1]);
+}
+
 // Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
 // q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
 // bit. The whole block calls; what it wrote may be read at once.
@@ -118,36 +150,87 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
   // Round
   for (int b = 0; b < batch; ++b) {
     const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[b][lane % kSenseWarps]);
-    const float peak = __uint_as_float(peak_bits);
-    const bool finite = peak_bits < 0x7f800000u;  // infinity
-    const float inverse = finite && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
+    const float inverse = inverse_of(peak_bits);
     int sum = 0;
     for (int c = 8 * thread; c < channels; c += 8 * kSenseThreads) {
-      uint32_t words[2] = {};
-      if (finite && c < d) {
-        const Eight v = load_eight(x + int64_t{b} * d + c);
+      Eight v{};
+      if (c < d) {
+        v = load_eight(x + int64_t{b} * d + c);
         const Eight factor = load_eight(equal + c);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float e = __fmul_rn(v.at[i], factor.at[i]);
-          float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
-          if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
-          // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
-          const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
-          words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
-        }
+        for (int i = 0; i < 8; ++i) v.at[i] = __fmul_rn(v.at[i], factor.at[i]);
       }
-      *reinterpret_cast<uint2*>(q + b * stride + place_of<kCode>(c)) =
-          make_uint2(words[0], words[1]);
-      sum = __dp4a(0x01010101, static_cast<int>(words[0]), sum);
-      sum = __dp4a(0x01010101, static_cast<int>(words[1]), sum);
+      const uint2 words = round_eight(v, peak_bits, inverse);
+      *reinterpret_cast<uint2*>(q + b * stride + place_of<kCode>(c)) = words;
+      sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
+      sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
     }
     sum = __reduce_add_sync(kFull, sum);
     if (lane == 0) shared.sum[b][warp] = sum;
-    if (thread == 0) {
-      shared.scale[b] = finite ? __fdiv_rn(peak, 127.0f) : __uint_as_float(0x7fc00000u);  // NaN
+    if (thread == 0) shared.scale[b] = scale_of(peak_bits);
+  }
+  __syncthreads();
+}
+
+inline constexpr int kHeld = 2;  // times eight channels of a row that a thread has in registers
+
+// Channels that a block may have in registers.
+inline constexpr int kHeldChannels = kHeld * 8 * kSenseThreads;
+
+// The same for a single row of at most kHeldChannels shared channels, which is read once. Calls
+// meanwhile() when that is on its way, before a barrier.
+template <Code kCode, typename T, typename Meanwhile>
+__device__ __forceinline__ void quantize_row(const T* x, const float* equal, int d, int8_t* q,
+                                             SenseShared& shared, Meanwhile meanwhile) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int channels = static_cast<int>(shared_channels<kCode>(d));
+
+  // Load
+  Eight v[kHeld] = {};
+  Eight factor[kHeld] = {};
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = 8 * (thread + k * kSenseThreads);
+    if (c < d) {
+      v[k] = load_eight(x + c);
+      factor[k] = load_eight(equal + c);
     }
   }
+  meanwhile();
+
+  // Peak
+  unsigned peak = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[k].at[i] = __fmul_rn(v[k].at[i], factor[k].at[i]);
+      peak = max(peak, __float_as_uint(fabsf(v[k].at[i])));
+    }
+  }
+  peak = __reduce_max_sync(kFull, peak);
+  if (lane == 0) shared.peak[0][warp] = peak;
+  __syncthreads();
+
+  // Round
+  const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[0][lane % kSenseWarps]);
+  const float inverse = inverse_of(peak_bits);
+  int sum = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = 8 * (thread + k * kSenseThreads);
+    if (c < channels) {
+      const uint2 words = round_eight(v[k], peak_bits, inverse);
+      *reinterpret_cast<uint2*>(q + place_of<kCode>(c)) = words;
+      sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
+      sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
+    }
+  }
+  sum = __reduce_add_sync(kFull, sum);
+  if (lane == 0) shared.sum[0][warp] = sum;
+  if (thread == 0) shared.scale[0] = scale_of(peak_bits);
   __syncthreads();
 }
 
@@ -235,12 +318,18 @@ struct Trits {
   }
 };
 
+// Sums that products are added to in turns: a product waits some 30 cycles for the one before.
+template <int kProducts>
+constexpr int kChains = kProducts == 1 ? 2 : 1;
+
 // Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
 // rows of the batch; `width` the bytes of a row of ternary codes.
 template <Code kCode, int kProducts>
 __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const Piece<kCode>& up,
                                                const int8_t* const (&q)[kProducts], int offset,
-                                               int width, int (&y)[kProducts][4]) {
+                                               int width,
+                                               int (&y)[kProducts * kChains<kProducts>][4]) {
+  constexpr int kTurns = kChains<kProducts>;
   if constexpr (kCode == Code::kTernary) {
     Trits gates(gate.codes);
     Trits ups(up.codes);
@@ -260,7 +349,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = ups.next(k + 1);
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   } else {
@@ -282,7 +371,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = static_cast<uint32_t>(four_codes<kBits>(up.codes, half, s, k + 1));
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   }
@@ -355,7 +444,8 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     }
   }
 
-  int y[kProducts][4] = {};
+  constexpr int kTurns = kChains<kProducts>;
+  int y[kProducts * kTurns][4] = {};
   const auto multiply = [&](const Stage& stage) {  // and moves on
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -370,16 +460,25 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     constexpr int kMost = is_planes(kCode) ? (1 << bits_of(kCode)) - 1 : 1;
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
+      int total[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] = y[n * kTurns][i];
+        if constexpr (kTurns > 1) total[i] += y[n * kTurns + 1][i];
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int b = n * kProductColumns + 2 * t + i;
         if (b < run.batch && task + g < run.end) {
-          write(static_cast<int>(task + g - run.first), b, kFactor * y[n][i] - kMost * sum[n][i],
-                kFactor * y[n][i + 2] - kMost * sum[n][i]);
+          write(static_cast<int>(task + g - run.first), b, kFactor * total[i] - kMost * sum[n][i],
+                kFactor * total[i + 2] - kMost * sum[n][i]);
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = 0;
+    for (auto& part : y) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part[i] = 0;
     }
     unit = 0;
     task += kSenseWarps * kTaskNeurons;

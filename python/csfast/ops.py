@@ -357,6 +357,58 @@ def execute(
     return out
 
 
+def choose(
+    batch: int,
+    d: int,
+    n_neurons: int,
+    *,
+    tile_rows: int = 1,
+    shared: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    design: str = "",
+    capability: int = 90,
+    n_processors: int = 132,
+    shared_bytes: int = 227 << 10,
+) -> str:
+    """Tell how CUDA executes a layer of these sizes; pure, for machines that need not be there.
+
+    Args:
+        batch: Rows.
+        d: Width of a row.
+        n_neurons: Neurons of the layer.
+        tile_rows: Neurons a tile.
+        shared: Whether all rows have one list.
+        dtype: T, of tensors that begin at multiples of 16 bytes.
+        design: What is asked for, see `ffn`.
+        capability: Compute capability of the machine, times ten.
+        n_processors: Its streaming multiprocessors.
+        shared_bytes: Shared memory that a block may have.
+
+    Returns:
+        For example ``list register overlapping blocks=132 group_threads=512 vectors=1``.
+
+    Raises:
+        ValueError: The design is unknown or does not fit.
+    """
+    _check_ints("execute", batch=batch, d=d, n_neurons=n_neurons, tile_rows=tile_rows)
+    if min(d, n_neurons, tile_rows) < 1:
+        raise ValueError(
+            f"[execute] d = {d}, n_neurons = {n_neurons}, tile_rows = {tile_rows}: want 1 at least."
+        )
+    return _native.choose(
+        batch,
+        d,
+        n_neurons,
+        tile_rows,
+        shared,
+        dtype.itemsize,
+        design,
+        capability,
+        n_processors,
+        shared_bytes,
+    )
+
+
 def select(
     codes: Tensor,
     equal: Tensor,
@@ -470,9 +522,10 @@ def ffn(
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
-            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what runs
-            at compute capability 8.0. Another path adds up in another order. Of no account on the
-            CPU.
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``eager``, for a selection
+            that fetches its constants before the kernel before has ended; ``portable``, for what
+            runs at compute capability 8.0. Another path adds up in another order. Of no account on
+            the CPU.
         cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.
         dropped: Counter to add to, ``(1,)``, int64: tiles that only the cap left out.
         stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
