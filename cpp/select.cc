@@ -144,6 +144,7 @@ void list_tiles(const SelectParams& p, const Parts& parts, Votes votes, int64_t 
       const float* usage = (is_pooled(p) ? parts.pooled : parts.usage) + list * n_tiles;
       float missed = 0.0f;
       p.n_tiles[list] = keep_top(usage, n_tiles, cap, tile, &missed);
+      std::fill(tile + p.n_tiles[list], tile + n_tiles, 0);
       if (p.dropped != nullptr) p.dropped[list] = wanted - cap;
       if (p.missed != nullptr) p.missed[list] = missed;
       return;
@@ -157,6 +158,7 @@ void list_tiles(const SelectParams& p, const Parts& parts, Votes votes, int64_t 
       tile[count++] = static_cast<int32_t>(block * kBlock + std::countr_zero(mask));
     }
   }
+  std::fill(tile + count, tile + n_tiles, 0);
   p.n_tiles[list] = count;
   if (p.missed != nullptr) p.missed[list] = missed;
 }

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
   struct Shared {
     int before[kBlocksMax];  // tiles of the pieces before
     int count[kBlocksMax];
+    int total;
   };
   __shared__ Shared shared;
   const SelectParams& p = params.p;
@@ -154,6 +155,7 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
       }
       total += __shfl_sync(kFull, through, kWarp - 1);
     }
+    if (lane == 0) shared.total = total;
     if (lane == 0 && part == 0) {
       p.n_tiles[list] = total;
       if (p.dropped != nullptr) p.dropped[list] = 0;
@@ -170,6 +172,9 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
     const int32_t* from = piece + runs.begin(s);
     for (int i = lane; i < shared.count[s]; i += kWarp) tile[shared.before[s] + i] = from[i];
   }
+  const auto n_tiles = static_cast<int>(runs.n_tiles);
+  const int first = shared.total + part * kListThreads + static_cast<int>(threadIdx.x);
+  for (int i = first; i < n_tiles; i += parts * kListThreads) tile[i] = 0;
 }
 
 template <Code kCode>
@@ -254,7 +259,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
     }
   }
   __syncthreads();  // the list is written
-  for (int i = kept + static_cast<int>(threadIdx.x); i < wanted; i += kListThreads) tile[i] = 0;
+  for (int i = kept + static_cast<int>(threadIdx.x); i < n_tiles; i += kListThreads) tile[i] = 0;
   if (threadIdx.x == 0) {
     p.n_tiles[list] = kept;
     if (p.dropped != nullptr) p.dropped[list] = wanted - kept;
@@ -268,7 +273,7 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.weight == nullptr ? p.batch : 1);
 }
 
-void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
+void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
   dispatch(p.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
                 {.equal = p.equal,
@@ -276,7 +281,7 @@ void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
                  .d = p.d},
-                p.batch, stream);
+                p.batch, stream, overlaps);
   });
 }
 
@@ -293,7 +298,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, stream);
+  if (is_quantized) quantize_all(p, layout, p.design.eager && is_overlapping(p, chip), stream);
   RunParams params{.p = p,
                    .segments = segments,
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
@@ -363,7 +368,7 @@ void select(const SelectParams& p, Stream stream) {
         {.overlaps = is_overlapping(p, machine)});
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    quantize_all(p, layout, stream);
+    quantize_all(p, layout, false, stream);
     dispatch_code(p.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),

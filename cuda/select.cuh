@@ -122,12 +122,7 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
     };
     const auto of_type = [&]<typename T>() {
       const T* x = static_cast<const T*>(p.x);
-      if (is_eager && batch == 1 && shared_channels<kCode>(d) <= kHeldChannels) {
-        quantize_row<kCode>(x, p.equal, d, q, shared.sense, load_scales);
-      } else {
-        load_scales();
-        quantize_rows<kCode>(x, p.equal, batch, d, q, shared.sense);
-      }
+      quantize_rows<kCode>(x, p.equal, batch, d, q, shared.sense, load_scales);
     };
     if (given_q != nullptr) {
       load_scales();

@@ -54,13 +54,25 @@ def test_chooses(sizes, asked, want):
 @pytest.mark.parametrize(
     ("sizes", "asked", "message"),
     [
-        ((1, 4096, 14336), {"design": "bulk", **AMPERE}, "has bulk loads at capability 80: want 90"),
-        ((1, 4096, 14336), {"design": "bulk portable"}, "has bulk loads at capability 90, portable"),
+        (
+            (1, 4096, 14336),
+            {"design": "bulk", **AMPERE},
+            "has bulk loads at capability 80: want 90",
+        ),
+        (
+            (1, 4096, 14336),
+            {"design": "bulk portable"},
+            "has bulk loads at capability 90, portable",
+        ),
         ((1, 4100, 14336), {"design": "list"}, "is list register .*: want 16-bit elements"),
         ((1, 8200, 14336), {"design": "range"}, "is range register .*: want 16-bit elements"),
         ((1, 4096, 14336), {"design": "list", "dtype": torch.float32}, "is list .*: want 16-bit"),
         ((1, 4096, 14336), {"design": "batch"}, "is batch .*whose rows share a list"),
-        ((1, 64, 500_000), {"design": "list blocks=1"}, "is list .*blocks for lists that fit in shared"),
+        (
+            (1, 64, 500_000),
+            {"design": "list blocks=1"},
+            "is list .*blocks for lists that fit in shared",
+        ),
         ((1, 64, 64), {"design": "wide"}, "has wide: want general, list, range or batch"),
     ],
 )

@@ -56,10 +56,27 @@ __device__ __forceinline__ int place_of(int c) {
 }
 
 struct SenseShared {
-  unsigned peak[kSenseBatch][kSenseWarps];
-  int sum[kSenseBatch][kSenseWarps];  // of q
+  unsigned peak[kSenseWarps];
+  int sum[kSenseWarps];  // of q, by warp
   float scale[kSenseBatch];
 };
+
+// Warps that quantise one row of the batch, so that all rows are on their way at once.
+__device__ __forceinline__ int row_warps_of(int batch) {
+  return batch <= 1 ? 16 : batch <= 2 ? 8 : batch <= 4 ? 4 : batch <= 8 ? 2 : 1;
+}
+static_assert(kSenseWarps == 16 && kSenseBatch == 16);
+
+// The sum of q of row b, when it is quantised. All lanes of a warp call, each with a row of its own
+// choice.
+__device__ __forceinline__ int sum_of(const SenseShared& shared, int batch, int b) {
+  const int row_warps = row_warps_of(batch);
+  int sum = shared.sum[threadIdx.x % kSenseWarps];
+  for (int offset = 1; offset < row_warps; offset *= 2) {
+    sum += __shfl_xor_sync(kFull, sum, offset);
+  }
+  return __shfl_sync(kFull, sum, b * row_warps);
+}
 
 struct Eight {
   float at[8];
@@ -119,118 +136,87 @@ __device__ __forceinline__ uint2 round_eight(const Eight& equalised, unsigned pe
   return make_uint2(words[0], words[1]);
 }
 
-// Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
-// q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
-// bit. The whole block calls; what it wrote may be read at once.
-template <Code kCode, typename T>
-__device__ __forceinline__ void quantize_rows(const T* x, const float* equal, int batch, int d,
-                                              int8_t* q, SenseShared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarp;
-  const int lane = thread % kWarp;
-  const int stride = static_cast<int>(shared_stride<kCode>(d));
-  const int channels = static_cast<int>(shared_channels<kCode>(d));
-
-  // Peak
-  for (int b = 0; b < batch; ++b) {
-    unsigned peak = 0;
-    for (int c = 8 * thread; c < d; c += 8 * kSenseThreads) {
-      const Eight v = load_eight(x + int64_t{b} * d + c);
-      const Eight factor = load_eight(equal + c);
+// The product with the equaliser, channel by channel.
+template <typename T>
+__device__ __forceinline__ Eight equalised(const T* x, const float* equal) {
+  Eight v = load_eight(x);
+  const Eight factor = load_eight(equal);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        peak = max(peak, __float_as_uint(fabsf(__fmul_rn(v.at[i], factor.at[i]))));
-      }
-    }
-    peak = __reduce_max_sync(kFull, peak);
-    if (lane == 0) shared.peak[b][warp] = peak;
-  }
-  __syncthreads();
-
-  // Round
-  for (int b = 0; b < batch; ++b) {
-    const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[b][lane % kSenseWarps]);
-    const float inverse = inverse_of(peak_bits);
-    int sum = 0;
-    for (int c = 8 * thread; c < channels; c += 8 * kSenseThreads) {
-      Eight v{};
-      if (c < d) {
-        v = load_eight(x + int64_t{b} * d + c);
-        const Eight factor = load_eight(equal + c);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) v.at[i] = __fmul_rn(v.at[i], factor.at[i]);
-      }
-      const uint2 words = round_eight(v, peak_bits, inverse);
-      *reinterpret_cast<uint2*>(q + b * stride + place_of<kCode>(c)) = words;
-      sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
-      sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
-    }
-    sum = __reduce_add_sync(kFull, sum);
-    if (lane == 0) shared.sum[b][warp] = sum;
-    if (thread == 0) shared.scale[b] = scale_of(peak_bits);
-  }
-  __syncthreads();
+  for (int i = 0; i < 8; ++i) v.at[i] = __fmul_rn(v.at[i], factor.at[i]);
+  return v;
 }
 
-inline constexpr int kHeld = 2;  // times eight channels of a row that a thread has in registers
-
-// Channels that a block may have in registers.
-inline constexpr int kHeldChannels = kHeld * 8 * kSenseThreads;
-
-// The same for a single row of at most kHeldChannels shared channels, which is read once. Calls
-// meanwhile() when that is on its way, before a barrier.
-template <Code kCode, typename T, typename Meanwhile>
-__device__ __forceinline__ void quantize_row(const T* x, const float* equal, int d, int8_t* q,
-                                             SenseShared& shared, Meanwhile meanwhile) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarp;
-  const int lane = thread % kWarp;
-  const int channels = static_cast<int>(shared_channels<kCode>(d));
-
-  // Load
-  Eight v[kHeld] = {};
-  Eight factor[kHeld] = {};
+__device__ __forceinline__ unsigned peak_of(const Eight& v, unsigned peak) {
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int c = 8 * (thread + k * kSenseThreads);
-    if (c < d) {
-      v[k] = load_eight(x + c);
-      factor[k] = load_eight(equal + c);
-    }
-  }
-  meanwhile();
+  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(fabsf(v.at[i])));
+  return peak;
+}
+
+inline constexpr int kHeld = 2;  // times eight channels that a thread has in registers
+
+// Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
+// q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
+// bit. The whole block calls; what it wrote may be read at once. Rows are read once if registers
+// hold them. Calls meanwhile() when the first of them are on their way, before a barrier.
+template <Code kCode, typename T, typename Meanwhile>
+__device__ __forceinline__ void quantize_rows(const T* x, const float* equal, int batch, int d,
+                                              int8_t* q, SenseShared& shared, Meanwhile meanwhile) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row_warps = row_warps_of(batch);
+  const int b = warp / row_warps;
+  const int part = warp % row_warps;
+  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int width = b < batch ? d : 0;
+  const int first = 8 * (part * kWarp + lane);
+  const int step = 8 * kWarp * row_warps;
+  const T* row = x + int64_t{b} * d;
+  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
 
   // Peak
-  unsigned peak = 0;
+  Eight held[kHeld] = {};
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
+    const int c = first + k * step;
+    if (c < width) held[k] = equalised(row + c, equal + c);
+  }
+  meanwhile();
+  unsigned peak = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[k].at[i] = __fmul_rn(v[k].at[i], factor[k].at[i]);
-      peak = max(peak, __float_as_uint(fabsf(v[k].at[i])));
-    }
+  for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
+  for (int c = first + kHeld * step; c < width; c += step) {
+    peak = peak_of(equalised(row + c, equal + c), peak);
   }
   peak = __reduce_max_sync(kFull, peak);
-  if (lane == 0) shared.peak[0][warp] = peak;
+  if (lane == 0) shared.peak[warp] = peak;
   __syncthreads();
 
   // Round
-  const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[0][lane % kSenseWarps]);
+  const unsigned peak_bits =
+      __reduce_max_sync(kFull, shared.peak[b * row_warps + lane % row_warps]);
   const float inverse = inverse_of(peak_bits);
   int sum = 0;
+  const auto write = [&](int c, const Eight& v) {
+    const uint2 words = round_eight(v, peak_bits, inverse);
+    *reinterpret_cast<uint2*>(to + place_of<kCode>(c)) = words;
+    sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
+    sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
+  };
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    const int c = 8 * (thread + k * kSenseThreads);
-    if (c < channels) {
-      const uint2 words = round_eight(v[k], peak_bits, inverse);
-      *reinterpret_cast<uint2*>(q + place_of<kCode>(c)) = words;
-      sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
-      sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
-    }
+    const int c = first + k * step;
+    if (c < channels) write(c, held[k]);
+  }
+  for (int c = first + kHeld * step; c < channels; c += step) {
+    Eight v{};
+    if (c < width) v = equalised(row + c, equal + c);
+    write(c, v);
   }
   sum = __reduce_add_sync(kFull, sum);
-  if (lane == 0) shared.sum[0][warp] = sum;
-  if (thread == 0) shared.scale[0] = scale_of(peak_bits);
+  if (lane == 0) {
+    shared.sum[warp] = sum;
+    if (part == 0 && b < batch) shared.scale[b] = scale_of(peak_bits);
+  }
   __syncthreads();
 }
 
@@ -238,20 +224,39 @@ __device__ __forceinline__ void quantize_row(const T* x, const float* equal, int
 template <Code kCode>
 __device__ __forceinline__ void copy_rows(const int8_t* from, const float* scale, int batch, int d,
                                           int8_t* q, SenseShared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int stride = static_cast<int>(shared_stride<kCode>(d));
-  const int channels = static_cast<int>(shared_channels<kCode>(d));
-  for (int b = 0; b < batch; ++b) {
-    int sum = 0;
-    for (int c = 16 * thread; c < channels; c += 16 * kSenseThreads) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + b * q_width(d) + c);
-      *reinterpret_cast<uint4*>(q + b * stride + place_of<kCode>(c)) = v;
+  constexpr int kAtOnce = 4;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row_warps = row_warps_of(batch);
+  const int b = warp / row_warps;
+  const int part = warp % row_warps;
+  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int step = 16 * kWarp * row_warps;
+  const int8_t* row = from + b * q_width(d);
+  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
+  int sum = 0;
+  for (int first = 16 * (part * kWarp + lane); first < channels; first += kAtOnce * step) {
+    uint4 v[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sum = __dp4a(0x01010101, static_cast<int>(word(v, k)), sum);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = first + i * step;
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (c < channels) v[i] = *reinterpret_cast<const uint4*>(row + c);
     }
-    sum = __reduce_add_sync(kFull, sum);
-    if (thread % kWarp == 0) shared.sum[b][thread / kWarp] = sum;
-    if (thread == 0) shared.scale[b] = scale[b];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = first + i * step;
+      if (c < channels) *reinterpret_cast<uint4*>(to + place_of<kCode>(c)) = v[i];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sum = __dp4a(0x01010101, static_cast<int>(word(v[i], k)), sum);
+      }
+    }
+  }
+  sum = __reduce_add_sync(kFull, sum);
+  if (lane == 0) {
+    shared.sum[warp] = sum;
+    if (part == 0 && b < batch) shared.scale[b] = scale[b];
   }
   __syncthreads();
 }
@@ -438,9 +443,7 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     q[n] = run.q + min(n * kProductColumns + g, run.batch - 1) * stride + 16 * t;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sum[n][i] = 0;
-      const int b = min(n * kProductColumns + 2 * t + i, run.batch - 1);
-      for (int w = 0; w < kSenseWarps; ++w) sum[n][i] += shared.sum[b][w];
+      sum[n][i] = sum_of(shared, run.batch, min(n * kProductColumns + 2 * t + i, run.batch - 1));
     }
   }
 

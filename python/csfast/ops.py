@@ -1177,7 +1177,7 @@ def _fake_select(
     lists = batch if weight is None else 1
     width = _n_tiles_max("select", n_neurons, tile_rows)
     return (
-        x.new_zeros((lists, width), dtype=torch.int32),
+        x.new_empty((lists, width), dtype=torch.int32),
         x.new_empty((lists,), dtype=torch.int32),
         x.new_empty((lists,), dtype=torch.float32),
     )

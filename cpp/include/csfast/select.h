@@ -24,10 +24,10 @@ struct SelectParams {
   const int32_t* cap = nullptr;  // (lists): the most tiles that each keeps, or null; below 0 is 0
   const void* x;                 // (batch, d), T
   void* workspace;               // select_workspace() bytes, 64-byte aligned
-  int32_t* tile;  // (lists, n_tiles_max), written up to n_tiles; with a cap, 0 where more had been
-  int32_t* n_tiles;            // (lists), written
-  int32_t* dropped = nullptr;  // (lists), written, or null: tiles that only the cap left out
-  float* missed;               // (lists), written, or null
+  int32_t* tile;                 // (lists, n_tiles_max), written: ascending up to n_tiles, 0 beyond
+  int32_t* n_tiles;              // (lists), written
+  int32_t* dropped = nullptr;    // (lists), written, or null: tiles that only the cap left out
+  float* missed;                 // (lists), written, or null
   int64_t batch, d, n_neurons;
   Code code;
   int tile_rows;
