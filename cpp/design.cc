@@ -61,9 +61,9 @@ void refuse(const std::string& what) {
 Design parse_design(const char* op, std::string_view words) {
   Design design;
   const auto fail = [&](std::string_view word) {
-    throw std::invalid_argument(
-        std::string("[") + op + "] design has " + std::string(word) +
-        ": want general, list, range or batch; register or bulk; blocks=N; portable; each once.");
+    throw std::invalid_argument(std::string("[") + op + "] design has " + std::string(word) +
+                                ": want general, list, range or batch; register or bulk; blocks=N; "
+                                "eager; portable; each once.");
   };
   while (!words.empty()) {
     const size_t length = std::min(words.find(' '), words.size());
@@ -91,6 +91,7 @@ Design parse_design(const char* op, std::string_view words) {
           error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
     }
     if (word == "portable" && !design.portable) is_known = design.portable = true;
+    if (word == "eager" && !design.eager) is_known = design.eager = true;
     if (!is_known) fail(word);
   }
   return design;

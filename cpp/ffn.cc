@@ -25,16 +25,20 @@ void ffn_on_cpu(const FfnParams& p) {
   at += line_up(p.batch * width * 4);
   int32_t* n_tiles = reinterpret_cast<int32_t*>(at);  // (batch)
   at += line_up(p.batch * 4);
+  int32_t* dropped = reinterpret_cast<int32_t*>(at);  // (batch)
+  at += line_up(p.batch * 4);
   host::select({.codes = p.codes,
                 .equal = p.equal,
                 .row_scale = p.row_scale,
                 .offset = p.offset,
                 .weight = p.weight,
                 .threshold = p.threshold,
+                .cap = p.cap,
                 .x = p.x,
                 .workspace = at,
                 .tile = tile,
                 .n_tiles = n_tiles,
+                .dropped = dropped,
                 .missed = nullptr,
                 .batch = p.batch,
                 .d = p.d,
@@ -61,9 +65,12 @@ void ffn_on_cpu(const FfnParams& p) {
                  .shared = p.weight != nullptr,
                  .dtype = p.dtype,
                  .activation = p.activation});
+  const bool shared = p.weight != nullptr;  // one list, which every row of the batch executes
+  for (int64_t list = 0; list < (shared ? 1 : p.batch) && p.dropped != nullptr; ++list) {
+    *p.dropped += dropped[list];
+  }
   if (p.stats == nullptr) return;
   p.stats[0] += p.batch;
-  const bool shared = p.weight != nullptr;  // one list, which every row of the batch executes
   for (int64_t list = 0; list < (shared ? 1 : p.batch); ++list) {
     int64_t neurons = int64_t{n_tiles[list]} * p.tile_rows;
     // The last tile may be short.
@@ -80,7 +87,7 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device
   check_neurons("ffn", batch, n_neurons);
   check_width("ffn", d);
   if (device == Device::kCuda) return cuda::ffn_workspace(batch, d, n_neurons);
-  return line_up(batch * n_neurons * 4) + line_up(batch * 4) +
+  return line_up(batch * n_neurons * 4) + 2 * line_up(batch * 4) +
          std::max(host::select_workspace(batch, d, n_neurons), host::execute_workspace(batch, d));
 }
 

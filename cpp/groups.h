@@ -28,4 +28,9 @@ Votes votes_of(const float* weight, const float* scale, int64_t batch) noexcept;
 // The threshold that `votes` leaves of one.
 float threshold_of(Votes votes, float threshold) noexcept;
 
+// index (count) = the `budget` largest of usage (n), ascending: not-a-number ranks as infinity,
+// ties go to the lower index. Returns how many; `missed` is the sum of the squares of the others.
+int32_t keep_top(const float* usage, int64_t n, int64_t budget, int32_t* index,
+                 float* missed) noexcept;
+
 }  // namespace csfast

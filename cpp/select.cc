@@ -26,9 +26,11 @@ void check(const SelectParams& p, Device device) {
 
 // The parts of the workspace.
 struct Parts {
-  int8_t* q;       // (batch, q_width)
-  float* scale;    // (batch)
-  float* usage;    // (batch, n_neurons), where tiles are of several neurons or rows decide together
+  int8_t* q;      // (batch, q_width)
+  float* scale;   // (batch)
+  float* usage;   // (batch, n_neurons), where tiles are of several neurons, rows decide together or
+                  // there is a cap
+  float* pooled;  // (lists, n_tiles_max), where there is a cap beside either of the others
   uint64_t* mask;  // (lists, n_blocks)
   float* missed;   // (lists, n_blocks)
 };
@@ -50,6 +52,7 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
   return {.q = reinterpret_cast<int8_t*>(take(batch * q_width(d))),
           .scale = reinterpret_cast<float*>(take(batch * 4)),
           .usage = reinterpret_cast<float*>(take(batch * n_neurons * 4)),
+          .pooled = reinterpret_cast<float*>(take(lists * n_neurons * 4)),
           .mask = reinterpret_cast<uint64_t*>(take(lists * n_blocks * 8)),
           .missed = reinterpret_cast<float*>(take(lists * n_blocks * 4))};
 }
@@ -73,7 +76,8 @@ void select_block(const SelectParams& p, const Parts& parts, int64_t block) {
                  parts.q + b0 * q_width(p.d), rows, y, 2 * kBlock);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t b = b0 + i;
-      float* usage = is_pooled(p) ? parts.usage + b * p.n_neurons + first : alone;
+      const bool is_stored = is_pooled(p) || p.cap != nullptr;
+      float* usage = is_stored ? parts.usage + b * p.n_neurons + first : alone;
       loop.usage({.y = y + i * 2 * kBlock,
                   .row_scale = p.row_scale + 2 * first,
                   .offset = p.offset == nullptr ? nullptr : p.offset + 2 * first,
@@ -117,17 +121,35 @@ void keep_block(const SelectParams& p, const Parts& parts, Votes votes, int64_t 
       add_usage(row, n, p.weight[b], usage);
     }
   }
+  if (p.cap != nullptr) std::copy(usage, usage + n, parts.pooled + list * n_tiles + block * kBlock);
   const int64_t at = list * blocks_of(n_tiles) + block;
   const Kept kept = loops().keep(usage, n, threshold_of(votes, p.threshold[list]));
   parts.mask[at] = kept.mask;
   parts.missed[at] = kept.missed;
 }
 
-// From the masks of one list to its tiles.
-void list_tiles(const SelectParams& p, const Parts& parts, int64_t list) {
+// From the masks of one list to its tiles, or from its usages if the cap asks for it.
+void list_tiles(const SelectParams& p, const Parts& parts, Votes votes, int64_t list) {
   const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
   const int64_t n_blocks = blocks_of(n_tiles);
   int32_t* tile = p.tile + list * n_tiles;
+  if (p.dropped != nullptr) p.dropped[list] = 0;
+  if (p.cap != nullptr && !votes.all) {
+    const int32_t cap = std::max(p.cap[list], 0);
+    int32_t wanted = 0;
+    for (int64_t block = 0; block < n_blocks; ++block) {
+      wanted += std::popcount(parts.mask[list * n_blocks + block]);
+    }
+    if (wanted > cap) {
+      const float* usage = (is_pooled(p) ? parts.pooled : parts.usage) + list * n_tiles;
+      float missed = 0.0f;
+      p.n_tiles[list] = keep_top(usage, n_tiles, cap, tile, &missed);
+      std::fill(tile + p.n_tiles[list], tile + n_tiles, 0);
+      if (p.dropped != nullptr) p.dropped[list] = wanted - cap;
+      if (p.missed != nullptr) p.missed[list] = missed;
+      return;
+    }
+  }
   int32_t count = 0;
   float missed = 0.0f;
   for (int64_t block = 0; block < n_blocks; ++block) {
@@ -136,6 +158,7 @@ void list_tiles(const SelectParams& p, const Parts& parts, int64_t list) {
       tile[count++] = static_cast<int32_t>(block * kBlock + std::countr_zero(mask));
     }
   }
+  std::fill(tile + count, tile + n_tiles, 0);
   p.n_tiles[list] = count;
   if (p.missed != nullptr) p.missed[list] = missed;
 }
@@ -146,7 +169,8 @@ int64_t host::select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t lists = std::max<int64_t>(batch, 1);
   const int64_t n_blocks = blocks_of(n_neurons);
   return line_up(batch * q_width(d)) + line_up(batch * 4) + line_up(batch * n_neurons * 4) +
-         line_up(lists * n_blocks * 8) + line_up(lists * n_blocks * 4);
+         line_up(lists * n_neurons * 4) + line_up(lists * n_blocks * 8) +
+         line_up(lists * n_blocks * 4);
 }
 
 void host::select(const SelectParams& p) {
@@ -163,19 +187,19 @@ void host::select(const SelectParams& p) {
   for (int64_t block = 0; block < n_blocks; ++block) select_block(p, parts, block);
 
   const int64_t lists = p.weight == nullptr ? p.batch : 1;
+  const auto votes = [&](int64_t list) {
+    if (p.weight != nullptr) return votes_of(p.weight, parts.scale, p.batch);
+    return Votes{.none = false, .all = !std::isfinite(parts.scale[list])};
+  };
   if (is_pooled(p)) {
     const int64_t n_tile_blocks = blocks_of(n_tiles_max(p.n_neurons, p.tile_rows));
-    const auto votes = [&](int64_t list) {
-      if (p.weight != nullptr) return votes_of(p.weight, parts.scale, p.batch);
-      return Votes{.none = false, .all = !std::isfinite(parts.scale[list])};
-    };
 #pragma omp parallel for if (p.batch * p.n_neurons * 4 > kBytesAlone)
     for (int64_t item = 0; item < lists * n_tile_blocks; ++item) {
       const int64_t list = item / n_tile_blocks;
       keep_block(p, parts, votes(list), list, item % n_tile_blocks);
     }
   }
-  for (int64_t list = 0; list < lists; ++list) list_tiles(p, parts, list);
+  for (int64_t list = 0; list < lists; ++list) list_tiles(p, parts, votes(list), list);
 }
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device) {

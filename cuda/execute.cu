@@ -471,28 +471,6 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   return {.first = first, .count = count};
 }
 
-// By one warp.
-__device__ __forceinline__ int neurons_of(const int32_t* neurons, int n) {
-  int there = 0;
-  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) there += neurons[i] >= 0;
-  return __reduce_add_sync(kFull, there);
-}
-
-template <typename T>
-__device__ __forceinline__ Gather gather_of(const ExecuteParams& p, const int32_t* neurons,
-                                            int count, int group_threads) {
-  return {.gate = static_cast<const char*>(p.gate),
-          .up = static_cast<const char*>(p.up),
-          .down_t = static_cast<const char*>(p.down_t),
-          .gate_bias = p.gate_bias,
-          .up_bias = p.up_bias,
-          .neurons = neurons,
-          .count = count,
-          .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
-          .group_threads = group_threads,
-          .activation = p.activation};
-}
-
 template <int kVectors, bool kBulk>
 constexpr int kGatherBytes = kBulk ? kRingBytes<kVectors> : kSumBytes<kVectors>;
 
@@ -737,6 +715,28 @@ void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing&
   };
   if (p.dtype == DType::kF16) return in_parts.template operator()<__half>();
   in_parts.template operator()<__nv_bfloat16>();
+}
+
+Partials partials_of(const ExecuteParams& p) {
+  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  return {.sum = at<float>(p.workspace, layout.sum),
+          .executed = at<int32_t>(p.workspace, layout.executed)};
+}
+
+void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream) {
+  const Partials partials = partials_of(p);
+  const SumParams params{.down_bias = p.down_bias,
+                         .partial = partials.sum,
+                         .executed = partials.executed,
+                         .out = p.out,
+                         .stats = stats,
+                         .batch = 1,
+                         .d = p.d,
+                         .shares = chosen.blocks,
+                         .n_counts = chosen.blocks,
+                         .shared = p.shared};
+  if (p.dtype == DType::kF16) return launch_sum<__half>(params, chosen.overlaps, stream);
+  launch_sum<__nv_bfloat16>(params, chosen.overlaps, stream);
 }
 
 void execute(const ExecuteParams& p, Stream stream) {

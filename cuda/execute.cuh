@@ -1,10 +1,34 @@
-// What compositions need of execute and other operations do not see: lists in pieces, and counters.
+// What compositions need of execute and other operations do not see: lists in pieces, counters, and
+// a block's share of an output without execute's own kernel.
 #pragma once
 
+#include "common/gather.cuh"
 #include "common/segment.cuh"
 #include "csfast/execute.h"
 
 namespace csfast::cuda {
+
+// How many there are of n places. By one warp.
+__device__ __forceinline__ int neurons_of(const int32_t* neurons, int n) {
+  int there = 0;
+  for (int i = static_cast<int>(threadIdx.x) % kWarp; i < n; i += kWarp) there += neurons[i] >= 0;
+  return __reduce_add_sync(kFull, there);
+}
+
+template <typename T>
+__device__ __forceinline__ Gather gather_of(const ExecuteParams& p, const int32_t* neurons,
+                                            int count, int group_threads) {
+  return {.gate = static_cast<const char*>(p.gate),
+          .up = static_cast<const char*>(p.up),
+          .down_t = static_cast<const char*>(p.down_t),
+          .gate_bias = p.gate_bias,
+          .up_bias = p.up_bias,
+          .neurons = neurons,
+          .count = count,
+          .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
+          .group_threads = group_threads,
+          .activation = p.activation};
+}
 
 // Whose list execute takes: p.tile and p.n_tiles, or pieces; and who counts.
 struct Listing {
@@ -15,5 +39,16 @@ struct Listing {
 // execute() as `chosen`, which choose() made of p. On kGeneral there are neither pieces nor stats.
 void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
                     Stream stream);
+
+// In the workspace: what blocks leave of one row of the batch, and how many neurons they executed.
+struct Partials {
+  float* sum;         // (blocks, d)
+  int32_t* executed;  // (blocks), if someone counts
+};
+Partials partials_of(const ExecuteParams& p);
+
+// The end of execute() for a single row: adds up what chosen.blocks blocks have left in
+// partials_of(p). 16-bit types.
+void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream);
 
 }  // namespace csfast::cuda

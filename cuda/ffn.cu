@@ -1,8 +1,13 @@
 // Ffn on CUDA: select, then execute on what it leaves in the workspace.
 //
 // Three kernels, each of which may begin while the one before ends: select leaves its list in
-// pieces, execute takes its share of them, the sum adds up and counts. Where either goes its
-// general path, they meet at a list, and whoever counts costs a kernel of one thread.
+// pieces, execute takes its share of them, the sum adds up and counts. For one row on kRange, two:
+// a block that has sensed its run goes on to the weights of what it keeps of it. Where either goes
+// its general path, and with a cap, they meet at a list; there whoever counts costs a kernel of one
+// thread.
+#include <algorithm>
+
+#include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/workspace.cuh"
 #include "csfast/ffn.h"
@@ -16,6 +21,7 @@ namespace {
 struct Layout {
   int64_t tile;     // (batch, n_tiles_max) and room for tile_rows = 1, int32
   int64_t n_tiles;  // (batch), int32
+  int64_t dropped;  // (batch), int32
   int64_t select;   // select_workspace()
   int64_t execute;  // execute_workspace()
   int64_t bytes;
@@ -23,10 +29,12 @@ struct Layout {
 
 Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t n_tiles = padded(batch * n_neurons * int64_t{sizeof(int32_t)});
-  const int64_t select = n_tiles + padded(batch * int64_t{sizeof(int32_t)});
+  const int64_t dropped = n_tiles + padded(batch * int64_t{sizeof(int32_t)});
+  const int64_t select = dropped + padded(batch * int64_t{sizeof(int32_t)});
   const int64_t execute = select + padded(select_workspace(batch, d, n_neurons));
   return {.tile = 0,
           .n_tiles = n_tiles,
+          .dropped = dropped,
           .select = select,
           .execute = execute,
           .bytes = execute + padded(execute_workspace(batch, d, n_neurons))};
@@ -35,7 +43,9 @@ Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
 struct CountParams {
   const int32_t* tile;     // (lists, n_tiles_max)
   const int32_t* n_tiles;  // (lists)
-  int64_t* stats;          // (2)
+  const int32_t* dropped;  // (lists)
+  int64_t* stats;          // (2), or null
+  int64_t* all_dropped;    // (1), or null
   int64_t batch, n_neurons;
   int tile_rows;
   bool shared;  // one list, which every row of the batch executes
@@ -53,8 +63,105 @@ __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
     }
   }
   if (p.shared) neurons *= p.batch;
+  if (p.all_dropped != nullptr) {
+    for (int64_t list = 0; list < (p.shared ? 1 : p.batch); ++list) {
+      *p.all_dropped += p.dropped[list];
+    }
+  }
+  if (p.stats == nullptr) return;
   p.stats[0] += p.batch;
   p.stats[1] += neurons;
+}
+
+struct RangeParams {
+  SelectParams selection;  // of one row
+  ExecuteParams execution;
+  Chosen chosen;
+  Partials partials;
+  int run_neurons;  // of a run, at most
+  bool counts;
+};
+
+template <Code kCode>
+constexpr int64_t list_at(const RangeParams& p) {  // of dynamic shared memory; sums come first
+  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
+}
+
+template <Code kCode, typename T>
+__global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangeParams params) {
+  static_assert(kSenseThreads == kGatherThreads);
+  struct Shared {
+    RunShared run;
+    GatherShared<kRegisterNeurons<1>> gather;
+    int tiles;  // kept
+  };
+  __shared__ Shared shared;
+  const SelectParams& p = params.selection;
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, params.chosen.blocks);
+  const auto block = static_cast<int>(blockIdx.x);
+  const int tile_rows = p.tile_rows;
+  char* room = dynamic_shared();
+  int32_t* neurons = reinterpret_cast<int32_t*>(room + list_at<kCode>(params));
+  const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, nullptr, nullptr,
+                                              shared.run, room + kSumBytes<1>);
+
+  // Keep
+  if (threadIdx.x < kWarp) {
+    const Kept kept = keep_tiles(p, run, 0, shared.run.votes[0], [&](int64_t t, int rank, float) {
+      if (rank < 0) return;
+      for (int i = 0; i < tile_rows; ++i) {
+        const int64_t j = t * tile_rows + i;
+        neurons[rank * tile_rows + i] = j < p.n_neurons ? static_cast<int32_t>(j) : -1;
+      }
+    });
+    __syncwarp();
+    const int there = neurons_of(neurons, kept.count * tile_rows);
+    if (threadIdx.x == 0) {
+      shared.tiles = kept.count;
+      if (params.counts) params.partials.executed[block] = there;
+    }
+  }
+  __syncthreads();
+
+  // Gather
+  const Gather gather = gather_of<T>(params.execution, neurons, shared.tiles * tile_rows,
+                                     params.chosen.group_threads);
+  const Place place(params.chosen.group_threads);
+  uint4 x[1];
+  load_x<1>(gather, place, p.x, x);
+  float sum[1][kLaneColumns] = {};
+  gather_register<T, 1>(gather, place, shared.gather, x, sum);
+  write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
+                   params.partials.sum + int64_t{block} * p.d);
+}
+
+// Whether one kernel does all but the sum; then `params` is complete.
+bool is_immediate(const RangeParams& params, const Chip& machine) {
+  const Chosen& chosen = params.chosen;
+  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister || chosen.vectors != 1 ||
+      params.selection.batch != 1 || params.run_neurons > (1 << 20)) {
+    return false;
+  }
+  int64_t bytes = 0;
+  dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
+    bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
+  });
+  constexpr int kStaticBytes = 8 << 10;
+  return bytes + kStaticBytes <= machine.shared_bytes;
+}
+
+void launch_range(const RangeParams& params, Stream stream) {
+  const auto launch_code = [&]<Code kCode, typename T>() {
+    const int64_t bytes =
+        list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
+    launch("ffn", "range", range_kernel<kCode, T>,
+           dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
+           {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
+  };
+  dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
+    params.selection.dtype == DType::kF16 ? launch_code.template operator()<kCode, __half>()
+                                          : launch_code.template operator()<kCode, __nv_bfloat16>();
+  });
 }
 
 }  // namespace
@@ -67,16 +174,19 @@ void ffn(const FfnParams& p, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   int32_t* tile = at<int32_t>(p.workspace, layout.tile);
   int32_t* n_tiles = at<int32_t>(p.workspace, layout.n_tiles);
+  int32_t* dropped = at<int32_t>(p.workspace, layout.dropped);
   const SelectParams selection{.codes = p.codes,
                                .equal = p.equal,
                                .row_scale = p.row_scale,
                                .offset = p.offset,
                                .weight = p.weight,
                                .threshold = p.threshold,
+                               .cap = p.cap,
                                .x = p.x,
                                .workspace = at<void>(p.workspace, layout.select),
                                .tile = tile,
                                .n_tiles = n_tiles,
+                               .dropped = dropped,
                                .missed = nullptr,
                                .batch = p.batch,
                                .d = p.d,
@@ -109,17 +219,34 @@ void ffn(const FfnParams& p, Stream stream) {
   const Chosen chosen = choose(execution, machine);
   const bool is_general = chosen.path == Path::kGeneral;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
-  if (!is_general && is_one_pass(selection, machine)) {
+  const bool is_piecewise = !is_general && p.cap == nullptr && is_one_pass(selection, machine);
+  const Runs runs = runs_of(selection, machine);
+  const RangeParams range{
+      .selection = selection,
+      .execution = execution,
+      .chosen = chosen,
+      .partials = partials_of(execution),
+      .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
+      .counts = p.stats != nullptr};
+  if (is_piecewise && is_immediate(range, machine)) {
+    launch_range(range, stream);
+    return sum_partials(execution, chosen, p.stats, stream);
+  }
+  if (is_piecewise) {
     listing.segments = select_segments(selection, machine, stream);
   } else {
     select(selection, stream);
   }
   execute_chosen(execution, chosen, listing, stream);
-  if (p.stats == nullptr || !is_general) return;
+  int64_t* stats = is_general ? p.stats : nullptr;
+  int64_t* all_dropped = p.cap == nullptr ? nullptr : p.dropped;
+  if (stats == nullptr && all_dropped == nullptr) return;
   launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
          CountParams{.tile = tile,
                      .n_tiles = n_tiles,
-                     .stats = p.stats,
+                     .dropped = dropped,
+                     .stats = stats,
+                     .all_dropped = all_dropped,
                      .batch = p.batch,
                      .n_neurons = p.n_neurons,
                      .tile_rows = p.tile_rows,

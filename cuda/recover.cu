@@ -4,82 +4,19 @@
 // over its neurons a few times: usages, for top-k four rounds of counting, then compaction.
 #include "common/compact.cuh"
 #include "common/launch.cuh"
+#include "common/rank.cuh"
 #include "common/usage.cuh"
 #include "csfast/recover.h"
 
 namespace csfast::cuda {
 namespace {
 
-constexpr int kThreads = kCompactWarps * kWarp;
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
-constexpr int kLaneDigits = kDigits / kWarp;  // counts that one lane adds up
+constexpr int kThreads = kRankThreads;
 
 struct Shared {
   CompactShared compact;
-  int count[kDigits];
-  unsigned prefix;  // leading digits of the key where the budget ends
-  int left;         // budget not yet spent on keys above the prefix
+  RankShared rank;
 };
-
-// Orders as the usages do, which are not negative; not-a-number ranks with infinity.
-__device__ __forceinline__ unsigned key_of(float usage) {
-  return isnan(usage) ? 0x7f800000u : __float_as_uint(usage);
-}
-
-// Lowers shared.prefix by one digit: the largest at which the counts from the top reach the budget
-// that is left. One warp; each lane has kLaneDigits neighbouring digits, lane 0 the largest.
-__device__ __forceinline__ void take_digit(Shared& shared, int shift) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const int top = kDigits - 1 - lane * kLaneDigits;
-  int own = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneDigits; ++i) own += shared.count[top - i];
-  int through = own;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const int other = __shfl_up_sync(kFull, through, offset);
-    if (lane >= offset) through += other;
-  }
-  const int left = shared.left;
-  int above = through - own;
-  __syncwarp();  // every lane has read `left`
-  if (above >= left || through < left) return;
-#pragma unroll
-  for (int i = 0; i < kLaneDigits; ++i) {
-    const int next = above + shared.count[top - i];
-    if (above < left && next >= left) {
-      shared.prefix |= static_cast<unsigned>(top - i) << shift;
-      shared.left = left - above;
-    }
-    above = next;
-  }
-}
-
-// Finds the key of the last neuron that the budget, at least 1 and at most n, affords: in
-// shared.prefix, and in shared.left how many neurons of just that key it affords.
-__device__ __forceinline__ void find_last_key(Shared& shared, const float* usage, int64_t n,
-                                              int budget) {
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) {
-    shared.prefix = 0;
-    shared.left = budget;
-  }
-  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    if (thread < kDigits) shared.count[thread] = 0;
-    __syncthreads();
-    const unsigned prefix = shared.prefix;
-    for (int64_t j = thread; j < n; j += kThreads) {
-      const unsigned key = key_of(usage[j]);
-      // Two shifts: one by all 32 bits would be undefined.
-      const bool same = ((key ^ prefix) >> shift) >> kDigitBits == 0;
-      if (same) atomicAdd(&shared.count[key >> shift & (kDigits - 1)], 1);
-    }
-    __syncthreads();
-    if (thread < kWarp) take_digit(shared, shift);
-    __syncthreads();  // orders prefix and left, and the counts before they are cleared
-  }
-}
 
 // What a neuron has of an array, read at once.
 template <typename E, int kColumns>
@@ -144,10 +81,10 @@ __global__ void __launch_bounds__(kThreads, 1) recover_kernel(const RecoverParam
     const bool everything = !votes.none && (votes.all || budget == n);
     const bool nothing = votes.none || (budget == 0 && !everything);
     if (!everything && !nothing) {
-      find_last_key(shared, usage, n, static_cast<int>(budget));
+      find_last_key(shared.rank, usage, n, static_cast<int>(budget));
     }
-    const unsigned last = shared.prefix;
-    const int ties = everything || nothing ? 0 : shared.left;
+    const unsigned last = shared.rank.prefix;
+    const int ties = everything || nothing ? 0 : shared.rank.left;
     const auto choose = [&](int64_t j) {
       if (everything || nothing) return everything ? Choice::kKeep : Choice::kDrop;
       const unsigned key = key_of(usage[j]);

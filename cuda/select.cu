@@ -4,14 +4,16 @@
 // Reads the codes once, which bounds it: 4.3 TB/s want 26 KB on the way to each processor, and here
 // 16 warps have 4 to 8 KB each. Every block quantises the activations for itself, up to four rows,
 // while its first codes come; more are quantised by a kernel before. Nothing is decided by who
-// comes first: each block keeps what it keeps at a place of its own. Where rows do not lie on 16
-// bytes, and for more than 16 rows, usages go through memory: a kernel that senses, one that pools
-// where tiles or rows decide together, one block a list.
+// comes first: each block keeps what it keeps at a place of its own. A cap takes one block a list
+// instead of the joining, which ranks the usages. Where rows do not lie on 16 bytes, and for more
+// than 16 rows, usages go through memory: a kernel that senses, one that pools where tiles or rows
+// decide together, one block a list.
 #include "common/compact.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/measure.cuh"
 #include "common/quantize.cuh"
+#include "common/rank.cuh"
 #include "common/sensing.cuh"
 #include "common/usage.cuh"
 #include "common/workspace.cuh"
@@ -21,7 +23,7 @@
 namespace csfast::cuda {
 namespace {
 
-constexpr int kListThreads = kCompactWarps * kWarp;
+constexpr int kListThreads = kRankThreads;
 constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there may be few of them
 constexpr int kOwnRows = 4;  // that every block quantises itself: .2 us each, a launch is 2 us
 
@@ -66,123 +68,37 @@ struct RunParams {
   const int8_t* q;     // (batch, q_width), or null: the blocks quantise
   const float* scale;  // (batch), or null likewise
   float* missed;       // (lists, blocks), written
+  float* usage;        // (lists, n_tiles_max), written, or null
+  float* own_scale;    // (batch), written if there are usages
   int run_neurons;     // of a run, at most
 };
-
-struct RunShared {
-  SenseShared sense;
-  Votes votes[kSenseBatch];
-};
-
-// Of dynamic shared memory: activations, scales of the run's rows, usages.
-template <Code kCode>
-constexpr int64_t shared_bytes(int64_t batch, int64_t d, int64_t run_neurons) {
-  return batch * shared_stride<kCode>(d) + run_neurons * int64_t{sizeof(float2)} +
-         batch * run_neurons * int64_t{sizeof(float)};
-}
-
-// Of every list, by one warp.
-__device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
-  const bool broken = !isfinite(scale);
-  if (p.weight == nullptr) {
-    if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
-    return;
-  }
-  const bool votes = lane < p.batch && p.weight[lane] != 0.0f;
-  const bool any = __any_sync(kFull, votes);
-  const bool all = __any_sync(kFull, votes && broken);
-  if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
-}
 
 template <Code kCode, int kProducts>
 __global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams params) {
   __shared__ RunShared shared;
   const SelectParams& p = params.p;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, params.segments.blocks);
-  const int block = static_cast<int>(blockIdx.x);
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t first_tile = runs.begin(block);
-  const int64_t end_tile = runs.begin(block + 1);
-  const int batch = static_cast<int>(p.batch);
-  const int d = static_cast<int>(p.d);
-  int8_t* q = reinterpret_cast<int8_t*>(dynamic_shared());  // (batch, shared_stride)
-  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
-  float* usage = reinterpret_cast<float*>(row_scale + params.run_neurons);  // (batch, run_neurons)
-  const SenseRun run{.codes = p.codes,
-                     .first = first_tile * p.tile_rows,
-                     .end = min(end_tile * p.tile_rows, p.n_neurons),
-                     .batch = batch,
-                     .d = d,
-                     .q = q};
+  const int blocks = params.segments.blocks;
+  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
+  const auto block = static_cast<int>(blockIdx.x);
+  const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, params.q,
+                                                      params.scale, shared, dynamic_shared());
 
-  launch_dependents();
-  if (threadIdx.x == 0 && run.first < run.end) {
-    const int64_t bytes = 2 * row_bytes(d, kCode);
-    prefetch(p.codes + run.first * bytes,
-             static_cast<int>(min((run.end - run.first) * bytes, int64_t{kPrefetchBytes})));
+  if (params.usage != nullptr && block == 0 && threadIdx.x < p.batch) {
+    params.own_scale[threadIdx.x] = shared.sense.scale[threadIdx.x];
   }
-  wait_for_prior();
 
-  // Usage
-  const auto quantize = [&] {
-    const auto n = static_cast<int>(run.end - run.first);
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += kSenseThreads) {
-      row_scale[i] = reinterpret_cast<const float2*>(p.row_scale)[run.first + i];
-    }
-    if (params.q != nullptr) {
-      copy_rows<kCode>(params.q, params.scale, batch, d, q, shared.sense);
-    } else if (p.dtype == DType::kF32) {
-      quantize_rows<kCode>(static_cast<const float*>(p.x), p.equal, batch, d, q, shared.sense);
-    } else if (p.dtype == DType::kF16) {
-      quantize_rows<kCode>(static_cast<const __half*>(p.x), p.equal, batch, d, q, shared.sense);
-    } else {
-      quantize_rows<kCode>(static_cast<const __nv_bfloat16*>(p.x), p.equal, batch, d, q,
-                           shared.sense);
-    }
-    if (warp == 0) vote(p, shared);
-  };
-  const auto write = [&](int i, int b, int y_gate, int y_up) {
-    const int64_t at = 2 * (run.first + i);
-    const float scale = shared.sense.scale[b];
-    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.offset, at);
-    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.offset, at + 1);
-    usage[b * params.run_neurons + i] = usage_of(p.activation, gate, up);
-  };
-  sense_run<kCode, kProducts>(run, shared.sense, quantize, write);
-  __syncthreads();
-
-  // Keep: a warp a list, a lane a tile.
-  for (int list = warp; list < (p.weight == nullptr ? batch : 1); list += kSenseWarps) {
-    const Votes votes = shared.votes[list];
-    const float threshold = p.threshold[list];
-    int32_t* tile = params.segments.tile + list * runs.n_tiles + first_tile;
-    int kept = 0;
-    float missed = 0.0f;
-    for (int64_t t0 = first_tile; t0 < end_tile; t0 += kWarp) {
-      const int64_t t = t0 + lane;
-      const bool inside = t < end_tile;
-      float tile_usage = 0.0f;
-      if (inside) {
-        const auto of_row = [&](int64_t b) {
-          const float* row = usage + b * params.run_neurons - run.first;
-          return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
-        };
-        tile_usage = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, batch, of_row);
-      }
-      const bool keep = inside && is_kept(tile_usage, threshold, votes);
-      const unsigned keeps = __ballot_sync(kFull, keep);
-      if (keep) tile[kept + __popc(keeps & ((1u << lane) - 1))] = static_cast<int32_t>(t);
-      if (inside && !keep) missed = __fmaf_rn(tile_usage, tile_usage, missed);
-      kept += __popc(keeps);
-    }
-    missed = warp_sum(missed);
-    if (lane == 0) {
-      const int64_t at = int64_t{list} * params.segments.blocks + block;
-      params.segments.count[at] = kept;
-      params.missed[at] = missed;
+  // Keep: a warp a list.
+  const int lists = p.weight == nullptr ? static_cast<int>(p.batch) : 1;
+  for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
+    int32_t* tile = params.segments.tile + list * runs.n_tiles + run.first_tile;
+    const Kept kept =
+        keep_tiles(p, run, list, shared.votes[list], [&](int64_t t, int rank, float usage) {
+          if (rank >= 0) tile[rank] = static_cast<int32_t>(t);
+          if (params.usage != nullptr) params.usage[list * runs.n_tiles + t] = usage;
+        });
+    if (threadIdx.x % kWarp == 0) {
+      params.segments.count[list * blocks + block] = kept.count;
+      params.missed[list * blocks + block] = kept.missed;
     }
   }
 }
@@ -193,15 +109,18 @@ struct JoinParams {
   const float* missed;  // (lists, blocks)
 };
 
-// One block a list.
+// One block a list, or several that share its pieces.
 __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams params) {
   struct Shared {
     int before[kBlocksMax];  // tiles of the pieces before
     int count[kBlocksMax];
+    int total;
   };
   __shared__ Shared shared;
   const SelectParams& p = params.p;
   const int64_t list = blockIdx.x;
+  const auto part = static_cast<int>(blockIdx.y);  // of the pieces
+  const auto parts = static_cast<int>(gridDim.y);
   const int blocks = params.segments.blocks;
   const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -213,10 +132,17 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
 
   // Add up: one warp the counts, another what was missed.
   if (warp == 0) {
+    int counts[kBlocksMax / kWarp];
+#pragma unroll
+    for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+      const int i = k * kWarp + lane;
+      counts[k] = i < blocks ? params.segments.count[list * blocks + i] : 0;
+    }
     int total = 0;
-    for (int first = 0; first < blocks; first += kWarp) {
-      const int i = first + lane;
-      const int own = i < blocks ? params.segments.count[list * blocks + i] : 0;
+#pragma unroll
+    for (int k = 0; k < kBlocksMax / kWarp; ++k) {
+      const int i = k * kWarp + lane;
+      const int own = counts[k];
       int through = own;
 #pragma unroll
       for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -229,10 +155,12 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
       }
       total += __shfl_sync(kFull, through, kWarp - 1);
     }
-    if (lane == 0) {
+    if (lane == 0) shared.total = total;
+    if (lane == 0 && part == 0) {
       p.n_tiles[list] = total;
+      if (p.dropped != nullptr) p.dropped[list] = 0;
     }
-  } else if (warp == 1 && p.missed != nullptr) {
+  } else if (warp == 1 && part == 0 && p.missed != nullptr) {
     float missed = 0.0f;
     for (int i = lane; i < blocks; i += kWarp) missed += params.missed[list * blocks + i];
     missed = warp_sum(missed);
@@ -240,10 +168,13 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
   }
   __syncthreads();
 
-  for (int s = warp; s < blocks; s += kCompactWarps) {
+  for (int s = part * kCompactWarps + warp; s < blocks; s += parts * kCompactWarps) {
     const int32_t* from = piece + runs.begin(s);
     for (int i = lane; i < shared.count[s]; i += kWarp) tile[shared.before[s] + i] = from[i];
   }
+  const auto n_tiles = static_cast<int>(runs.n_tiles);
+  const int first = shared.total + part * kListThreads + static_cast<int>(threadIdx.x);
+  for (int i = first; i < n_tiles; i += parts * kListThreads) tile[i] = 0;
 }
 
 template <Code kCode>
@@ -277,19 +208,29 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const SelectParams p
       p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
 }
 
-__global__ void __launch_bounds__(kListThreads) list_kernel(const SelectParams p) {
-  __shared__ CompactShared shared;
+struct ListParams {
+  SelectParams p;
+  const float* usage;  // (lists, n_tiles_max)
+  const float* scale;  // (batch)
+};
+
+// One block a list.
+__global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams params) {
+  struct Shared {
+    CompactShared compact;
+    RankShared rank;
+  };
+  __shared__ Shared shared;
+  const SelectParams& p = params.p;
   const int64_t list = blockIdx.x;
   const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const float* usage =
-      at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage) + list * n_tiles;
-  const Votes votes = votes_of(p.weight, at<float>(p.workspace, layout.scale), p.batch, list);
+  const float* usage = params.usage + list * n_tiles;
+  const Votes votes = votes_of(p.weight, params.scale, p.batch, list);
   const float threshold = p.threshold[list];
   int32_t* tile = p.tile + list * n_tiles;  // (n_tiles)
 
   float missed = 0.0f;
-  const auto choose = [&](int64_t t) {
+  const auto by_threshold = [&](int64_t t) {
     return is_kept(usage[t], threshold, votes) ? Choice::kKeep : Choice::kDrop;
   };
   const auto emit = [&](int64_t t, int rank) {
@@ -299,10 +240,32 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const SelectParams p
       missed = __fmaf_rn(usage[t], usage[t], missed);
     }
   };
-  const int kept = compact(shared, n_tiles, 0, choose, emit);
-  if (threadIdx.x == 0) p.n_tiles[list] = kept;
+  int kept = compact(shared.compact, n_tiles, 0, by_threshold, emit);
+  const int wanted = kept;
+  if (p.cap != nullptr && !votes.all) {
+    const int cap = max(p.cap[list], 0);
+    if (kept > cap) {  // every thread alike
+      missed = 0.0f;
+      if (cap > 0) find_last_key(shared.rank, usage, n_tiles, cap);
+      const unsigned last = shared.rank.prefix;
+      const int ties = cap > 0 ? shared.rank.left : 0;
+      const auto by_rank = [&](int64_t t) {
+        if (cap == 0) return Choice::kDrop;
+        const unsigned key = key_of(usage[t]);
+        return key > last ? Choice::kKeep : key == last ? Choice::kTie : Choice::kDrop;
+      };
+      __syncthreads();  // the longer list is written
+      kept = compact(shared.compact, n_tiles, ties, by_rank, emit);
+    }
+  }
+  __syncthreads();  // the list is written
+  for (int i = kept + static_cast<int>(threadIdx.x); i < n_tiles; i += kListThreads) tile[i] = 0;
+  if (threadIdx.x == 0) {
+    p.n_tiles[list] = kept;
+    if (p.dropped != nullptr) p.dropped[list] = wanted - kept;
+  }
   if (p.missed == nullptr) return;
-  missed = block_sum(shared, missed);
+  missed = block_sum(shared.compact, missed);
   if (threadIdx.x == 0) p.missed[list] = missed;
 }
 
@@ -310,7 +273,7 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.weight == nullptr ? p.batch : 1);
 }
 
-void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
+void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
   dispatch(p.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
                 {.equal = p.equal,
@@ -318,7 +281,7 @@ void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
                  .d = p.d},
-                p.batch, stream);
+                p.batch, stream, overlaps);
   });
 }
 
@@ -327,12 +290,7 @@ bool is_overlapping(const SelectParams& p, const Chip& chip) {
   return chip.capability >= 90 && !p.design.portable;
 }
 
-Runs runs_of(const SelectParams& p, const Chip& chip) {
-  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
-  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
-  return runs;
-}
-
+// With a cap, usages and scales stay in the workspace as well.
 Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
   const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
   const Runs runs = runs_of(p, chip);
@@ -340,27 +298,41 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, stream);
+  if (is_quantized) quantize_all(p, layout, p.design.eager && is_overlapping(p, chip), stream);
   RunParams params{.p = p,
                    .segments = segments,
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
                    .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
                    .missed = at<float>(p.workspace, layout.missed),
+                   .usage = p.cap == nullptr ? nullptr : at<float>(p.workspace, layout.pooled),
+                   .own_scale = at<float>(p.workspace, layout.scale),
                    .run_neurons = static_cast<int>(runs.tiles_max() * p.tile_rows)};
   dispatch_code(p.code, "select", [&]<Code kCode>() {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
     launch("select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
            stream, params,
-           {.shared_bytes = static_cast<int>(shared_bytes<kCode>(p.batch, p.d, params.run_neurons)),
+           {.shared_bytes = static_cast<int>(run_bytes<kCode>(p.batch, p.d, params.run_neurons)),
             .overlaps = is_overlapping(p, chip)});
   });
   return segments;
+}
+
+void launch_list(const SelectParams& p, const float* usage, Stream stream) {
+  const float* scale = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).scale);
+  launch("select", "list", list_kernel, dim3(static_cast<unsigned>(lists_of(p))),
+         dim3(kListThreads), stream, ListParams{.p = p, .usage = usage, .scale = scale});
 }
 
 }  // namespace
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
+}
+
+Runs runs_of(const SelectParams& p, const Chip& chip) {
+  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
+  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
+  return runs;
 }
 
 bool is_one_pass(const SelectParams& p, const Chip& chip) {
@@ -370,7 +342,7 @@ bool is_one_pass(const SelectParams& p, const Chip& chip) {
   const Runs runs = runs_of(p, chip);
   int64_t bytes = 0;
   dispatch_code(p.code, "select", [&]<Code kCode>() {
-    bytes = shared_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
+    bytes = run_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
   });
   return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
 }
@@ -389,13 +361,14 @@ void select(const SelectParams& p, Stream stream) {
   const Chip machine = chip("select");
   if (is_one_pass(p, machine)) {
     const Segments segments = launch_runs(p, machine, stream);
+    if (p.cap != nullptr) return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
     return launch(
         "select", "join", join_kernel, dim3(lists), dim3(kListThreads), stream,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
         {.overlaps = is_overlapping(p, machine)});
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    quantize_all(p, layout, stream);
+    quantize_all(p, layout, false, stream);
     dispatch_code(p.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),
@@ -407,7 +380,7 @@ void select(const SelectParams& p, Stream stream) {
            dim3(blocks_of(n_tiles_max(p.n_neurons, p.tile_rows), kPoolThreads), lists),
            dim3(kPoolThreads), stream, p);
   }
-  launch("select", "list", list_kernel, dim3(lists), dim3(kListThreads), stream, p);
+  launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), stream);
 }
 
 }  // namespace csfast::cuda

@@ -1,17 +1,201 @@
-// What compositions need of select and other operations do not see: the lists in pieces.
+// What compositions need of select and other operations do not see: what one block decides of its
+// run of tiles, and lists in pieces.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "common/async.cuh"
 #include "common/segment.cuh"
+#include "common/sensing.cuh"
+#include "common/usage.cuh"
 #include "csfast/select.h"
 
 namespace csfast::cuda {
+
+struct RunShared {
+  SenseShared sense;
+  Votes votes[kSenseBatch];
+};
+
+// Of dynamic shared memory: activations, scales of the run's rows, usages.
+template <Code kCode>
+constexpr int64_t run_bytes(int64_t batch, int64_t d, int64_t run_neurons) {
+  return batch * shared_stride<kCode>(d) + run_neurons * int64_t{sizeof(float2)} +
+         batch * run_neurons * int64_t{sizeof(float)};
+}
+
+// Of every list, by one warp. `shared` has the scales.
+__device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
+  const bool broken = !isfinite(scale);
+  if (p.weight == nullptr) {
+    if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
+    return;
+  }
+  const bool votes = lane < p.batch && p.weight[lane] != 0.0f;
+  const bool any = __any_sync(kFull, votes);
+  const bool all = __any_sync(kFull, votes && broken);
+  if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
+}
+
+// What a block knows of its run.
+struct SensedRun {
+  int64_t first_tile, end_tile;
+  int64_t first;       // neuron
+  const float* usage;  // (batch, run_neurons)
+  int run_neurons;
+};
+
+// Brings what the run needs beside the activations to the L2 cache: all its codes and scales, a
+// threshold, and the block's part of the equaliser. Reads nothing, so it may come before
+// wait_for_prior().
+__device__ __forceinline__ void prefetch_run(const SelectParams& p, const SenseRun& run, int block,
+                                             int blocks, int64_t code_bytes) {
+  constexpr int kLine = 128;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int64_t n = run.end - run.first;
+
+  // Each warp the codes that it will sense first; then, together, the rest.
+  const int64_t task_bytes = kTaskNeurons * 2 * code_bytes;
+  const uint8_t* codes = p.codes + run.first * 2 * code_bytes;
+  const int64_t bytes = n * 2 * code_bytes;
+  for (int64_t from = thread / kWarp * task_bytes; from < bytes && thread % kWarp == 0;
+       from += kSenseWarps * task_bytes) {
+    prefetch(codes + from, static_cast<int>(min(task_bytes, bytes - from)));
+  }
+
+  const int64_t scales = n * int64_t{sizeof(float2)};
+  const char* row_scale = reinterpret_cast<const char*>(p.row_scale) + run.first * sizeof(float2);
+  for (int64_t i = thread * kLine; i < scales; i += kSenseThreads * kLine) {
+    prefetch_line(row_scale + i);
+  }
+  const int64_t line = int64_t{thread} * blocks + block;
+  if (line * kLine < p.d * int64_t{sizeof(float)}) {
+    prefetch_line(reinterpret_cast<const char*>(p.equal) + line * kLine);
+  }
+  if (thread == 0) prefetch_line(p.threshold);
+}
+
+// Senses the block's run of tiles for every row of p.x, at most kSenseBatch; votes are in `shared`
+// then. The kernel's first call: lets the next kernel begin, and waits for the one before. The
+// activations are q (batch, q_width) and scale (batch), or quantised here where these are null.
+// `room` is run_bytes() of shared memory for runs of at most run_neurons.
+template <Code kCode, int kProducts>
+__device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Runs& runs, int block,
+                                                 int run_neurons, const int8_t* given_q,
+                                                 const float* given_scale, RunShared& shared,
+                                                 char* room) {
+  const int batch = static_cast<int>(p.batch);
+  const int d = static_cast<int>(p.d);
+  const int64_t first_tile = runs.begin(block);
+  const int64_t end_tile = runs.begin(block + 1);
+  int8_t* q = reinterpret_cast<int8_t*>(room);  // (batch, shared_stride)
+  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
+  float* usage = reinterpret_cast<float*>(row_scale + run_neurons);  // (batch, run_neurons)
+  const SenseRun run{.codes = p.codes,
+                     .first = first_tile * p.tile_rows,
+                     .end = min(end_tile * p.tile_rows, p.n_neurons),
+                     .batch = batch,
+                     .d = d,
+                     .q = q};
+
+  const auto n = static_cast<int>(run.end - run.first);
+  const auto thread = static_cast<int>(threadIdx.x);
+  const bool is_eager = p.design.eager;
+  const float2* row_scales = reinterpret_cast<const float2*>(p.row_scale) + run.first;  // (n)
+
+  launch_dependents();
+  if (is_eager) {
+    prefetch_run(p, run, block, runs.blocks, row_bytes(d, kCode));
+  } else if (thread == 0 && n > 0) {
+    const int64_t bytes = 2 * row_bytes(d, kCode);
+    prefetch(p.codes + run.first * bytes,
+             static_cast<int>(min(n * bytes, int64_t{kPrefetchBytes})));
+  }
+  wait_for_prior();
+
+  const auto quantize = [&] {
+    const auto load_scales = [&] {
+      for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
+    };
+    const auto of_type = [&]<typename T>() {
+      const T* x = static_cast<const T*>(p.x);
+      quantize_rows<kCode>(x, p.equal, batch, d, q, shared.sense, load_scales);
+    };
+    if (given_q != nullptr) {
+      load_scales();
+      copy_rows<kCode>(given_q, given_scale, batch, d, q, shared.sense);
+    } else if (p.dtype == DType::kF32) {
+      of_type.template operator()<float>();
+    } else if (p.dtype == DType::kF16) {
+      of_type.template operator()<__half>();
+    } else {
+      of_type.template operator()<__nv_bfloat16>();
+    }
+    if (threadIdx.x < kWarp) vote(p, shared);
+  };
+  const auto write = [&](int i, int b, int y_gate, int y_up) {
+    const int64_t at = 2 * (run.first + i);
+    const float scale = shared.sense.scale[b];
+    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.offset, at);
+    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.offset, at + 1);
+    usage[b * run_neurons + i] = usage_of(p.activation, gate, up);
+  };
+  sense_run<kCode, kProducts>(run, shared.sense, quantize, write);
+  __syncthreads();
+  return {.first_tile = first_tile,
+          .end_tile = end_tile,
+          .first = run.first,
+          .usage = usage,
+          .run_neurons = run_neurons};
+}
+
+struct Kept {
+  int count;     // tiles
+  float missed;  // sum of the squares of the usages of the others
+};
+
+// Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is
+// -1 for the others. One warp, a lane a tile.
+template <typename Keep>
+__device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const SensedRun& run, int list,
+                                           Votes votes, Keep keep) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float threshold = p.threshold[list];
+  int count = 0;
+  float missed = 0.0f;
+  for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kWarp) {
+    const int64_t t = t0 + lane;
+    const bool inside = t < run.end_tile;
+    float usage = 0.0f;
+    if (inside) {
+      const auto of_row = [&](int64_t b) {
+        const float* row = run.usage + b * run.run_neurons - run.first;
+        return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
+      };
+      usage = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
+    }
+    const bool is_in = inside && is_kept(usage, threshold, votes);
+    const unsigned keeps = __ballot_sync(kFull, is_in);
+    const int rank = is_in ? count + __popc(keeps & ((1u << lane) - 1)) : -1;
+    if (inside) keep(t, rank, usage);
+    if (inside && !is_in) missed = __fmaf_rn(usage, usage, missed);
+    count += __popc(keeps);
+  }
+  return {.count = count, .missed = warp_sum(missed)};
+}
+
+// The runs of select, one a block.
+Runs runs_of(const SelectParams& p, const Chip& chip);
 
 // Whether one pass over the codes senses and decides: up to 16 rows, whose elements lie so that 16
 // bytes of them are read at once.
 bool is_one_pass(const SelectParams& p, const Chip& chip);
 
-// select() without its outputs, where is_one_pass() and there is no cap: the tiles stay in the
-// workspace, in the pieces that are returned.
+// select() without its outputs, where is_one_pass(): the tiles stay in the workspace, in the pieces
+// that are returned.
 Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream);
 
 }  // namespace csfast::cuda

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from csfast import ops, reference
-from csfast.cases import CASES
+from csfast import ops, planes, reference
+from csfast.cases import CASES, Case
 from numeric import assert_within, execute_tolerance, made, mask_of, middle_threshold, split_tiles
 
 
@@ -46,6 +46,81 @@ def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtyp
     )
     got = run(p, threshold, offset=biases.offset, **biases.of_execute(), **told)
     assert torch.equal(got, want)
+
+
+# Widths that CUDA has more paths for: 16-bit rows at multiples of 16 bytes.
+WIDTHS = (
+    Case("one_warp", batch=1, d=8, n_neurons=41),
+    Case("off_group", batch=3, d=200, n_neurons=301),
+    Case("demo", batch=1, d=384, n_neurons=1152),
+    Case("two_loads", batch=1, d=4104, n_neurons=75),
+    Case("batch", batch=9, d=264, n_neurons=150),
+)
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
+@pytest.mark.parametrize("form", ["plain", "biased", "tiles", "joint", "few_blocks", "all"])
+@pytest.mark.parametrize("path", ["list", "range", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_equals_select_and_execute_in_every_design(case, form, path, dtype, device):
+    """And counts as much; and all designs of one path are equal, bit for bit."""
+    p = made(case, dtype, device)
+    tile_rows = 5 if form == "tiles" else 1
+    is_joint = form == "joint" or path == "batch"
+    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    told = {"tile_rows": tile_rows, "weight": weight}
+    biases = case.make_biases(p).of_execute() if form == "biased" else {}
+    threshold = middle_threshold(p, **told)
+    threshold = torch.zeros_like(threshold) if form == "all" else threshold
+    blocks = " blocks=3" if form == "few_blocks" else ""
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, **told)
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path + blocks, **biases)
+    mask = mask_of(tiles.tile, tiles.n_tiles, tile_rows, case.n_neurons)
+    executed = int(mask.sum()) * (case.batch if is_joint else 1)
+    for more in ("", " register", " bulk", " portable", " eager"):
+        if more == " bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            continue  # refused
+        stats = torch.zeros(2, dtype=torch.int64, device=device)
+        got = run(p, threshold, stats=stats, design=path + blocks + more, **biases, **told)
+        assert torch.equal(got, want), more
+        assert stats.tolist() == [case.batch, executed]
+
+
+@pytest.mark.parametrize("code", planes.CODES)
+def test_one_kernel_senses_and_executes_every_code(code, device):
+    p = made(WIDTHS[2], torch.bfloat16, device, bits=code)
+    threshold = middle_threshold(p)
+    got = run(p, threshold, design="range")
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=code)
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design="range")
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_caps_what_it_executes_and_counts_the_rest(case, is_joint, dtype, device):
+    p = made(case, dtype, device)
+    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    threshold = middle_threshold(p, weight=weight)
+    lists = 1 if is_joint else case.batch
+    cap = (torch.arange(lists, dtype=torch.int32) * 100 + 7).to(device)
+    given = (p.codes, p.equal, p.row_scale, threshold, p.x)
+    tiles, _ = ops.select(*given, bits=2, weight=weight, cap=cap)
+    assert tiles.dropped.sum() > 0
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    dropped = torch.full((1,), 100, dtype=torch.int64, device=device)
+    got = run(p, threshold, weight=weight, cap=cap, stats=stats, dropped=dropped)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles))
+    assert torch.equal(got, run(p, threshold, weight=weight, cap=cap))
+    assert int(dropped) == 100 + int(tiles.dropped.sum())
+    executed = int(tiles.n_tiles.sum()) * (case.batch if is_joint else 1)
+    assert stats.tolist() == [case.batch, executed]
+
+
+def test_refuses_to_count_what_no_cap_drops():
+    p = made(CASES[2], torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"\[ffn\] dropped without a cap: want both"):
+        run(p, torch.zeros(3), dropped=torch.zeros(1, dtype=torch.int64))
 
 
 def test_is_the_bias_if_no_row_votes(dtype, device):

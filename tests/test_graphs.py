@@ -298,6 +298,84 @@ def test_a_replayed_nested_measurement_follows_x(dtype, n_levels):
         assert torch.equal(scale, want_scale)
 
 
+DESIGNS = ("list eager", "list bulk", "list portable", "range", "range eager", "batch", "general")
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_layers_after_one_another_wait_for_what_they_need(design):
+    """Kernels that begin early touch nothing that the call before still writes or reads."""
+    if "bulk" in design and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    layers = [make_layer(264, 1001, torch.bfloat16) for _ in range(3)]
+    is_joint = design == "batch"
+    x = torch.empty((3 if is_joint else 1, 264), dtype=torch.bfloat16, device="cuda")
+    weight = torch.ones(3, device="cuda") if is_joint else None
+    threshold = torch.empty(1, device="cuda")
+    stats = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def run(wait=False):
+        out = x
+        for layer in layers:
+            rows = (layer.gate, layer.up, layer.down_t)
+            out = ops.ffn(
+                layer.codes,
+                layer.equal,
+                layer.row_scale,
+                threshold,
+                *rows,
+                out,
+                bits=BITS,
+                weight=weight,
+                stats=stats,
+                design=design,
+            )
+            if wait:
+                torch.cuda.synchronize()
+        return out
+
+    x.zero_()
+    threshold.zero_()
+    graph, out = capture(run)
+    for seed, limit in enumerate((0.0, 0.001, 0.01, float("inf"), float("nan"))):
+        x.copy_(4 * random(tuple(x.shape), torch.bfloat16, seed))
+        threshold.fill_(limit)
+        stats.zero_()
+        want = run(wait=True)
+        counted = stats.clone()
+        for _ in range(40):
+            out.fill_(torch.nan)
+            stats.zero_()
+            graph.replay()
+            assert torch.equal(bits_of(out), bits_of(want)) and torch.equal(stats, counted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_replayed_capped_layer_follows_its_cap(dtype):
+    layer = make_layer(264, 1001, dtype)
+    x = random((2, 264), dtype, 5)
+    threshold = torch.zeros(2, device="cuda")
+    cap = torch.zeros(2, dtype=torch.int32, device="cuda")
+    stats = torch.zeros(2, dtype=torch.int64, device="cuda")
+    dropped = torch.zeros(1, dtype=torch.int64, device="cuda")
+    given = (layer.codes, layer.equal, layer.row_scale, threshold)
+    rows = (layer.gate, layer.up, layer.down_t, x)
+
+    def run():
+        return ops.ffn(*given, *rows, bits=BITS, cap=cap, stats=stats, dropped=dropped)
+
+    graph, out = capture(run)
+    for caps in ([0, 1001], [10, 500], [-3, 2000]):
+        cap.copy_(torch.tensor(caps, dtype=torch.int32))
+        out.fill_(torch.nan)
+        stats.zero_()
+        dropped.zero_()
+        graph.replay()
+        tiles, _ = ops.select(*given, x, bits=BITS, cap=cap)
+        assert torch.equal(out, ops.execute(*rows, tiles))
+        n = [min(max(c, 0), 1001) for c in caps]
+        assert stats.tolist() == [2, sum(n)] and int(dropped) == 2002 - sum(n)
+
+
 def test_a_replayed_ternary_selection_follows_x(dtype):
     made = cases.Case("ternary", batch=5, d=264, n_neurons=301)
     p = made.make(dtype, "cuda", bits="ternary")

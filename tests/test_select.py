@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from csfast import ops, reference
-from csfast.cases import CASES
+from csfast.cases import CASES, Case
 from numeric import (
+    UNIT,
     assert_same_support,
     assert_within,
     made,
@@ -219,6 +220,89 @@ def test_threads_change_nothing_for_groups(is_joint):
         torch.set_num_threads(n_threads)
     assert torch.equal(one.tile, two.tile)
     assert torch.equal(missed_one, missed_two)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile_rows", [1, 5])
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[2:], Case("wide", 1, 4104, 50), Case("wider", 2, 8256, 20)],
+    ids=lambda c: c.name,
+)
+def test_every_design_selects_alike(case, form, tile_rows, device):
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    options["tile_rows"] = tile_rows
+    want, missed = select(p, threshold, **options)
+    for design in ("eager", "portable", "eager portable", "general", "eager blocks=3", "blocks=70"):
+        got, missed_so = select(p, threshold, design=design, **options)
+        assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile), design
+        allowed = 2.5 * case.n_neurons * UNIT * missed.double() + 2.0**-120
+        assert_within(missed_so, missed.double(), allowed)
+
+
+@pytest.mark.parametrize("d", [384, 8192, 8256])
+def test_an_eager_selection_of_every_code_and_dtype(d, dtype, bits, device):
+    p = made(Case("eager", 1, d, 24), dtype, device, bits=bits)
+    threshold = middle_threshold(p)
+    for x in (p.x, torch.zeros_like(p.x), p.x * NAN, p.x * 1e-38):
+        want, missed = select(p, threshold, x)
+        got, missed_so = select(p, threshold, x, design="eager")
+        assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile)
+        assert torch.equal(missed_so, missed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile_rows", [1, 5])
+@pytest.mark.parametrize("case", [*CASES, Case("aligned", 17, 64, 90)], ids=lambda c: c.name)
+def test_a_cap_keeps_the_largest(case, form, tile_rows, device):
+    """As top-k would, where the threshold keeps more than that."""
+    p = made(case, torch.bfloat16, device)
+    options, told = options_of(p, case, form)
+    threshold = middle_threshold(p, tile_rows=tile_rows, **told)
+    free, _ = select(p, threshold, tile_rows=tile_rows, **options)
+    caps = torch.tensor([3, 0, 10**6, -5, 1, 17], dtype=torch.int32).repeat(4).to(device)
+    for shift in range(6):
+        cap = caps[shift:][: len(free.n_tiles)].contiguous()
+        got, missed = select(p, threshold, tile_rows=tile_rows, cap=cap, **options)
+        budget = torch.minimum(free.n_tiles, cap.clamp(min=0))
+        y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+        want = ops.recover(y, scale, p.row_scale, budget=budget, group_rows=tile_rows, **options)
+        assert torch.equal(got.n_tiles, budget) and torch.equal(got.tile, want.index)
+        assert torch.equal(got.dropped, free.n_tiles - budget)
+        assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
+        usage, margin, scale = usage_of(p, tile_rows=tile_rows, **told)
+        # A list ends at its threshold, or at the usage that the cap ends with, if that is larger.
+        last = usage.sort(dim=1, descending=True).values
+        last = last.gather(1, (cap.long() - 1).clamp(0, usage.shape[1] - 1)[:, None])
+        end = torch.where(cap[:, None] > usage.shape[1], 0.0, last).maximum(threshold[:, None])
+        assert_same_support(
+            mask_of(got.tile, got.n_tiles, 1, usage.shape[1]),
+            reference.keep_threshold(usage, threshold, scale, options["weight"], cap),
+            torch.where(cap[:, None] > 0, (usage - end).abs(), INF),
+            2 * margin.amax(dim=1, keepdim=True),
+        )
+
+
+def test_a_cap_breaks_ties_by_index_and_yields_to_what_is_not_finite(device):
+    p = made(CASES[2], torch.bfloat16, device)
+    x = p.x.clone()
+    x[0] = 0.0  # all usages are 0, and kept
+    x[1, 8] = NAN
+    cap = torch.tensor([5, 0, 0], dtype=torch.int32, device=device)
+    got, _ = select(p, torch.zeros(3, device=device), x, cap=cap)
+    assert got.n_tiles.tolist() == [5, 77, 0]
+    assert got.tile[0].tolist() == [0, 1, 2, 3, 4] + [0] * 72
+    assert got.dropped.tolist() == [72, 0, 77]
+
+
+def test_refuses_a_cap_of_another_type_or_shape():
+    p = made(CASES[2], torch.float32, "cpu")
+    with pytest.raises(TypeError, match=r"\[select\] cap is int64: want int32"):
+        select(p, torch.zeros(3), cap=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\[select\] cap"):
+        select(p, torch.zeros(3), cap=torch.zeros(2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("bits", [0, 5, "trits"])

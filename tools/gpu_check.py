@@ -68,6 +68,8 @@ SANITIZED = (
     Case(batch=2, d=40, n_neurons=50, bits=1, tile_rows=1, dtype=torch.float16, is_biased=True),
     Case(3, 33, 70, 3, 4, torch.float32, is_biased=True, is_joint=True),
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
+    Case(batch=1, d=200, n_neurons=150, bits="ternary", tile_rows=1, dtype=torch.float16),
+    Case(batch=19, d=64, n_neurons=70, bits=2, tile_rows=1, dtype=torch.float16, is_joint=True),
 )
 
 # Every width, whole groups of a batch and single rows, half a chunk and more than a warp has in
@@ -333,6 +335,23 @@ def sanitize_target() -> int:
         )
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
+        cap = torch.full((lists,), 3, dtype=torch.int32)
+        given = (codes, equal, row_scale, threshold)
+        capped, _ = ops.select(
+            *given, x, bits=bits, tile_rows=tile_rows, cap=cap.cuda(), **recovery
+        )
+        assert torch.equal(capped.n_tiles.cpu(), torch.minimum(cap, tiles.n_tiles.cpu())), case
+        if case.dtype == torch.float32 or case.d % 8 > 0:
+            continue
+        for path in ("list", "list bulk", "range", "range bulk", *["batch"] * case.is_joint):
+            if "bulk" in path and torch.cuda.get_device_capability() < (9, 0):
+                continue
+            rows = (gate, up, down_t, x)
+            want = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
+            for more in ("", " eager", " portable")[: 2 if "bulk" in path else 3]:
+                told = {"bits": bits, "tile_rows": tile_rows, "design": path + more}
+                got = ops.ffn(*given, *rows, **told, **recovery, **biases)
+                assert torch.equal(got.cpu(), want.cpu()), (case, path, more)
     for nested_case, widths, dtype in SANITIZED_NESTED:
         p = nested_case.make_nested_exact(dtype, "cuda", bits=widths)
         for n_levels in range(1, len(widths) + 1):

@@ -41,6 +41,11 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes) {
 #endif
 }
 
+// The line at `from` likewise.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // For what is read once: the L2 cache drops it first.
 __device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;

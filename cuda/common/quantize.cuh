@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/async.cuh"
 #include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "csfast/planes.h"
@@ -28,6 +29,8 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
   const int64_t width = q_width(p.d);
   const T* x = static_cast<const T*>(p.x) + b * p.d;  // (d)
   int8_t* q = p.q + b * width;                        // (width)
+  launch_dependents();
+  wait_for_prior();
 
   // Peak, as bits: those of non-negative floats order as the floats do, and what is not finite
   // lies above all that is.
@@ -61,9 +64,10 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
 }
 
 template <typename T>
-void quantize(const char* op, const QuantizeParams& p, int64_t batch, Stream stream) {
+void quantize(const char* op, const QuantizeParams& p, int64_t batch, Stream stream,
+              bool overlaps = false) {
   launch(op, "quantize", quantize_kernel<T>, dim3(static_cast<unsigned>(batch)),
-         dim3(kQuantizeWarps * kWarp), stream, p);
+         dim3(kQuantizeWarps * kWarp), stream, p, {.overlaps = overlaps});
 }
 
 }  // namespace csfast::cuda

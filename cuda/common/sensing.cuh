@@ -56,10 +56,27 @@ __device__ __forceinline__ int place_of(int c) {
 }
 
 struct SenseShared {
-  unsigned peak[kSenseBatch][kSenseWarps];
-  int sum[kSenseBatch][kSenseWarps];  // of q
+  unsigned peak[kSenseWarps];
+  int sum[kSenseWarps];  // of q, by warp
   float scale[kSenseBatch];
 };
+
+// Warps that quantise one row of the batch, so that all rows are on their way at once.
+__device__ __forceinline__ int row_warps_of(int batch) {
+  return batch <= 1 ? 16 : batch <= 2 ? 8 : batch <= 4 ? 4 : batch <= 8 ? 2 : 1;
+}
+static_assert(kSenseWarps == 16 && kSenseBatch == 16);
+
+// The sum of q of row b, when it is quantised. All lanes of a warp call, each with a row of its own
+// choice.
+__device__ __forceinline__ int sum_of(const SenseShared& shared, int batch, int b) {
+  const int row_warps = row_warps_of(batch);
+  int sum = shared.sum[threadIdx.x % kSenseWarps];
+  for (int offset = 1; offset < row_warps; offset *= 2) {
+    sum += __shfl_xor_sync(kFull, sum, offset);
+  }
+  return __shfl_sync(kFull, sum, b * row_warps);
+}
 
 struct Eight {
   float at[8];
@@ -87,66 +104,118 @@ __device__ __forceinline__ Eight load_eight(const T* from) {
   return v;
 }
 
+// Peaks as bits: those of non-negative floats order as the floats do, and what is not finite lies
+// above all that is.
+inline constexpr unsigned kInfinity = 0x7f800000u;
+
+// What channels are multiplied by, and what stands for 1 of their levels.
+__device__ __forceinline__ float inverse_of(unsigned peak_bits) {
+  const float peak = __uint_as_float(peak_bits);
+  return peak_bits < kInfinity && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
+}
+__device__ __forceinline__ float scale_of(unsigned peak_bits) {
+  const bool finite = peak_bits < kInfinity;
+  return finite ? __fdiv_rn(__uint_as_float(peak_bits), 127.0f) : __uint_as_float(0x7fc00000u);
+}
+
+// Eight levels, a byte each; all zero if the peak is not finite.
+__device__ __forceinline__ uint2 round_eight(const Eight& equalised, unsigned peak_bits,
+                                             float inverse) {
+  uint32_t words[2] = {};
+  if (peak_bits < kInfinity) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float e = equalised.at[i];
+      float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
+      if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
+      // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
+      const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
+      words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
+    }
+  }
+  return make_uint2(words[0], words[1]);
+}
+
+// The product with the equaliser, channel by channel.
+template <typename T>
+__device__ __forceinline__ Eight equalised(const T* x, const float* equal) {
+  Eight v = load_eight(x);
+  const Eight factor = load_eight(equal);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v.at[i] = __fmul_rn(v.at[i], factor.at[i]);
+  return v;
+}
+
+__device__ __forceinline__ unsigned peak_of(const Eight& v, unsigned peak) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(fabsf(v.at[i])));
+  return peak;
+}
+
+inline constexpr int kHeld = 2;  // times eight channels that a thread has in registers
+
 // Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
 // q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
-// bit. The whole block calls; what it wrote may be read at once.
-template <Code kCode, typename T>
+// bit. The whole block calls; what it wrote may be read at once. Rows are read once if registers
+// hold them. Calls meanwhile() when the first of them are on their way, before a barrier.
+template <Code kCode, typename T, typename Meanwhile>
 __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, int batch, int d,
-                                              int8_t* q, SenseShared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / kWarp;
-  const int lane = thread % kWarp;
-  const int stride = static_cast<int>(shared_stride<kCode>(d));
-  const int channels = static_cast<int>(shared_channels<kCode>(d));
+                                              int8_t* q, SenseShared& shared, Meanwhile meanwhile) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row_warps = row_warps_of(batch);
+  const int b = warp / row_warps;
+  const int part = warp % row_warps;
+  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int width = b < batch ? d : 0;
+  const int first = 8 * (part * kWarp + lane);
+  const int step = 8 * kWarp * row_warps;
+  const T* row = x + int64_t{b} * d;
+  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
 
   // Peak
-  for (int b = 0; b < batch; ++b) {
-    unsigned peak = 0;
-    for (int c = 8 * thread; c < d; c += 8 * kSenseThreads) {
-      const Eight v = load_eight(x + int64_t{b} * d + c);
-      const Eight factor = load_eight(equal + c);
+  Eight held[kHeld] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        peak = max(peak, __float_as_uint(fabsf(__fmul_rn(v.at[i], factor.at[i]))));
-      }
-    }
-    peak = __reduce_max_sync(kFull, peak);
-    if (lane == 0) shared.peak[b][warp] = peak;
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = first + k * step;
+    if (c < width) held[k] = equalised(row + c, equal + c);
   }
+  meanwhile();
+  unsigned peak = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
+  for (int c = first + kHeld * step; c < width; c += step) {
+    peak = peak_of(equalised(row + c, equal + c), peak);
+  }
+  peak = __reduce_max_sync(kFull, peak);
+  if (lane == 0) shared.peak[warp] = peak;
   __syncthreads();
 
   // Round
-  for (int b = 0; b < batch; ++b) {
-    const unsigned peak_bits = __reduce_max_sync(kFull, shared.peak[b][lane % kSenseWarps]);
-    const float peak = __uint_as_float(peak_bits);
-    const bool finite = peak_bits < 0x7f800000u;  // infinity
-    const float inverse = finite && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
-    int sum = 0;
-    for (int c = 8 * thread; c < channels; c += 8 * kSenseThreads) {
-      uint32_t words[2] = {};
-      if (finite && c < d) {
-        const Eight v = load_eight(x + int64_t{b} * d + c);
-        const Eight factor = load_eight(equal + c);
+  const unsigned peak_bits =
+      __reduce_max_sync(kFull, shared.peak[b * row_warps + lane % row_warps]);
+  const float inverse = inverse_of(peak_bits);
+  int sum = 0;
+  const auto write = [&](int c, const Eight& v) {
+    const uint2 words = round_eight(v, peak_bits, inverse);
+    *reinterpret_cast<uint2*>(to + place_of<kCode>(c)) = words;
+    sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
+    sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
+  };
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float e = __fmul_rn(v.at[i], factor.at[i]);
-          float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
-          if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
-          // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
-          const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
-          words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
-        }
-      }
-      *reinterpret_cast<uint2*>(q + b * stride + place_of<kCode>(c)) =
-          make_uint2(words[0], words[1]);
-      sum = __dp4a(0x01010101, static_cast<int>(words[0]), sum);
-      sum = __dp4a(0x01010101, static_cast<int>(words[1]), sum);
-    }
-    sum = __reduce_add_sync(kFull, sum);
-    if (lane == 0) shared.sum[b][warp] = sum;
-    if (thread == 0) {
-      shared.scale[b] = finite ? __fdiv_rn(peak, 127.0f) : __uint_as_float(0x7fc00000u);  // NaN
-    }
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = first + k * step;
+    if (c < channels) write(c, held[k]);
+  }
+  for (int c = first + kHeld * step; c < channels; c += step) {
+    Eight v{};
+    if (c < width) v = equalised(row + c, equal + c);
+    write(c, v);
+  }
+  sum = __reduce_add_sync(kFull, sum);
+  if (lane == 0) {
+    shared.sum[warp] = sum;
+    if (part == 0 && b < batch) shared.scale[b] = scale_of(peak_bits);
   }
   __syncthreads();
 }
@@ -155,20 +224,39 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
 template <Code kCode>
 __device__ __forceinline__ void copy_rows(const int8_t* from, const float* scale, int batch, int d,
                                           int8_t* q, SenseShared& shared) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int stride = static_cast<int>(shared_stride<kCode>(d));
-  const int channels = static_cast<int>(shared_channels<kCode>(d));
-  for (int b = 0; b < batch; ++b) {
-    int sum = 0;
-    for (int c = 16 * thread; c < channels; c += 16 * kSenseThreads) {
-      const uint4 v = *reinterpret_cast<const uint4*>(from + b * q_width(d) + c);
-      *reinterpret_cast<uint4*>(q + b * stride + place_of<kCode>(c)) = v;
+  constexpr int kAtOnce = 4;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row_warps = row_warps_of(batch);
+  const int b = warp / row_warps;
+  const int part = warp % row_warps;
+  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int step = 16 * kWarp * row_warps;
+  const int8_t* row = from + b * q_width(d);
+  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
+  int sum = 0;
+  for (int first = 16 * (part * kWarp + lane); first < channels; first += kAtOnce * step) {
+    uint4 v[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sum = __dp4a(0x01010101, static_cast<int>(word(v, k)), sum);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = first + i * step;
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (c < channels) v[i] = *reinterpret_cast<const uint4*>(row + c);
     }
-    sum = __reduce_add_sync(kFull, sum);
-    if (thread % kWarp == 0) shared.sum[b][thread / kWarp] = sum;
-    if (thread == 0) shared.scale[b] = scale[b];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int c = first + i * step;
+      if (c < channels) *reinterpret_cast<uint4*>(to + place_of<kCode>(c)) = v[i];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sum = __dp4a(0x01010101, static_cast<int>(word(v[i], k)), sum);
+      }
+    }
+  }
+  sum = __reduce_add_sync(kFull, sum);
+  if (lane == 0) {
+    shared.sum[warp] = sum;
+    if (part == 0 && b < batch) shared.scale[b] = scale[b];
   }
   __syncthreads();
 }
@@ -235,12 +323,18 @@ struct Trits {
   }
 };
 
+// Sums that products are added to in turns: a product waits some 30 cycles for the one before.
+template <int kProducts>
+constexpr int kChains = kProducts == 1 ? 2 : 1;
+
 // Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
 // rows of the batch; `width` the bytes of a row of ternary codes.
 template <Code kCode, int kProducts>
 __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const Piece<kCode>& up,
                                                const int8_t* const (&q)[kProducts], int offset,
-                                               int width, int (&y)[kProducts][4]) {
+                                               int width,
+                                               int (&y)[kProducts * kChains<kProducts>][4]) {
+  constexpr int kTurns = kChains<kProducts>;
   if constexpr (kCode == Code::kTernary) {
     Trits gates(gate.codes);
     Trits ups(up.codes);
@@ -260,7 +354,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = ups.next(k + 1);
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   } else {
@@ -282,7 +376,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = static_cast<uint32_t>(four_codes<kBits>(up.codes, half, s, k + 1));
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   }
@@ -349,13 +443,12 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     q[n] = run.q + min(n * kProductColumns + g, run.batch - 1) * stride + 16 * t;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sum[n][i] = 0;
-      const int b = min(n * kProductColumns + 2 * t + i, run.batch - 1);
-      for (int w = 0; w < kSenseWarps; ++w) sum[n][i] += shared.sum[b][w];
+      sum[n][i] = sum_of(shared, run.batch, min(n * kProductColumns + 2 * t + i, run.batch - 1));
     }
   }
 
-  int y[kProducts][4] = {};
+  constexpr int kTurns = kChains<kProducts>;
+  int y[kProducts * kTurns][4] = {};
   const auto multiply = [&](const Stage& stage) {  // and moves on
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -370,16 +463,25 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     constexpr int kMost = is_planes(kCode) ? (1 << bits_of(kCode)) - 1 : 1;
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
+      int total[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        total[i] = y[n * kTurns][i];
+        if constexpr (kTurns > 1) total[i] += y[n * kTurns + 1][i];
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int b = n * kProductColumns + 2 * t + i;
         if (b < run.batch && task + g < run.end) {
-          write(static_cast<int>(task + g - run.first), b, kFactor * y[n][i] - kMost * sum[n][i],
-                kFactor * y[n][i + 2] - kMost * sum[n][i]);
+          write(static_cast<int>(task + g - run.first), b, kFactor * total[i] - kMost * sum[n][i],
+                kFactor * total[i + 2] - kMost * sum[n][i]);
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[n][i] = 0;
+    for (auto& part : y) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) part[i] = 0;
     }
     unit = 0;
     task += kSenseWarps * kTaskNeurons;

@@ -1,5 +1,7 @@
 #include "csfast/execute.h"
 
+#include <nanobind/stl/string.h>
+
 #include "call.h"
 
 using namespace nb::literals;
@@ -46,6 +48,21 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda
                                    cuda ? csfast::Device::kCuda : csfast::Device::kCpu);
 }
 
+std::string choose(int64_t batch, int64_t d, int64_t n_neurons, int tile_rows, bool shared,
+                   int element_bytes, const char* design, int capability, int n_processors,
+                   int shared_bytes) {
+  csfast::ExecuteParams p{};
+  p.batch = batch;
+  p.d = d;
+  p.n_neurons = n_neurons;
+  p.tile_rows = tile_rows;
+  p.shared = shared;
+  p.dtype = element_bytes == 4 ? csfast::DType::kF32 : csfast::DType::kBF16;
+  p.design = csfast::parse_design("execute", design);
+  return to_string(csfast::choose(
+      p, {.capability = capability, .n_processors = n_processors, .shared_bytes = shared_bytes}));
+}
+
 }  // namespace
 
 void bind_execute(nb::module_& m) {
@@ -59,5 +76,7 @@ void bind_execute(nb::module_& m) {
           "gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, "
           "down_bias: torch.Tensor | None, activation: str, design: str, workspace: torch.Tensor, "
           "out: torch.Tensor, stream: int) -> None"));
+  m.def("choose", &choose, "batch"_a, "d"_a, "n_neurons"_a, "tile_rows"_a, "shared"_a,
+        "element_bytes"_a, "design"_a, "capability"_a, "n_processors"_a, "shared_bytes"_a);
   m.def("execute_workspace", &execute_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

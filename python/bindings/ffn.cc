@@ -11,7 +11,8 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
          nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, int code, int tile_rows,
          nb::handle offset, nb::handle gate_bias, nb::handle up_bias, nb::handle down_bias,
          nb::handle weight, const char* activation, const char* design, nb::handle stats,
-         nb::handle workspace, nb::handle out, uintptr_t stream) {
+         nb::handle cap, nb::handle dropped, nb::handle workspace, nb::handle out,
+         uintptr_t stream) {
   Call call("ffn");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::FfnParams p{};
@@ -30,6 +31,8 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
   p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
   p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
   p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
+  p.cap = call.in_or_null<int32_t>(cap, "cap", {p.weight == nullptr ? &batch : &one});
+  if (!dropped.is_none()) p.dropped = call.out<int64_t>(dropped, "dropped", {&one});
   if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&two});
   p.out = call.out_type(out, "out", {&batch, &d});
   p.workspace = call.workspace(workspace, csfast::ffn_workspace(batch, d, n, call.device()));
@@ -54,14 +57,15 @@ void bind_ffn(nb::module_& m) {
   m.def("ffn", &ffn, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "gate"_a, "up"_a,
         "down_t"_a, "x"_a, "code"_a, "tile_rows"_a, "offset"_a.none(), "gate_bias"_a.none(),
         "up_bias"_a.none(), "down_bias"_a.none(), "weight"_a.none(), "activation"_a, "design"_a,
-        "stats"_a.none(), "workspace"_a, "out"_a, "stream"_a,
+        "stats"_a.none(), "cap"_a.none(), "dropped"_a.none(), "workspace"_a, "out"_a, "stream"_a,
         nb::sig("def ffn(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
                 "threshold: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, "
                 "down_t: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
                 "offset: torch.Tensor | None, gate_bias: torch.Tensor | None, "
                 "up_bias: torch.Tensor | None, down_bias: torch.Tensor | None, "
                 "weight: torch.Tensor | None, activation: str, design: str, "
-                "stats: torch.Tensor | None, workspace: torch.Tensor, out: torch.Tensor, "
+                "stats: torch.Tensor | None, cap: torch.Tensor | None, "
+                "dropped: torch.Tensor | None, workspace: torch.Tensor, out: torch.Tensor, "
                 "stream: int) -> None"));
   m.def("ffn_workspace", &ffn_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

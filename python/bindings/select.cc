@@ -12,7 +12,8 @@ namespace {
 void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
                   nb::handle x, int code, int tile_rows, nb::handle offset, nb::handle weight,
                   const char* activation, const char* design, nb::handle workspace,
-                  nb::handle tiles, nb::handle n_tiles, nb::handle missed, uintptr_t stream) {
+                  nb::handle tiles, nb::handle n_tiles, nb::handle missed, nb::handle cap,
+                  nb::handle dropped, uintptr_t stream) {
   Call call("select");
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
   csfast::SelectParams p{};
@@ -30,6 +31,8 @@ void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::
   p.tile = call.out<int32_t>(tiles, "tile", {&lists, &width});
   p.n_tiles = call.out<int32_t>(n_tiles, "n_tiles", {&lists});
   p.missed = call.out<float>(missed, "missed", {&lists});
+  p.cap = call.in_or_null<int32_t>(cap, "cap", {&lists});
+  if (!dropped.is_none()) p.dropped = call.out<int32_t>(dropped, "dropped", {&lists});
   p.workspace = call.workspace(workspace, csfast::select_workspace(batch, d, n, call.device()));
   p.batch = batch;
   p.d = d;
@@ -52,12 +55,14 @@ void bind_select(nb::module_& m) {
   m.def(
       "select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a, "code"_a,
       "tile_rows"_a, "offset"_a.none(), "weight"_a.none(), "activation"_a, "design"_a,
-      "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "stream"_a,
+      "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "cap"_a.none(), "dropped"_a.none(),
+      "stream"_a,
       nb::sig(
           "def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
           "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
           "offset: torch.Tensor | None, weight: torch.Tensor | None, activation: str, design: str, "
           "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
-          "missed: torch.Tensor, stream: int) -> None"));
+          "missed: torch.Tensor, cap: torch.Tensor | None, dropped: torch.Tensor | None, "
+          "stream: int) -> None"));
   m.def("select_workspace", &select_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

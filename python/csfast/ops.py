@@ -52,7 +52,8 @@ __all__ = [
 
 _INT32_MAX = 2**31 - 1
 _CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
-_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats"}  # may be None
+# May be None.
+_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats", "cap", "dropped"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class TileList:
     tile: Tensor  # (lists, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
     n_tiles: Tensor  # (lists,) int32
     tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
+    dropped: Tensor | None = None  # (lists,) int32: tiles that only a cap left out, if there is one
 
 
 class PursuitStatus(enum.IntEnum):
@@ -508,6 +510,58 @@ def execute(
     return out
 
 
+def choose(
+    batch: int,
+    d: int,
+    n_neurons: int,
+    *,
+    tile_rows: int = 1,
+    shared: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    design: str = "",
+    capability: int = 90,
+    n_processors: int = 132,
+    shared_bytes: int = 227 << 10,
+) -> str:
+    """Tell how CUDA executes a layer of these sizes; pure, for machines that need not be there.
+
+    Args:
+        batch: Rows.
+        d: Width of a row.
+        n_neurons: Neurons of the layer.
+        tile_rows: Neurons a tile.
+        shared: Whether all rows have one list.
+        dtype: T, of tensors that begin at multiples of 16 bytes.
+        design: What is asked for, see `ffn`.
+        capability: Compute capability of the machine, times ten.
+        n_processors: Its streaming multiprocessors.
+        shared_bytes: Shared memory that a block may have.
+
+    Returns:
+        For example ``list register overlapping blocks=132 group_threads=512 vectors=1``.
+
+    Raises:
+        ValueError: The design is unknown or does not fit.
+    """
+    _check_ints("execute", batch=batch, d=d, n_neurons=n_neurons, tile_rows=tile_rows)
+    if min(d, n_neurons, tile_rows) < 1:
+        raise ValueError(
+            f"[execute] d = {d}, n_neurons = {n_neurons}, tile_rows = {tile_rows}: want 1 at least."
+        )
+    return _native.choose(
+        batch,
+        d,
+        n_neurons,
+        tile_rows,
+        shared,
+        dtype.itemsize,
+        design,
+        capability,
+        n_processors,
+        shared_bytes,
+    )
+
+
 def select(
     codes: Tensor,
     equal: Tensor,
@@ -520,6 +574,7 @@ def select(
     offset: Tensor | None = None,
     weight: Tensor | None = None,
     activation: str = "silu",
+    cap: Tensor | None = None,
     design: str = "",
 ) -> tuple[TileList, Tensor]:
     """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
@@ -536,11 +591,14 @@ def select(
         offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
         weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        cap: The most tiles that each list keeps, ``(lists,)``, int32: of a longer one the largest
+            usages, ties going to the lower index and NaN ranking as infinity. A scale that is not
+            finite keeps everything nevertheless.
         design: How CUDA goes about it, see `ffn`.
 
     Returns:
-        The tile list, equal entry for entry to the support of `recover` with ``group_rows`` of
-        `tile_rows`, and the usage missed, ``(lists,)``, float32.
+        The tile list, without a cap equal entry for entry to the support of `recover` with
+        ``group_rows`` of `tile_rows`, and the usage missed, ``(lists,)``, float32.
 
     Raises:
         ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
@@ -557,14 +615,19 @@ def select(
         x=x,
         offset=offset,
         weight=weight,
+        cap=cap,
     )
     code = _code("select", bits)
     _check_ints("select", tile_rows=tile_rows)
     _check_activation("select", activation)
-    tiles, n_tiles, missed = torch.ops.csfast.select.default(
-        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation, design
-    )
-    return TileList(tiles, n_tiles, tile_rows), missed
+    given = (codes, equal, row_scale, threshold, x, code, tile_rows)
+    more = (offset, weight, activation, design)
+    if cap is None:
+        tiles, n_tiles, missed = torch.ops.csfast.select.default(*given, *more)
+        return TileList(tiles, n_tiles, tile_rows), missed
+    capped = torch.ops.csfast.select.capped(*given, cap, *more)
+    tiles, n_tiles, missed, dropped = capped
+    return TileList(tiles, n_tiles, tile_rows, dropped), missed
 
 
 def ffn(
@@ -587,6 +650,8 @@ def ffn(
     activation: str = "silu",
     design: str = "",
     stats: Tensor | None = None,
+    cap: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
 
@@ -610,9 +675,12 @@ def ffn(
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
-            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what runs
-            at compute capability 8.0. Another path adds up in another order. Of no account on the
-            CPU.
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``eager``, for a selection
+            that fetches its constants before the kernel before has ended; ``portable``, for what
+            runs at compute capability 8.0. Another path adds up in another order. Of no account on
+            the CPU.
+        cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.
+        dropped: Counter to add to, ``(1,)``, int64: tiles that only the cap left out.
         stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
             of them.
 
@@ -641,6 +709,8 @@ def ffn(
         down_bias=down_bias,
         weight=weight,
         stats=stats,
+        cap=cap,
+        dropped=dropped,
     )
     code = _code("ffn", bits)
     _check_ints("ffn", tile_rows=tile_rows)
@@ -648,6 +718,15 @@ def ffn(
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
     out: Tensor
+    if cap is not None or dropped is not None:
+        stats = x.new_zeros(2, dtype=torch.int64) if stats is None else stats
+        dropped = x.new_zeros(1, dtype=torch.int64) if dropped is None else dropped
+        if cap is None:
+            raise ValueError("[ffn] dropped without a cap: want both, or no dropped.")
+        out = torch.ops.csfast.ffn.capped(
+            *layer, x, code, tile_rows, stats, cap, dropped, *biases, weight, activation, design
+        )
+        return out
     if stats is None:
         out = torch.ops.csfast.ffn.default(
             *layer, x, code, tile_rows, *biases, weight, activation, design
@@ -1247,11 +1326,52 @@ def _select(
     activation: str = "silu",
     design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    made = _fake_select(
-        codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight, activation
-    )
+    options = (offset, weight, activation, design)
+    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options)
+    _run_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options, made, None, None)
+    return made
+
+
+def _select_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    cap: Tensor,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (offset, weight, activation, design)
+    rows = (codes, equal, row_scale, threshold, x, code, tile_rows)
+    tile, n_tiles, missed, dropped = _fake_select_capped(*rows, cap, *options)
+    _run_select(*rows, *options, (tile, n_tiles, missed), cap, dropped)
+    return tile, n_tiles, missed, dropped
+
+
+def _run_select(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    offset: Tensor | None,
+    weight: Tensor | None,
+    activation: str,
+    design: str,
+    made: tuple[Tensor, ...],
+    cap: Tensor | None,
+    dropped: Tensor | None,
+) -> None:
     batch, d, n_neurons = _sizes("select", x, codes, 4)
     workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
+    tile, n_tiles, missed = made
     _native.select(
         codes.detach(),
         equal.detach(),
@@ -1265,10 +1385,31 @@ def _select(
         activation,
         design,
         workspace,
-        *made,
+        tile,
+        n_tiles,
+        missed,
+        cap,
+        dropped,
         _stream(x),
     )
-    return made
+
+
+def _fake_select_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    cap: Tensor,
+    offset: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight)
+    return *made, made[1].new_empty(made[1].shape)
 
 
 def _fake_select(
@@ -1288,7 +1429,7 @@ def _fake_select(
     lists = batch if weight is None else 1
     width = _n_tiles_max("select", n_neurons, tile_rows)
     return (
-        x.new_zeros((lists, width), dtype=torch.int32),
+        x.new_empty((lists, width), dtype=torch.int32),
         x.new_empty((lists,), dtype=torch.int32),
         x.new_empty((lists,), dtype=torch.float32),
     )
@@ -1313,6 +1454,8 @@ def _ffn(
     activation: str = "silu",
     design: str = "",
     stats: Tensor | None = None,
+    cap: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     batch, d, n_neurons = _sizes("ffn", x, codes, 4)
     workspace = _workspace(_native.ffn_workspace(batch, d, n_neurons, x.is_cuda), x)
@@ -1336,6 +1479,8 @@ def _ffn(
         activation,
         design,
         stats,
+        cap,
+        dropped,
         workspace,
         out,
         _stream(x),
@@ -1366,6 +1511,34 @@ def _ffn_counted(
     layer = (codes, equal, row_scale, threshold, gate, up, down_t)
     biases = (offset, gate_bias, up_bias, down_bias)
     return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, stats)
+
+
+def _ffn_capped(
+    codes: Tensor,
+    equal: Tensor,
+    row_scale: Tensor,
+    threshold: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    x: Tensor,
+    code: int,
+    tile_rows: int,
+    stats: Tensor,
+    cap: Tensor,
+    dropped: Tensor,
+    offset: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    activation: str = "silu",
+    design: str = "",
+) -> Tensor:
+    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
+    biases = (offset, gate_bias, up_bias, down_bias)
+    counters = (stats, cap, dropped)
+    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, *counters)
 
 
 def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
@@ -1445,10 +1618,18 @@ _register(
     _select,
     _fake_select,
 )
-# Two overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
+_register(
+    "select.capped(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x,"
+    " int code, int tile_rows, Tensor cap, Tensor? offset=None, Tensor? weight=None,"
+    " str activation='silu', str design='') -> (Tensor, Tensor, Tensor, Tensor)",
+    _select_capped,
+    _fake_select_capped,
+)
+# Overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
 for _name, _stats, _run in (
     ("ffn", "", _ffn),
     ("ffn.counted", " Tensor(a!) stats,", _ffn_counted),
+    ("ffn.capped", " Tensor(a!) stats, Tensor cap, Tensor(b!) dropped,", _ffn_capped),
 ):
     _register(
         f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"

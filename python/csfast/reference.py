@@ -127,13 +127,20 @@ def joint(usage: Tensor, weight: Tensor) -> Tensor:
 
 
 def keep_threshold(
-    usage: Tensor, threshold: Tensor, scale: Tensor, weight: Tensor | None = None
+    usage: Tensor,
+    threshold: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    cap: Tensor | None = None,
 ) -> Tensor:
     """Give the mask ``(lists, n_groups)`` of what the threshold keeps; NaN keeps.
 
-    With weights, usage is that of `joint`.
+    With weights, usage is that of `joint`. With a cap ``(lists,)``, no list keeps more than the
+    largest so many.
     """
     keep = ~(usage < threshold.double()[:, None])
+    if cap is not None:
+        keep = keep & _is_top(usage, cap)
     return _overruled(keep, scale, weight)
 
 
@@ -149,11 +156,16 @@ def _overruled(keep: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
 
 def keep_top(usage: Tensor, budget: Tensor, scale: Tensor, weight: Tensor | None = None) -> Tensor:
     """Give the mask ``(lists, n_groups)`` of the largest usages; ties go to the lower index."""
+    return _overruled(_is_top(usage, budget), scale, weight)
+
+
+def _is_top(usage: Tensor, budget: Tensor) -> Tensor:
+    """Whether a usage is one of its row's ``budget (lists,)`` largest; NaN ranks as infinity."""
     ranked = torch.where(torch.isnan(usage), torch.full_like(usage, float("inf")), usage)
     order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return _overruled(rank < budget.long()[:, None], scale, weight)
+    return rank < budget.long()[:, None]
 
 
 def missed(usage: Tensor, keep: Tensor) -> Tensor:

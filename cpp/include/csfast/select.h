@@ -1,5 +1,9 @@
 // Select: sense, then recover by threshold with the tiles as groups, in one pass; no intermediate
 // leaves the caches.
+//
+// With a cap, a list that would be longer keeps only the cap[list] tiles of largest usage, as top-k
+// of recover.h would: ties go to the lower index, not-a-number ranks as infinity. A scale that is
+// not finite keeps everything, whatever the cap.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +15,19 @@
 namespace csfast {
 
 struct SelectParams {
-  const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
-  const float* equal;      // (d)
-  const float* row_scale;  // (n_neurons, 2)
-  const float* offset;     // (n_neurons, 2), or null
-  const float* weight;     // (batch), or null: every row has a list of its own, see recover.h
-  const float* threshold;  // (lists): 1 with weights, otherwise batch
-  const void* x;           // (batch, d), T
-  void* workspace;         // select_workspace() bytes, 64-byte aligned
-  int32_t* tile;           // (lists, n_tiles_max), written up to n_tiles
-  int32_t* n_tiles;        // (lists), written
-  float* missed;           // (lists), written, or null
+  const uint8_t* codes;          // (n_neurons, 2, groups, group_bytes)
+  const float* equal;            // (d)
+  const float* row_scale;        // (n_neurons, 2)
+  const float* offset;           // (n_neurons, 2), or null
+  const float* weight;           // (batch), or null: every row has a list of its own, see recover.h
+  const float* threshold;        // (lists): 1 with weights, otherwise batch
+  const int32_t* cap = nullptr;  // (lists): the most tiles that each keeps, or null; below 0 is 0
+  const void* x;                 // (batch, d), T
+  void* workspace;               // select_workspace() bytes, 64-byte aligned
+  int32_t* tile;                 // (lists, n_tiles_max), written: ascending up to n_tiles, 0 beyond
+  int32_t* n_tiles;              // (lists), written
+  int32_t* dropped = nullptr;    // (lists), written, or null: tiles that only the cap left out
+  float* missed;                 // (lists), written, or null
   int64_t batch, d, n_neurons;
   Code code;
   int tile_rows;
@@ -32,8 +38,8 @@ struct SelectParams {
 
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);
 
-// Equal to recover(sense(x)) with group_rows = tile_rows entry for entry, its groups being the
-// tiles; `missed` up to the order of its sum.
+// Without a cap equal to recover(sense(x)) with group_rows = tile_rows entry for entry, its groups
+// being the tiles; `missed` up to the order of its sum.
 void select(const SelectParams& p, Device device, Stream stream);
 
 namespace cuda {
