@@ -5,6 +5,8 @@
 //
 //   cmake -B build && cmake --build build && build/bench/bench_ffn [--quick] [--json]
 //
+// The same on a GPU is bench_ffn.cu.
+//
 // Layers rotate so that no cache holds them; variants take turns; medians are shown.
 #include <algorithm>
 #include <chrono>
@@ -21,18 +23,20 @@
 #include "csfast/isa.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
+#include "rows.h"
 
 namespace {
 
 using csfast::Device;
+using csfast::bench::Case;
+using csfast::bench::kCode;
+using csfast::bench::Row;
+using csfast::bench::Timing;
 
-struct Sizes {
-  int64_t d, n_neurons;
-  int layers;  // rotated
-  int runs;    // measurements of every variant
+struct Sizes : csfast::bench::Shape {
+  int runs;  // measurements of every variant
 };
 
-constexpr csfast::Code kCode = csfast::Code::kBits2;
 constexpr int kBlockRows = 16;  // neurons of a block, for the variant that executes blocks
 constexpr int64_t kSliceBytes = 32 << 20;
 constexpr int kSlices = 16;  // take turns: 512 MB, more than any cache holds
@@ -194,23 +198,22 @@ class Reader {
 
 struct Variant {
   std::string name;
-  std::string form;  // what the name of its case says beside sizes and density
-  double bytes;      // that a call has to read
+  int block_rows;           // neurons that it reads as one
+  double bytes;             // that a call has to read
+  int64_t workspace_bytes;  // that a call is given
   std::function<void(Layer&)> call;
   std::vector<double> seconds = {};
-
-  double quantile(double fraction) {
-    std::sort(seconds.begin(), seconds.end());
-    return seconds[std::lround(fraction * static_cast<double>(seconds.size() - 1))];
-  }
 };
 
 // Returns the bytes a second that were read in turns with all the rest.
 double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reader& reader,
-               std::vector<std::string>& rows, bool json) {
-  Lines<unsigned char> select_space(csfast::select_workspace(1, s.d, s.n_neurons, Device::kCpu));
-  Lines<unsigned char> execute_space(csfast::execute_workspace(1, s.d, s.n_neurons, Device::kCpu));
-  Lines<unsigned char> ffn_space(csfast::ffn_workspace(1, s.d, s.n_neurons, Device::kCpu));
+               std::vector<Row>& rows) {
+  const int64_t select_bytes = csfast::select_workspace(1, s.d, s.n_neurons, Device::kCpu);
+  const int64_t execute_bytes = csfast::execute_workspace(1, s.d, s.n_neurons, Device::kCpu);
+  const int64_t ffn_bytes = csfast::ffn_workspace(1, s.d, s.n_neurons, Device::kCpu);
+  Lines<unsigned char> select_space(select_bytes);
+  Lines<unsigned char> execute_space(execute_bytes);
+  Lines<unsigned char> ffn_space(ffn_bytes);
   std::vector<uint16_t> out(s.d);
   std::vector<int32_t> all(s.n_neurons);
   for (int32_t j = 0; j < s.n_neurons; ++j) all[j] = j;
@@ -246,12 +249,14 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
   }
   kept /= static_cast<double>(layers.size());
   blocks /= static_cast<double>(layers.size());
-  const double row = 3.0 * 2.0 * static_cast<double>(s.d);
-  const double sensed =
-      static_cast<double>(s.n_neurons * (2 * csfast::row_bytes(s.d, kCode) + 8) + s.d * (4 + 2));
+  const Case single = {.d = s.d, .n_neurons = s.n_neurons, .density = density};
+  Case blocked = single;
+  blocked.block_rows = kBlockRows;
+  const double sensed = csfast::bench::select_bytes(single);
+  const double executed = csfast::bench::execute_bytes(single, kept);
   // The last two are what the others are measured by.
   std::vector<Variant> variants = {
-      {"complete", "", sensed + kept * row,
+      {"complete", 1, sensed + executed, ffn_bytes,
        [&](Layer& layer) {
          csfast::ffn({.codes = layer.codes.data(),
                       .equal = layer.equal.data(),
@@ -278,17 +283,17 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
                       .activation = csfast::Activation::kSilu},
                      Device::kCpu, nullptr);
        }},
-      {"execute", "", kept * row,
+      {"execute", 1, executed, execute_bytes,
        [&](Layer& layer) { execute(layer, layer.tile.data(), &layer.n_tiles, 1); }},
-      {"execute", " blocks=" + std::to_string(kBlockRows), blocks * kBlockRows * row,
+      {"execute", kBlockRows, csfast::bench::execute_bytes(blocked, blocks), execute_bytes,
        [&](Layer& layer) { execute(layer, layer.block.data(), &layer.n_blocks, kBlockRows); }},
-      {"select", "", sensed,
+      {"select", 1, sensed, select_bytes,
        [&](Layer& layer) {
          csfast::select(select_params(s, layer, select_space.data()), Device::kCpu, nullptr);
        }},
-      {"all neurons", "", static_cast<double>(s.n_neurons) * row,
-       [&](Layer& layer) { execute(layer, all.data(), &n_all, 1); }},
-      {"read", "", static_cast<double>(kSliceBytes), [&](Layer&) { reader.read(); }},
+      {"all neurons", 1, csfast::bench::execute_bytes(single, static_cast<double>(s.n_neurons)),
+       execute_bytes, [&](Layer& layer) { execute(layer, all.data(), &n_all, 1); }},
+      {"read", 1, static_cast<double>(kSliceBytes), 0, [&](Layer&) { reader.read(); }},
   };
   constexpr int kWarmup = 2;
   size_t calls = 0;
@@ -301,25 +306,21 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
       if (turn >= 0) variant.seconds.push_back(seconds);
     }
   }
-  const double bandwidth = variants.back().bytes / variants.back().quantile(0.5);
-  const double dense = variants[variants.size() - 2].quantile(0.5) * 1e6;
+  std::vector<Timing> timings;
+  for (const Variant& variant : variants) {
+    timings.push_back(csfast::bench::timing_of(variant.seconds));
+  }
+  const double bandwidth = variants.back().bytes / timings.back().median;
+  const double dense = timings[timings.size() - 2].median;
   for (size_t i = 0; i + 2 < variants.size(); ++i) {
-    Variant& variant = variants[i];
-    const double median = variant.quantile(0.5) * 1e6;
-    const double fraction = variant.bytes / (median / 1e6) / bandwidth;
-    char text[512];
-    std::snprintf(text, sizeof text,
-                  json ? "{\"case\": \"ffn d=%lld F=%lld density=.%02d%s\", \"variant\": \"%s\", "
-                         "\"median_us\": %.2f, \"p10_us\": %.2f, \"p90_us\": %.2f, "
-                         "\"bytes\": %.0f, \"fraction_of_read_bandwidth\": %.3f, "
-                         "\"baselines\": {\"csfast all neurons\": %.2f}, \"ratio_vs_best\": %.3f}"
-                       : "ffn d=%lld F=%lld density=.%02d%s  %-8s  %9.1f us (%.1f .. %.1f)  "
-                         "%.0f bytes  %.2f of read bandwidth  all neurons %.1f us  %.2fx",
-                  static_cast<long long>(s.d), static_cast<long long>(s.n_neurons),
-                  static_cast<int>(std::lround(density * 100)), variant.form.c_str(),
-                  variant.name.c_str(), median, variant.quantile(0.1) * 1e6,
-                  variant.quantile(0.9) * 1e6, variant.bytes, fraction, dense, dense / median);
-    rows.push_back(text);
+    rows.push_back({.of = variants[i].block_rows > 1 ? blocked : single,
+                    .variant = variants[i].name,
+                    .timing = timings[i],
+                    .bytes = variants[i].bytes,
+                    .workspace_bytes = variants[i].workspace_bytes,
+                    .dense = dense,
+                    .read_bandwidth = bandwidth,
+                    .executes = variants[i].name != "select"});
   }
   return bandwidth;
 }
@@ -339,29 +340,26 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  const Sizes sizes = quick ? Sizes{512, 1024, 2, 3} : Sizes{2048, 8192, 6, 60};
+  const Sizes sizes = quick ? Sizes{{512, 1024, 2}, 3} : Sizes{csfast::bench::kCpuShape, 60};
   std::mt19937 random(0);
   std::vector<Layer> layers;
   for (int i = 0; i < sizes.layers; ++i) layers.push_back(random_layer(sizes, random));
   Reader reader;
-  std::vector<std::string> rows;
+  std::vector<Row> rows;
   double bandwidth = 0;
   for (double density : {0.25, 0.10}) {
-    bandwidth = std::max(bandwidth, measure(sizes, layers, density, reader, rows, json));
+    bandwidth = std::max(bandwidth, measure(sizes, layers, density, reader, rows));
   }
   if (!reader.has_read()) return 1;
 
   if (json) {
-    std::printf(
-        "{\"machine\": {\"device\": \"cpu\", \"isa\": \"%s\", \"read_bandwidth\": %.0f},\n"
-        " \"rows\": [\n",
-        csfast::isa(), bandwidth);
-    for (size_t i = 0; i < rows.size(); ++i)
-      std::printf("  %s%s\n", rows[i].c_str(), i + 1 < rows.size() ? "," : "");
-    std::printf(" ]}\n");
+    csfast::bench::print_json({{"device", "\"cpu\""},
+                               {"isa", csfast::bench::quoted(csfast::isa())},
+                               {"read_bandwidth", std::to_string(bandwidth)}},
+                              rows);
   } else {
     std::printf("%s, read bandwidth %.1f GB/s\n", csfast::isa(), bandwidth / 1e9);
-    for (const std::string& line : rows) std::printf("%s\n", line.c_str());
+    for (const Row& row : rows) std::printf("%s\n", csfast::bench::to_text(row).c_str());
   }
   return 0;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "csfast/execute.h"
+#include "csfast/nested.h"
 #include "csfast/planes.h"
 #include "csfast/project.h"
 #include "csfast/recover.h"
@@ -52,6 +53,11 @@ struct Loops {
   void (*measure)(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
                   int64_t batch, int32_t* y, int64_t y_stride) noexcept;
 
+  // y[b * y_stride + 2 j + r] of the neurons j < n that `level` begins with and q (batch, q_width);
+  // added to what y holds if `more`. See nested.h.
+  void (*measure_level)(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q,
+                        int64_t batch, bool more, float* y, int64_t y_stride) noexcept;
+
   // Measurements first .. first + n - 1 of every row of the batch, see project.h.
   void (*project)(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 
@@ -66,6 +72,11 @@ struct Loops {
   void (*gather)(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
                  bool first) noexcept;
 
+  // c (n) -= sum_i step[i] * gram[row[i], :] over `rows` rows of gram (n, n), see omp.h. Returns
+  // the bits of the largest |c[j] * weight[j]|, what is not a number on top.
+  int32_t (*subtract)(const float* gram, int64_t n, const int32_t* row, const float* step,
+                      int64_t rows, const float* weight, float* c) noexcept;
+
   // out (d) = the segments of sums (n_segments, d) added in order, and bias (d), T, unless that is
   // null; rounded to T once.
   void (*finish)(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
@@ -77,6 +88,8 @@ extern const Loops kLoops;
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
+                   bool more, float* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
@@ -84,6 +97,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace base
 
 namespace avx2 {
@@ -92,6 +107,8 @@ const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
+                   bool more, float* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
@@ -99,6 +116,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx2
 
 namespace avx512 {
@@ -107,6 +126,8 @@ const Loops* loops();
 float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
 void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
              int64_t batch, int32_t* y, int64_t y_stride) noexcept;
+void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
+                   bool more, float* y, int64_t y_stride) noexcept;
 void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
@@ -114,6 +135,8 @@ void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int
             bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
+int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
+                 const float* weight, float* c) noexcept;
 }  // namespace avx512
 
 // The loops in use, see isa.h.

@@ -3,6 +3,7 @@
 
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
+#include "csfast/nested.h"
 #include "csfast/omp.h"
 #include "csfast/project.h"
 #include "csfast/recover.h"
@@ -23,11 +24,17 @@ bool available() {
 void sense(const SenseParams&, Stream) {
   missing("sense");
 }
+void nested(const NestedParams&, Stream) {
+  missing("nested");
+}
 void recover(const RecoverParams&, Stream) {
   missing("recover");
 }
 void tile(const TileParams&, Stream) {
   missing("tile");
+}
+int64_t omp_workspace(int64_t, int64_t, int64_t) {
+  missing("omp");
 }
 void omp(const OmpParams&, Stream) {
   missing("omp");

@@ -5,24 +5,32 @@ import math
 
 import torch
 
-from csfast import reference
+from csfast import nested, reference
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
 
 
-@functools.cache
-def made(case, dtype, device, bits=2):
-    """The problem of a case, made once for all tests: fitting its codes is most of the work.
-
-    By one thread: the tensors are small, and where cores are shared, threads wait for each other.
-    """
+def by_one_thread(make):
+    """What `make` gives. Small tensors: where cores are shared, threads wait for each other."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return case.make(dtype, device, bits=bits)
+        return make()
     finally:
         torch.set_num_threads(n_threads)
+
+
+@functools.cache
+def made(case, dtype, device, bits=2):
+    """The problem of a case, made once for all tests: fitting its codes is most of the work."""
+    return by_one_thread(lambda: case.make(dtype, device, bits=bits))
+
+
+@functools.cache
+def made_nested(case, dtype, device, bits=(3, 3)):
+    """The same, in levels."""
+    return by_one_thread(lambda: case.make_nested(dtype, device, bits=bits))
 
 
 def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -34,6 +42,25 @@ def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     n = a.shape[-1]
     return (n + 1) * (EPS_F32 * (a.double().abs() @ b.double().abs().T) + 2.0**-120)
+
+
+def nested_size(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sum of the magnitudes that a nested measurement adds up, entry by entry, float64."""
+    q = reference.quantize(x, equal)[0].double().abs()
+    weights = [nested.unpack(packed, x.shape[1]).decode().double().abs() for packed in levels]
+    return (q @ torch.stack(weights).sum(dim=0).T).view(len(x), len(levels[0].codes), 2)
+
+
+def nested_tolerance(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Bound on the error of the nested measurement, entry by entry.
+
+    Parts of a group's integer are exact. Each term meets at most a product, an addition for every
+    group, five that gather the lanes of a warp, the product with the top, and an addition for every
+    further level, in whatever order: as in `dot_tolerance`, with the sum of the magnitudes that
+    they add up to. Whatever falls below the normal numbers is below 2^-126 each time.
+    """
+    n = levels[0].exponent.shape[-1] + 6 + len(levels)
+    return n * (EPS_F32 * nested_size(levels, equal, x) + 2.0**-126)
 
 
 def _activation_at(z: torch.Tensor, activation: str):

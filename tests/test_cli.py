@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import csfast
-from csfast import Document, cli, documents
+import pages
+from csfast import Document, cli, documents, phase, report, results
 
 TEXT = "Once upon a time, in the morning, the old sailor walked along the quiet street. " * 20
 
@@ -65,6 +66,41 @@ def test_calibrate_writes_a_plan_of_the_model(plan):
     assert not list(plan.parent.glob("*.partial"))
 
 
+def test_calibrate_says_the_bytes_of_the_plan_and_goes_without_feedback(folder, data, plan):
+    path = folder / "plain.plan"
+    done = call(
+        *("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500),
+        *("--bits", "2", "--no-feedback"),
+    )
+    assert done.exit_code == 0, done.output
+    assert f" {path.stat().st_size:,} bytes," in " ".join(done.stdout.split())
+    fitted, plain = csfast.Plan.load(plan), csfast.Plan.load(path)
+    assert fitted.feedback is True and plain.feedback is False
+    for a, b in zip(fitted.layers, plain.layers, strict=True):
+        assert not torch.equal(a.codes[2], b.codes[2])
+
+
+def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
+    path = folder / "more.plan"
+    options = ("--bits", "ternary,2", "--blocks", "16,1", "--joint")
+    done = call("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500, *options)
+    assert done.exit_code == 0, done.output
+    loaded = csfast.Plan.load(path)
+    assert loaded.bits == (2, "ternary") and loaded.blocks == (1, 16)
+    assert loaded.batches == (1, 2, 4, 8, 16)
+    options = ("--bits", "ternary", "--block", 16)
+    done = call("generate", "demo", path, "--prompt", TEXT[:80], "--max-new-tokens", 4, *options)
+    assert done.exit_code == 0 and done.stdout.strip(), done.output
+    out = folder / "blocks.json"
+    done = call(
+        *("eval", "demo", path, "--data", data, "--limit", 1, "--tokens", 100, *options),
+        *("--json", out),
+    )
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert (results["bits"], results["block"]) == ("ternary", 16)
+
+
 def test_generate_streams_text(plan):
     done = call("generate", "demo", plan, "--prompt", TEXT[:80], "--max-new-tokens", 8)
     assert done.exit_code == 0, done.output
@@ -98,6 +134,89 @@ def test_eval_writes_the_agreed_json(plan, data, folder):
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
 
 
+def test_ablate_writes_the_agreed_json(data, folder):
+    out, page = folder / "ablation.json", folder / "ablation.html"
+    done = call(
+        *("ablate", "demo", "--data", data, "--tokens", 30, "--bytes", ".5,.9"),
+        *("--methods", "planes-b2,oracle-neuron", "--json", out, "--html", page),
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["method"], row["target"]) for row in rows] == [
+        *(("planes-b2", 0.5), ("planes-b2", 0.9), ("oracle-neuron", 0.5), ("oracle-neuron", 0.9)),
+    ]
+    for row in rows:
+        assert {"density", "sensor_fraction", "bytes_fraction", "delta", "per_task"} <= set(row)
+        assert {"recall", "energy", "density_per_layer", "density_per_task"} <= set(row)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html")
+    assert not list(folder.glob("*.partial"))
+
+
+def test_bench_of_omp_writes_its_json(folder):
+    out = folder / "omp.json"
+    done = call("bench", "omp", "--quick", "--json", out, "--commit", "abc")
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    assert [row["variant"] for row in results["rows"]] == ["complete", "support", "pursuit"]
+    assert {row["agreement"] for row in results["rows"]} == {1.0}
+    assert results["machine"]["commit"] == "abc"
+    assert "problems/s" in done.output
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_tokens_writes_the_agreed_json(plan, data, folder, generate):
+    out, page = folder / "tokens.json", folder / "tokens.html"
+    done = call(
+        *("tokens", "demo", plan, "--data", data, "--limit", 3, "--density", 0.5, "--tokens", 8),
+        *("--json", out, "--html", page, *(["--generate"] if generate else [])),
+    )
+    assert done.exit_code == 0, done.output
+    found = results.read(out, "effort")
+    assert found["generated"] == generate
+    assert {"math", "prose"} <= {e["task"] for e in found["examples"]}
+    for example in found["examples"]:
+        assert 1 <= len(example["tokens"]) < 8
+    assert "effort" in done.stdout and "prose" in done.stdout
+    assert 'id="effort"' in page.read_text()
+
+
+PHASE = ("--groups", 24, "--steps", 3, "--trials", 6, "--tokens", 20, "--limit", 3)
+
+
+def test_phase_writes_the_agreed_json_and_resumes(data, folder):
+    out, known, page = (folder / name for name in ("phase.json", "known.json", "phase.html"))
+    files = ("--json", out, "--dictionaries", known, "--html", page)
+    done = call("phase", "demo", "--data", data, *PHASE, *files)
+    assert done.exit_code == 0, done.output
+    found = results.read(out, "phase")
+    assert found["n_groups"] == 24 and len(found["layers"]) == 6
+    assert len(results.read(known, "dictionaries")["layers"]) == 6
+    assert "Pursuit is certain" in " ".join(done.stdout.split())
+    assert 'id="phase"' in page.read_text() and 'id="dictionaries"' in page.read_text()
+    assert not list(folder.glob("*.partial"))
+    # What an interrupted run would have left: begun with other options, it is refused.
+    partial = folder / "phase.json.partial"
+    partial.write_text(json.dumps({"format": phase.FORMAT, "settings": [], "rows": {}}))
+    refusal = refused("phase", "demo", "--data", data, *PHASE, "--json", out, "--resume")
+    assert refusal.startswith("[phase] phase.json.partial: was begun with another model")
+    partial.unlink()
+
+
+def test_report_puts_files_on_one_page(folder):
+    options = []
+    for kind, make in pages.MADE.items():
+        path = folder / f"given-{kind}.json"
+        path.write_text(json.dumps(make()))
+        options += [f"--{kind.replace('_', '-')}", path]
+    out = folder / "report.html"
+    done = call("report", out, *options)
+    assert done.exit_code == 0, done.output
+    assert "report.html" in done.stdout
+    text = out.read_text()
+    assert all(f'<h2 id="{kind}">' in text for kind in pages.MADE)
+    assert text == report.render(**pages.everything())
+
+
 def test_bench_writes_the_agreed_json(folder):
     out = folder / "bench.json"
     done = call("bench", "execute", "--quick", "--json", out)
@@ -116,6 +235,8 @@ def test_doctor_is_content():
 def test_version_and_help():
     assert call("--version").stdout.strip() == csfast.__version__
     for command in ("calibrate", "generate", "eval", "ablate", "bench", "demo", "doctor"):
+        assert call(command, "--help").exit_code == 0
+    for command in ("tokens", "phase", "report"):
         assert call(command, "--help").exit_code == 0
 
 
@@ -142,13 +263,38 @@ def test_a_sample_limit_counts_for_every_task(data):
         (("eval", "demo", "{plan}", "--data", "{folder}/missing.jsonl"), "[read]"),
         (("eval", "demo", "{plan}", "--data", "{data}", "--density", "nan"), "density"),
         (("ablate", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("ablate", "demo", "--data", "{data}", "--methods", "magic"), "method 'magic'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", ".5,x"), "--bytes '.5,x'"),
+        (("ablate", "demo", "--data", "{data}", "--bytes", "1.5"), "bytes fraction 1.5"),
+        (("ablate", "demo", "--data", "{data}", "--resume"), "--resume without --json"),
         (("eval", "demo", "{plan}", "--data", "{one}", "--part", "report"), "no document"),
         (("bench", "sense", "--quick", "--json", "{folder}/no/such/folder.json"), "no/such"),
+        (("tokens", "demo", "{plan}", "--data", "{data}", "--density", "2"), "[tokens] density"),
+        (("tokens", "demo", "{plan}", "--data", "{data}", "--bits", "4"), "bits"),
+        (("tokens", "demo", "{folder}/missing.plan"), "missing.plan"),
+        (("phase", "demo", "--data", "{data}", "--resume"), "[phase] --resume without --json"),
+        (("phase", "{folder}/nowhere", "--data", "{data}"), "nowhere"),
+        (("report", "{folder}/page.html"), "[report] nothing to show"),
+        (("report", "{folder}/page.html", "--ablation", "{folder}/none.json"), "none.json"),
+        (
+            ("report", "{folder}/page.html", "--ablation", "{folder}/broken.jsonl"),
+            "[report] broken.jsonl: want a whole JSON file",
+        ),
+        (
+            ("report", "{folder}/page.html", "--phase", "{folder}/other.json"),
+            "[report] other.json without 'n_groups': want it.",
+        ),
+        (
+            ("report", "{folder}/no/such/page.html", "--demo", "{folder}/empty.json"),
+            "no/such",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, plan, data, folder):
     (folder / "bad.csv").write_text("a,b\n" * 100)
     (folder / "broken.jsonl").write_text("{\n")
+    (folder / "other.json").write_text('{"rows": []}')
+    (folder / "empty.json").write_text("{}")
     # A document that is not in the part that is reported.
     alone = documents.split(
         [Document("prose/made", "", f"{i} {TEXT}") for i in range(20)], "select"
@@ -209,6 +355,34 @@ def test_ctrl_c_ends_calibration_and_it_resumes(folder):
     )
     assert done.returncode == 0, done.stderr
     assert out.exists() and not partial.exists()
+
+
+def test_ctrl_c_ends_an_ablation_and_leaves_its_rows(data, folder):
+    out = folder / "stopped.json"
+    partial = pathlib.Path(f"{out}.partial")
+    # Training predictors lasts long enough to be interrupted.
+    methods = "oracle-neuron,dejavu-384,dejavu-383,dejavu-382,dejavu-381,dejavu-380"
+    options = ["--data", str(data), "--tokens", "30", "--methods", methods, "--json", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csfast", "ablate", "demo", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        assert partial.exists(), process.communicate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED, errors
+    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert not out.exists()
+    assert list(json.loads(partial.read_text())["rows"]) == ["oracle-neuron"]
 
 
 def test_a_reader_that_leaves_is_no_error(plan):

@@ -362,6 +362,20 @@ def test_a_replayed_capped_layer_follows_its_cap(dtype):
         assert stats.tolist() == [2, sum(n)] and int(dropped) == 2002 - sum(n)
 
 
+@pytest.mark.parametrize("n_levels", [1, 2])
+def test_a_replayed_nested_measurement_follows_x(dtype, n_levels):
+    p = cases.Case("nested", batch=5, d=264, n_neurons=301).make_nested(dtype, "cuda")
+    x = p.x.clone()
+    graph, (y, scale) = capture(lambda: ops.nested(p.levels, p.equal, x, n_levels=n_levels))
+    for seed in (1, 2):
+        x.copy_(random((5, 264), dtype, seed))
+        y.fill_(torch.nan)
+        graph.replay()
+        want, want_scale = ops.nested(p.levels, p.equal, x, n_levels=n_levels)
+        assert torch.equal(y, want)
+        assert torch.equal(scale, want_scale)
+
+
 def test_a_replayed_ternary_selection_follows_x(dtype):
     made = cases.Case("ternary", batch=5, d=264, n_neurons=301)
     p = made.make(dtype, "cuda", bits="ternary")
@@ -496,6 +510,22 @@ def test_codes_off_sixteen_bytes_are_refused(layer, dtype):
     codes = shifted.view(layer.codes.shape).copy_(layer.codes)
     with pytest.raises(ValueError, match=r"\[sense\] codes begins 1 bytes past a multiple of 16"):
         ops.sense(codes, layer.equal, random((1, 264), dtype, 90), bits=BITS)
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("codes", "codes begins 1 bytes past a multiple of 16"),
+        ("exponent", "exponent begins 1 bytes past a multiple of 2"),
+    ],
+)
+def test_levels_off_their_loads_are_refused(which, message):
+    p = cases.Case("nested", batch=1, d=264, n_neurons=8).make_nested(torch.bfloat16, "cuda")
+    given = getattr(p.levels[1], which)
+    shifted = torch.empty(given.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
+    level = dataclasses.replace(p.levels[1], **{which: shifted.view(given.shape).copy_(given)})
+    with pytest.raises(ValueError, match=rf"\[nested\] {message}"):
+        ops.nested((p.levels[0], level), p.equal, p.x)
 
 
 def test_waiting_for_every_kernel_works_under_capture_too():

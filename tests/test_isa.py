@@ -13,7 +13,17 @@ from csfast import ops
 TESTS = pathlib.Path(__file__).parent
 FILES = [
     str(TESTS / f"test_{op}.py")
-    for op in ("sense", "project", "recover", "select", "execute", "ffn", "session")
+    for op in (
+        "sense",
+        "nested",
+        "project",
+        "recover",
+        "omp",
+        "select",
+        "execute",
+        "ffn",
+        "session",
+    )
 ]
 
 
@@ -43,7 +53,10 @@ def test_operations_pass_with_lesser_instruction_sets(isa):
     if ops.isa() == isa:
         pytest.skip(f"this run is already the one with {isa}")
     skip_unless_it_runs(isa)
-    slow = "not compiles and not registered and not two_hundred and not large"
+    slow = (
+        "not compiles and not registered and not two_hundred and not large and not standard"
+        " and not scikit and not ten_thousand"
+    )
     options = ("-q", "-x", "-m", "not gpu", "-k", slow, "-p", "no:cacheprovider")
     done = run(isa, "-m", "pytest", *options, *FILES)
     assert done.returncode == 0, done.stdout[-3000:]

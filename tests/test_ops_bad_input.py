@@ -12,6 +12,7 @@ import torch
 
 from csfast import _native, ops
 from csfast.cases import Case
+from csfast.nested import Packed
 
 BATCH, D, N = 2, 200, 77
 INF = float("inf")
@@ -22,6 +23,7 @@ def good():
     """The arguments of a good call to every operation, by name."""
     p = Case("good", batch=BATCH, d=D, n_neurons=N).make(torch.bfloat16, "cpu")
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
+    level = Case("good", batch=BATCH, d=D, n_neurons=N).make_nested(torch.bfloat16, "cpu").levels[1]
     every = torch.arange(N, dtype=torch.int32).repeat(BATCH, 1)
     return dict(
         codes=p.codes,
@@ -40,6 +42,10 @@ def good():
         tile=every,
         n_tiles=torch.full((BATCH,), N, dtype=torch.int32),
         bits=2,
+        level_codes=level.codes,
+        level_exponent=level.exponent,
+        level_top=level.top,
+        level_bits=level.bits,
         tile_rows=1,
         stats=torch.zeros(2, dtype=torch.int64),
         max_batch=BATCH,
@@ -65,6 +71,10 @@ def call(op, a):
     a = {**a, "threshold": a["threshold"][:1]} if how == "joint" and op != "session" else a
     if op == "sense":
         return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
+    if op == "nested":
+        coarse = Packed(2, a["codes"], a["level_exponent"], a["level_top"].clone())
+        parts = (a[f"level_{name}"] for name in ("bits", "codes", "exponent", "top"))
+        return ops.nested([coarse, Packed(*parts)], a["equal"], a["x"])
     if op == "project":
         return ops.project(a["phi"], a["x"], rows=a["rows"])
     if op == "recover":
@@ -142,7 +152,17 @@ ROWS = [
     ("project", "phi", lambda t: t.double(), TypeError, "phi is float64: want float32, float16 or"),
     ("project", "phi", lambda t: t.float(), TypeError, "x is bfloat16: want float32"),
     ("project", "x", lambda t: t.half(), TypeError, "x is float16: want bfloat16"),
+    ("nested", "level_codes", lambda t: t.char(), TypeError, r"codes\[1\] is int8: want uint8"),
+    ("nested", "level_exponent", lambda t: t.int(), TypeError, r"exponent\[0\] is int32: want"),
+    ("nested", "level_top", lambda t: t.float(), TypeError, r"top\[0\] is float32: want bfloat16"),
+    ("nested", "level_top", lambda t: t.half(), TypeError, r"top\[0\] is float16: want bfloat16"),
+    ("nested", "level_codes", lambda t: None, TypeError, r"codes\[1\] is a NoneType: want a torch"),
+    ("nested", "equal", lambda t: t.double(), TypeError, "equal is float64: want float32"),
+    ("nested", "x", lambda t: t.double(), TypeError, "x is float64: want float32, float16 or"),
+    ("nested", "level_bits", lambda v: 3.0, TypeError, r"bits\[1\] is a float: want an int"),
     # Strides
+    ("nested", "level_codes", lambda t: t.mT.contiguous().mT, TypeError, r"codes\[1\] of shape"),
+    ("nested", "level_exponent", lambda t: t[..., :1].expand(t.shape), TypeError, "exponent"),
     ("project", "phi", lambda t: t.T.contiguous().T, TypeError, r"phi of shape \(9, 200\)"),
     ("project", "x", lambda t: torch.cat([t, t], dim=1)[:, :D], TypeError, "x of shape"),
     ("recover", "offset", lambda t: t.T.contiguous().T, TypeError, "offset of shape"),
@@ -158,6 +178,13 @@ ROWS = [
     ("sense", "codes", lambda t: t[:, :, :1].contiguous(), ValueError, r"chunks = 2, 16"),
     ("sense", "codes", lambda t: t[:, :1].contiguous(), ValueError, "codes has shape"),
     ("sense", "equal", lambda t: t[:-1], ValueError, r"shape \(199,\): want \(d = 200,\)"),
+    ("nested", "level_codes", lambda t: t[:-1], ValueError, r"codes\[1\] has shape \(76, 2, 2"),
+    ("nested", "level_codes", lambda t: t[:, :, :1].clone(), ValueError, "chunks = 2, 16"),
+    ("nested", "level_exponent", lambda t: t[:, :, :3].clone(), ValueError, r"2 \* chunks = 4\)"),
+    ("nested", "level_top", lambda t: t[:-1], ValueError, r"top\[0\] has shape \(76, 2\): want"),
+    ("nested", "codes", lambda t: t[:, 0], ValueError, "tensors of 2 and 3 axes"),
+    ("nested", "x", lambda t: t[0], ValueError, "tensors of 1 and 4 axes"),
+    ("nested", "equal", lambda t: t[:-1], ValueError, r"shape \(199,\): want \(d = 200,\)"),
     ("select", "row_scale", lambda t: t[:-1], ValueError, r"want \(n_neurons = 77, 2\)"),
     ("select", "threshold", lambda t: t[:1], ValueError, r"want \(batch = 2,\)"),
     ("recover", "scale", lambda t: t[:1], ValueError, "scale has shape"),
@@ -200,6 +227,7 @@ ROWS = [
     # Absurd sizes, refused before any memory is touched
     ("project", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows of 5"),
     ("sense", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
+    ("nested", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("execute", "x", lambda t: huge(1 << 40, D), ValueError, "batch = 1099511627776 rows"),
     ("ffn", "x", lambda t: huge(65536, D), ValueError, "batch = 65536 rows"),
     ("sense", "x", lambda t: t.new_zeros(1 << 40, 0), ValueError, "batch = 1099511627776 rows"),
@@ -213,6 +241,9 @@ ROWS = [
     ("sense", "bits", lambda v: -1, ValueError, "bits = -1"),
     ("sense", "bits", lambda v: 1 << 40, ValueError, "bits = 1099511627776"),
     ("sense", "bits", lambda v: "2", ValueError, "bits = '2': want 1 to 4 or \"ternary\""),
+    ("nested", "level_bits", lambda v: 2, ValueError, r"codes\[1\] has shape .* 16 \* bits = 32"),
+    ("nested", "level_bits", lambda v: -1, ValueError, r"bits\[1\] = -1: want 0 to 2"),
+    ("nested", "level_bits", lambda v: 1 << 40, ValueError, r"bits\[1\] = 1099511627776: want"),
     ("ffn", "bits", lambda v: 2.0, TypeError, "bits is a float: want an int or \"ternary\""),
     ("session", "bits", lambda v: [2], TypeError, "bits is a list: want an int or"),
     ("session", "bits", lambda v: 5, ValueError, "bits = 5: want 1 to 4 or"),
@@ -264,7 +295,17 @@ def test_refuses(good, op, name, change, error, message):
     assert re.search(message, text), text
 
 
-OPS = ("sense", "project", "recover", "recover top", "recover joint", "tile", "execute", "select")
+OPS = (
+    "sense",
+    "nested",
+    "project",
+    "recover",
+    "recover top",
+    "recover joint",
+    "tile",
+    "execute",
+    "select",
+)
 OPS += ("select joint", "ffn", "ffn joint", "session", "session joint")
 
 
@@ -278,6 +319,7 @@ def test_the_good_call_is_good(good, op):
     ("op", "name"),
     [
         ("sense", "equal"),
+        ("nested", "level_top"),
         ("recover", "scale"),
         ("execute", "tile"),
         ("ffn", "x"),
@@ -318,7 +360,9 @@ def test_reads_read_only_inputs(name):
     assert given["tile"].tolist() == [[0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("value", [3, "tile", object(), [1, 2]], ids=str)
+@pytest.mark.parametrize(
+    "value", [3, "tile", object(), [1, 2]], ids=lambda value: type(value).__name__
+)
 def test_refuses_outputs_that_are_no_tensors(value):
     with pytest.raises(TypeError, match=r"\[tile\] tile is a .* without dense memory"):
         native_tile(**{**arrays(), "tile": value})

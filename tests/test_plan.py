@@ -1,6 +1,8 @@
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -12,34 +14,48 @@ import safetensors
 import torch
 
 import tiny
-from csfast import models, planes
+from csfast import feedback, models, planes
 from csfast import plan as plan_
-from csfast.plan import LayerPlan, Plan
+from csfast.plan import JOINT, LayerPlan, Plan, Setting
 from csfast.types import LayerShape, PlanError
 
 D, N_NEURONS, N_LAYERS = 8, 12, 2
+CODES = (2, 3, "ternary")
 DENSITIES = (0.1, 0.5, 1.0)
+
+
+def make_codes(bits, draw):
+    shape = (N_NEURONS, 2, *planes.row_shape(D, bits))
+    return torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
 
 
 def make_plan(**changes):
     draw = torch.Generator().manual_seed(0)
-    falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3).contiguous()
+    falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3)
+    settings = [Setting(*s) for s in itertools.product(CODES, (1, 4, 16), (1, *JOINT))]
     values = {
         "model": models.Fingerprint(
-            "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "0a" * 32
+            "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "silu", "0a" * 32
         ),
-        "bits": (2, 3),
+        "bits": CODES,
+        "blocks": (1, 4, 16),
+        "batches": (1, *JOINT),
         "tasks": ("pooled", "math"),
         "densities": DENSITIES,
         "layers": tuple(
             LayerPlan(
                 torch.rand(D, generator=draw) + 0.5,
-                {b: torch.rand(N_NEURONS, 2, generator=draw) for b in (2, 3)},
+                {b: torch.rand(N_NEURONS, 2, generator=draw) for b in CODES},
+                {b: make_codes(b, draw) for b in CODES},
+                {n: torch.randperm(N_NEURONS, generator=draw) for n in (4, 16)},
             )
             for _ in range(N_LAYERS)
         ),
-        "thresholds": {2: falling, 3: falling / 2},
+        "thresholds": {
+            s: (1 + CODES.index(s.bits)) * s.block * s.batch * falling for s in settings
+        },
         "n_tokens": {"math": 100},
+        "feedback": True,
         "seed": 3,
     }
     return Plan(**{**values, **changes})
@@ -85,13 +101,17 @@ def test_round_trip_keeps_everything(tmp_path):
     plan = make_plan()
     plan.save(tmp_path / "a.plan")
     found = Plan.load(tmp_path / "a.plan")
-    for name in ("model", "bits", "tasks", "densities", "n_tokens", "seed", "plan_hash"):
+    simple = ("model", "bits", "blocks", "batches", "tasks", "densities", "n_tokens", "seed")
+    for name in (*simple, "feedback", "settings", "plan_hash"):
         assert getattr(found, name) == getattr(plan, name), name
-    for b in plan.bits:
-        assert torch.equal(found.thresholds[b], plan.thresholds[b])
-        for mine, theirs in zip(plan.layers, found.layers, strict=True):
-            assert torch.equal(mine.equal, theirs.equal)
-            assert torch.equal(mine.row_scale[b], theirs.row_scale[b])
+    assert len(plan.settings) == 3 * 3 * 5
+    for setting in plan.settings:
+        assert torch.equal(found.thresholds[setting], plan.thresholds[setting])
+    for mine, theirs in zip(plan.layers, found.layers, strict=True):
+        assert torch.equal(mine.equal, theirs.equal)
+        assert all(torch.equal(mine.row_scale[b], theirs.row_scale[b]) for b in plan.bits)
+        assert all(torch.equal(mine.codes[b], theirs.codes[b]) for b in plan.bits)
+        assert all(torch.equal(mine.order[n], theirs.order[n]) for n in (4, 16))
 
 
 def test_hash_is_that_of_the_file(tmp_path, raw):
@@ -102,11 +122,38 @@ def test_hash_is_that_of_the_file(tmp_path, raw):
     assert make_plan(seed=4).plan_hash != plan.plan_hash
 
 
+def test_plan_takes_the_bytes_of_its_codes():
+    """What a plan costs: codes of two rows a neuron, and little else."""
+    plan = make_plan(
+        bits=(2,),
+        thresholds={s: t for s, t in make_plan().thresholds.items() if s.bits == 2},
+        layers=tuple(
+            dataclasses.replace(layer, row_scale={2: layer.row_scale[2]}, codes={2: layer.codes[2]})
+            for layer in make_plan().layers
+        ),
+    )
+    parts = [part.nbytes for part in plan_.laid_out(*plan_._to_content(plan))]
+    assert parts.count(N_NEURONS * 2 * 32) == N_LAYERS  # one chunk of 128 channels at 2 bits
+    fitted = N_LAYERS * (planes.n_bytes(N_NEURONS, D, 2) + 2 * 8 * N_NEURONS)
+    assert sum(parts[1:]) == fitted + 3 * 5 * N_LAYERS * 2 * 3 * 4
+
+
 def test_file_is_plain_safetensors(tmp_path, raw):
     (tmp_path / "a.plan").write_bytes(raw)
     with safetensors.safe_open(tmp_path / "a.plan", "pt") as file:
         assert file.metadata()["format"] == "csfast-plan"
-        assert torch.equal(file.get_tensor("thresholds.b2"), make_plan().thresholds[2])
+        for name, setting in (
+            ("thresholds.b2.block1", (2, 1, 1)),
+            ("thresholds.b3.block16.joint8", (3, 16, 8)),
+            ("thresholds.bternary.block4", ("ternary", 4, 1)),
+        ):
+            assert torch.equal(file.get_tensor(name), make_plan().thresholds[setting])
+        layer = make_plan().layers[1]
+        assert torch.equal(file.get_tensor("layers.1.order.block4"), layer.order[4])
+        found = file.get_tensor("layers.1.row_scale.bternary")
+        assert torch.equal(found, layer.row_scale["ternary"])
+        for b in CODES:
+            assert torch.equal(file.get_tensor(f"layers.1.codes.b{b}"), layer.codes[b])
 
 
 def test_every_truncation_is_refused(tmp_path, raw):
@@ -136,6 +183,7 @@ def test_added_bytes_are_refused(raw):
 
 
 NAN, INFINITY = float("nan"), float("inf")
+DRAW = torch.Generator().manual_seed(1)
 
 
 def _with(name, index, value):
@@ -145,6 +193,17 @@ def _with(name, index, value):
         tensor = plan_.unpack(raw)[0][name]
         tensor[index] = value
         return rewrite(raw, tensors={name: tensor})
+
+    return change
+
+
+def _twice(name):
+    """An order that names a neuron twice and so leaves one out."""
+
+    def change(raw):
+        order = plan_.unpack(raw)[0][name]
+        order[0] = order[1]
+        return rewrite(raw, tensors={name: order})
 
     return change
 
@@ -178,7 +237,10 @@ BAD_PLANS = {
         lambda raw: reheader(raw, lambda h: h["__metadata__"].update(seed=3)),
         "metadata of strings",
     ),
-    "pickled dtype": (_entry("layers.0.equal", dtype="O"), "dtype = 'O': want F32"),
+    "pickled dtype": (
+        _entry("layers.0.equal", dtype="O"),
+        "dtype = 'O': want F32, F64, I64 or U8",
+    ),
     "integers": (_entry("layers.0.equal", dtype="I64", shape=[4]), "contiguous float32"),
     "gap": (_entry("layers.0.equal", data_offsets=[4, 36]), "no gaps"),
     "overlap": (_entry("layers.1.equal", data_offsets=[0, 32]), "no gaps"),
@@ -188,22 +250,102 @@ BAD_PLANS = {
     "true size": (_entry("layers.0.equal", shape=[True]), "want at most four sizes"),
     "extra key": (_entry("layers.0.equal", path="../../x"), "want dtype, shape and data_offsets"),
     "other hash": (
-        lambda raw: reheader(raw, lambda h: h["__metadata__"].update({"sha256.thresholds.b2": ""})),
+        lambda raw: reheader(
+            raw, lambda h: h["__metadata__"].update({"sha256.thresholds.b2.block1": ""})
+        ),
         "data that fit their SHA-256",
     ),
     "other format": (_fields(format="gguf"), "format = 'gguf'"),
-    "next version": (_fields(version="2"), "format version '2': this csfast wants '1'"),
+    "old version": (
+        _fields(version="2"),
+        "format version '2': this csfast wants '3'; calibrate again",
+    ),
+    "version without codes": (
+        lambda raw: rewrite(
+            *(raw,),
+            fields={"version": "2"},
+            drop=["feedback", *(f"layers.{i}.codes.b{b}" for i in (0, 1) for b in CODES)],
+        ),
+        "format version '2': this csfast wants '3'; calibrate again",
+    ),
+    "next version": (_fields(version="4"), "format version '4': this csfast wants '3'"),
     "model type": (_fields(model_type="../x"), "want a model type"),
     "model dtype": (_fields(model_dtype="float64"), "want one of float32, float16, bfloat16"),
+    "activation": (
+        _fields(model_activation="relu"),
+        "model_activation = 'relu': want one of silu, gelu_tanh",
+    ),
+    "no activation": (
+        lambda raw: rewrite(raw, drop=["model_activation"]),
+        "model_activation = '': want one of",
+    ),
     "model hash": (_fields(model_hash="0A" * 32), "want 64 hexadecimal digits"),
     "shapes": (_fields(shapes="[[8]]"), "want pairs of sizes"),
     "shapes not JSON": (_fields(shapes="[[8"), "shapes: want JSON"),
     "shapes not a list": (_fields(shapes="{}"), "shapes: want a JSON list"),
     "fewer layers": (_fields(shapes="[[8,12]]"), "want exactly those of 1 layers"),
     "other sizes": (_fields(shapes="[[8,12],[8,13]]"), r"row_scale.* want \(13, 2\)"),
-    "bits": (_fields(bits="[2,5]"), "bits = 2, 5: want some of 1, 2, 3, 4"),
-    "unhashable bits": (_fields(bits="[[2],3]"), "want some of 1, 2, 3, 4"),
-    "bits falling": (_fields(bits="[3,2]"), "rising"),
+    "bits": (_fields(bits='[2,5,"ternary"]'), "bits = 2, 5, ternary: want some of 1, 2, 3, 4, ter"),
+    "unhashable bits": (_fields(bits="[[2],3]"), "want some of 1, 2, 3, 4, ternary"),
+    "bits falling": (_fields(bits='[3,2,"ternary"]'), "4, ternary, in this order"),
+    "ternary first": (_fields(bits='["ternary",2,3]'), "4, ternary, in this order"),
+    "ternary twice": (_fields(bits='[2,3,"ternary","ternary"]'), "ternary, in this order"),
+    "ternary misspelt": (_fields(bits='[2,3,"Ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits as text": (_fields(bits='["2",3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits as a float": (_fields(bits='[2.0,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "bits true": (_fields(bits='[true,3,"ternary"]'), "want some of 1, 2, 3, 4, ternary"),
+    "ternary unsaid": (_fields(bits="[2,3]"), "codes.bternary.*: want exactly those"),
+    "ternary without thresholds": (
+        lambda raw: rewrite(raw, drop=["thresholds.bternary.block16.joint2"]),
+        "thresholds.bternary.block16.joint2",
+    ),
+    "ternary scale": (_with("layers.1.row_scale.bternary", (3, 0), NAN), "want finite numbers"),
+    "no bits": (_fields(bits="[]"), "want"),
+    "too many bits": (_fields(bits=f"[{'2,' * 128}2]"), "129 bits: want at most 128"),
+    "too many blocks": (_fields(blocks=f"[{'4,' * 9999}4]"), "10000 blocks: want at most 128"),
+    "too many batches": (_fields(batches=str(list(range(1, 999)))), "998 batches: want at most"),
+    "long list": (_fields(blocks=f"[{'0,' * 9999}4]"), r"blocks = 0, [0, ]*\.\.\.: want sizes"),
+    "block 0": (_fields(blocks="[0,4,16]"), "blocks = 0, 4, 16: want sizes from 1 on"),
+    "block a string": (_fields(blocks='["1",4,16]'), "blocks = 1, 4, 16: want sizes"),
+    "block true": (_fields(blocks="[true,4,16]"), "want sizes from 1 on"),
+    "blocks not a list": (_fields(blocks="4"), "blocks: want a JSON list"),
+    "no blocks": (lambda raw: rewrite(raw, drop=["blocks"]), "blocks: want JSON"),
+    "block without its order": (_fields(blocks="[1,4,8,16]"), "layers.0.order.block8"),
+    "order of no block": (_fields(blocks="[1,4]"), "block16.*: want exactly those"),
+    "blocks falling": (_fields(blocks="[16,4,1]"), "sizes from 1 to 128, rising"),
+    "batches": (_fields(batches="[1,2,4,8,17]"), "thresholds.*: want exactly those"),
+    "batch 0": (_fields(batches="[0,2,4,8,16]"), "batches = 0, 2, 4, 8, 16: want sizes"),
+    "batches without own": (
+        lambda raw: rewrite(
+            *(raw,),
+            fields={"batches": "[2,4,8,16]"},
+            drop=[f"thresholds.b{b}.block{n}" for b in CODES for n in (1, 4, 16)],
+        ),
+        r"batches = \(2, 4, 8, 16\): want \(1,\) or \(1, 2, 4, 8, 16\)",
+    ),
+    "batches short": (
+        lambda raw: rewrite(
+            *(raw,),
+            fields={"batches": "[1,2,4,8]"},
+            drop=[f"thresholds.b{b}.block{n}.joint16" for b in CODES for n in (1, 4, 16)],
+        ),
+        r"want \(1,\) or \(1, 2, 4, 8, 16\)",
+    ),
+    "order twice": (_twice("layers.0.order.block4"), "each of the neurons 0 to 11 once"),
+    "order out of range": (_with("layers.1.order.block16", 3, 12), "neurons 0 to 11 once"),
+    "order negative": (_with("layers.1.order.block16", 3, -1), "neurons 0 to 11 once"),
+    "order short": (
+        lambda raw: rewrite(raw, tensors={"layers.0.order.block4": torch.arange(11)}),
+        r"layers.0.order.block4 of shape \(11,\): want \(12,\)",
+    ),
+    "order of floats": (
+        lambda raw: rewrite(raw, tensors={"layers.0.order.block4": torch.arange(12.0)}),
+        "layers.0.order.block4: want a contiguous int64 tensor",
+    ),
+    "order of a matrix": (
+        lambda raw: rewrite(raw, tensors={"layers.0.order.block4": torch.arange(12)[None]}),
+        r"of shape \(1, 12\): want \(12,\)",
+    ),
     "no pooled": (_fields(tasks='["math","pooled"]'), "'pooled' first"),
     "task twice": (_fields(tasks='["pooled","pooled"]'), "distinct names"),
     "task a list": (_fields(tasks='["pooled",[]]'), "distinct names"),
@@ -212,6 +354,8 @@ BAD_PLANS = {
     "densities short of 1": (_fields(densities="[0.1,0.5,0.9]"), "end at 1"),
     "density NaN": (_fields(densities="[0.1,NaN,1.0]"), "rising fractions"),
     "tokens": (_fields(n_tokens='{"math":-1}'), "want whole numbers"),
+    "feedback a number": (_fields(feedback="1"), "feedback: want a JSON bool"),
+    "no feedback": (lambda raw: rewrite(raw, drop=["feedback"]), "feedback: want JSON"),
     "seed": (_fields(seed="-1"), r"want 0 to 2\^63"),
     "seed a float": (_fields(seed="1.5"), "want a JSON int"),
     "no seed": (lambda raw: rewrite(raw, drop=["seed"]), "seed: want JSON"),
@@ -224,9 +368,58 @@ BAD_PLANS = {
     "equal NaN": (_with("layers.0.equal", 3, NAN), "want finite numbers"),
     "scale infinite": (_with("layers.1.row_scale.b3", (0, 1), INFINITY), "want finite numbers"),
     "scale negative": (_with("layers.1.row_scale.b3", (0, 1), -1.0), "none below 0"),
-    "threshold rises": (_with("thresholds.b2", (0, 0, 1), 5.0), "do not rise"),
-    "threshold NaN": (_with("thresholds.b2", (0, 0, 1), NAN), "finite"),
-    "threshold at 1": (_with("thresholds.b3", (1, 1, 2), 0.1), "threshold 0 at density 1"),
+    "codes missing": (
+        lambda raw: rewrite(raw, drop=["layers.1.codes.b3"]),
+        "tensor 'layers.1.codes.b3': want exactly those of 2 layers",
+    ),
+    "codes of a code that is none": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b4": make_codes(4, DRAW)}),
+        "tensor 'layers.0.codes.b4': want exactly",
+    ),
+    "codes of another code": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(3, DRAW)}),
+        r"layers.0.codes.b2 of shape \(12, 2, 1, 48\): want \(12, 2, 1, 32\)",
+    ),
+    "codes of too few neurons": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b3": make_codes(3, DRAW)[:11]}),
+        r"layers.0.codes.b3 of shape \(11, 2, 1, 48\): want \(12, 2, 1, 48\)",
+    ),
+    "codes of wide rows": (
+        lambda raw: rewrite(
+            raw,
+            tensors={
+                "layers.1.codes.bternary": make_codes("ternary", DRAW)
+                .expand(-1, -1, 2, -1)
+                .contiguous()
+            },
+        ),
+        r"codes.bternary of shape \(12, 2, 2, 16\): want \(12, 2, 1, 16\)",
+    ),
+    "codes flat": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(2, DRAW).flatten()}),
+        r"of shape \(768,\): want \(12, 2, 1, 32\)",
+    ),
+    "codes of floats": (
+        lambda raw: rewrite(raw, tensors={"layers.0.codes.b2": make_codes(2, DRAW).float()}),
+        "layers.0.codes.b2: want a contiguous uint8 tensor",
+    ),
+    "codes shortened": (
+        _entry("layers.0.codes.b2", shape=[12, 2, 1, 31]),
+        "tensor 'layers.0.codes.b2': want 744 elements at byte",
+    ),
+    "codes called floats": (
+        _entry("layers.0.codes.b2", dtype="F32", shape=[12, 2, 1, 8]),
+        "layers.0.codes.b2: want a contiguous uint8 tensor",
+    ),
+    "codes of another hash": (
+        lambda raw: reheader(
+            raw, lambda h: h["__metadata__"].update({"sha256.layers.1.codes.b2": "0" * 64})
+        ),
+        "tensor 'layers.1.codes.b2': want data that fit their SHA-256",
+    ),
+    "threshold rises": (_with("thresholds.b2.block1", (0, 0, 1), 5.0), "do not rise"),
+    "threshold NaN": (_with("thresholds.b2.block4.joint2", (0, 0, 1), NAN), "finite"),
+    "threshold at 1": (_with("thresholds.b3.block16", (1, 1, 2), 0.1), "threshold 0 at density 1"),
 }
 
 
@@ -249,7 +442,7 @@ def test_large_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "large.plan"
     with path.open("wb") as stream:
         stream.truncate(plan_.FILE_BYTES_MAX + 1)  # sparse: takes no space
-    with pytest.raises(PlanError, match="want at most 1073741824"):
+    with pytest.raises(PlanError, match="want at most 68719476736"):
         Plan.load(path)
 
 
@@ -307,9 +500,31 @@ def test_threshold_interpolates_logarithms():
     plan = make_plan()
     assert plan.threshold(0, bits=2, density=0.1) == 4
     assert plan.threshold(0, bits=2, density=0.3) == pytest.approx(2)  # sqrt(4 * 1)
-    assert plan.threshold(1, bits=3, density=0.5, task="math") == 0.5
+    assert plan.threshold(1, bits=3, density=0.5, task="math") == 2
+    assert plan.threshold(1, bits="ternary", density=0.5, task="math") == 3
+    assert plan.threshold(0, bits=2, density=0.1, block=16) == 64
     assert plan.threshold(0, bits=2, density=0.75) == 0.5  # towards 0, linear
     assert plan.threshold(0, bits=2, density=1) == 0
+
+
+def test_threshold_interpolates_between_batches():
+    """Linear in the logarithms of both: thresholds here grow with the batch, so they are it."""
+    plan = make_plan()
+    for batch in range(1, 17):
+        assert plan.threshold(0, bits=2, density=0.1, batch=batch) == pytest.approx(4 * batch)
+        assert plan.threshold(0, bits=2, density=1, batch=batch) == 0
+    one = {s: t.clone() for s, t in plan.thresholds.items()}
+    one[2, 1, 2][:, :, 1] = 0  # dead neurons: from a threshold of 0 it is linear
+    plan = make_plan(thresholds=one)
+    assert plan.threshold(0, bits=2, density=0.5, batch=3) == pytest.approx(4 * math.log2(1.5))
+
+
+def test_threshold_refuses_joint_batches_it_does_not_hold():
+    own = {s: t for s, t in make_plan().thresholds.items() if s.batch == 1}
+    plan = make_plan(batches=(1,), thresholds=own)
+    assert plan.threshold(0, bits=2, density=0.1) == 4
+    with pytest.raises(ValueError, match="batch = 2: want 1 to 1, as far as this plan was"):
+        plan.threshold(0, bits=2, density=0.1, batch=2)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +532,11 @@ def test_threshold_interpolates_logarithms():
     [
         ({"layer": 2}, "layer = 2: want 0 to 1"),
         ({"layer": -1}, "layer = -1"),
-        ({"bits": 4}, "bits = 4: want one of 2, 3"),
+        ({"bits": 4}, "bits = 4: want one of 2, 3, ternary"),
+        ({"bits": "4"}, "bits = '4': want one of 2, 3, ternary"),
+        ({"block": 8}, "block = 8: want one of 1, 4, 16"),
+        ({"batch": 17}, "batch = 17: want 1 to 16"),
+        ({"batch": 0}, "batch = 0: want 1 to 16"),
         ({"task": "code"}, "task = 'code': want one of pooled, math"),
         ({"density": 0.05}, "density = 0.05: want 0.1 to 1"),
         ({"density": 1.5}, "density = 1.5"),
@@ -340,10 +559,20 @@ def fingerprint_plan(model):
     found = models.fingerprint(model)
     sizes = found.shapes
     layers = tuple(
-        LayerPlan(torch.ones(s.d), {b: torch.ones(s.n_neurons, 2) for b in (2, 3)}) for s in sizes
+        LayerPlan(
+            torch.ones(s.d),
+            {b: torch.ones(s.n_neurons, 2) for b in (2, 3)},
+            {
+                b: torch.zeros(s.n_neurons, 2, *planes.row_shape(s.d, b), dtype=torch.uint8)
+                for b in (2, 3)
+            },
+        )
+        for s in sizes
     )
-    thresholds = {b: torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
-    return make_plan(model=found, layers=layers, thresholds=thresholds)
+    thresholds = {Setting(b, 1, 1): torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
+    return make_plan(
+        model=found, bits=(2, 3), blocks=(1,), batches=(1,), layers=layers, thresholds=thresholds
+    )
 
 
 def test_check_accepts_its_own_model():
@@ -357,6 +586,8 @@ def test_check_accepts_its_own_model():
         ({"num_hidden_layers": 3}, "with 3 layers: this plan wants 2"),
         ({"intermediate_size": 96}, "layer 0 has d = 64, n_neurons = 96: this plan wants d = 64,"),
         ({"dtype": torch.bfloat16}, "in bfloat16: this plan wants float32"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "of activation gelu_tanh: this plan wants silu"),
+        ({"mlp_bias": True}, "weights have SHA-256"),
         ({"seed": 1}, "weights have SHA-256"),
     ],
 )
@@ -375,25 +606,91 @@ def test_one_weight_makes_another_model():
         plan.check(model)
 
 
-def test_encoded_rows_are_those_that_were_fitted():
+def make_layer(n=96, d=40):
+    """Gate, up and down, an equaliser, and the second moment of inputs that hang together."""
     draw = torch.Generator().manual_seed(0)
-    gate, up, down_t = (torch.randn(96, 40, generator=draw) for _ in range(3))
-    equal = planes.equalizer(torch.rand(40, generator=draw) + 0.01)
-    layer = LayerPlan.fit(gate, up, down_t.T, equal, (2, 3))
-    for bits in (2, 3):
-        found = planes.unpack(layer.encode(gate, up, down_t.T, bits=bits).flatten(0, 1), bits, 40)
+    gate, up, down_t = (torch.randn(n, d, generator=draw) for _ in range(3))
+    x = torch.randn(500, d // 2, generator=draw) @ torch.randn(d // 2, d, generator=draw)
+    equal = planes.equalizer(x.square().mean(dim=0))
+    return (gate, up, down_t.T, equal), x.double().T @ x.double() / len(x)
+
+
+@pytest.mark.parametrize("has_feedback", [False, True], ids=["plain", "feedback"])
+def test_codes_are_those_of_the_fitted_scales(has_feedback):
+    (gate, up, down, equal), moment = make_layer()
+    wide = equal.double()
+    factor = feedback.spread(moment * wide[:, None] * wide) if has_feedback else None
+    layer = LayerPlan.fit(gate, up, down, equal, CODES, moment if has_feedback else None)
+    assert torch.equal(layer.equal, equal) and not layer.order
+    for bits in CODES:
+        scales = [planes.fit_scale(weight, equal, bits) for weight in (gate, up)]
         for r, weight in enumerate((gate, up)):
-            scale = planes.fit_scale(weight, equal, bits)
-            wanted = planes.unpack(planes.encode(weight, equal, scale, bits), bits, 40)
-            # Taking the norm in and out of a scale rounds twice: a code on a border may move.
-            moved = (found[r::2].int() - wanted.int()).abs()
-            assert moved.max() <= 1 and (moved > 0).float().mean() < 1e-3
-        folded = layer.row_scale[bits][:, 1] / planes.fit_scale(up, equal, bits)
-        torch.testing.assert_close(folded, down_t.norm(dim=1))
+            wanted = planes.encode(weight, equal, scales[r], bits, factor)
+            assert torch.equal(layer.codes[bits][:, r], wanted)
+        norm = torch.linalg.vector_norm(down, dim=0)
+        folded = torch.stack([scales[0], scales[1] * norm], dim=1)
+        assert torch.equal(layer.row_scale[bits], folded)
 
 
-def test_neuron_that_writes_nothing_is_encoded():
+@pytest.mark.parametrize("bits", CODES)
+def test_feedback_lessens_the_error_in_the_metric_of_the_inputs(bits):
+    (gate, up, down, equal), moment = make_layer()
+    errors = []
+    for given in (None, moment):
+        layer = LayerPlan.fit(gate, up, down, equal, (bits,), given)
+        norm = torch.linalg.vector_norm(down.double(), dim=0)
+        for r, (weight, factor) in enumerate(((gate, torch.ones_like(norm)), (up, norm))):
+            level = planes.levels_of(planes.unpack(layer.codes[bits][:, r], bits, 40), bits)
+            scale = layer.row_scale[bits][:, r].double() / factor
+            off = weight.double() - scale[:, None] * level.double() * equal.double()
+            errors.append(float(((off @ moment) * off).sum()))
+    assert errors[2] < errors[0] and errors[3] < errors[1]
+
+
+def test_rows_are_fitted_in_parts(monkeypatch):
+    """However many at a time; with feedback a product of other rows may be summed otherwise."""
+    problem, _ = make_layer()
+    whole = LayerPlan.fit(*problem, CODES)
+    monkeypatch.setattr(plan_, "_FIT_BYTES", 7 * 4 * 40)
+    assert len(plan_._row_slices(96, 40)) == 14
+    parts = LayerPlan.fit(*problem, CODES)
+    for bits in CODES:
+        assert torch.equal(whole.codes[bits], parts.codes[bits])
+        assert torch.equal(whole.row_scale[bits], parts.row_scale[bits])
+
+
+def test_codes_of_blocks_are_the_rows_in_their_order():
+    problem, moment = make_layer()
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    layer = dataclasses.replace(LayerPlan.fit(*problem, CODES, moment), order={16: order})
+    for bits in CODES:
+        assert torch.equal(layer.blocked_codes(bits=bits), layer.codes[bits])
+        found = layer.blocked_codes(bits=bits, block=16)
+        assert torch.equal(found, layer.codes[bits][order]) and found.is_contiguous()
+
+
+def test_neuron_that_writes_nothing_is_coded():
     gate, up, down = torch.ones(4, 8), torch.ones(4, 8), torch.zeros(8, 4)
     layer = LayerPlan.fit(gate, up, down, torch.ones(8), (2,))
     assert layer.row_scale[2][:, 1].eq(0).all()
-    assert layer.encode(gate, up, down, bits=2).shape == (4, 2, 1, 32)
+    assert layer.codes[2].shape == (4, 2, 1, 32)
+    assert torch.equal(layer.codes[2][:, 0], layer.codes[2][:, 1])
+
+
+@pytest.mark.parametrize("bits", CODES)
+def test_inputs_that_were_always_zero_give_plain_codes(bits):
+    problem, moment = make_layer()
+    plain, fed = (LayerPlan.fit(*problem, (bits,), m) for m in (None, torch.zeros_like(moment)))
+    assert torch.equal(plain.codes[bits], fed.codes[bits])
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        (torch.zeros(40), r"\[fit\] moment of shape \(40,\): want \(40, 40\)\."),
+        (torch.full((40, 40), NAN).double(), r"\[feedback\] moment: not finite; want finite"),
+    ],
+)
+def test_moments_that_are_none_are_refused(moment, message):
+    with pytest.raises(ValueError, match=message):
+        LayerPlan.fit(*make_layer()[0], (2,), moment)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import csfast
-from csfast import cli
+from csfast import bench, cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -57,13 +57,22 @@ def test_the_test_command_is_what_ci_runs():
     assert "\n./csfast.sh test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_figures_are_up_to_date(tool):
-    assert tool.render(README, tool.load(ROOT / "bench" / "results")) == README
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/findings.md"])
+def test_figures_are_up_to_date(tool, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert tool.render(text, tool.load(ROOT / "bench" / "results"), tool.PAGES[page]) == text
 
 
-def test_without_results_the_readme_says_so(tool):
+def test_every_page_with_figures_is_checked(tool):
+    assert set(tool.PAGES) == {"README.md", "docs/speed.md", "docs/findings.md"}
+
+
+def test_without_results_the_pages_say_so(tool):
     bare = tool.render(README, [])
     assert bare.count(tool.MISSING) == len(tool.TABLES)
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    bare = tool.render(text, [], tool.SPEED_TABLES)
+    assert bare.count(tool.MISSING) == len(tool.SPEED_TABLES) - 1 + len(tool.TARGETS)
 
 
 def test_figures_come_from_results(tool):
@@ -74,6 +83,101 @@ def test_figures_come_from_results(tool):
     assert (
         "| box, 2 threads | ffn d=64 F=64 density=.25 | complete | 6 (quick) | 2 | 3.00x |" in text
     )
+
+
+def test_findings_come_from_results(tool):
+    row = {"method": "teal", "target": 0.25, "delta": 0.5, "ci95": [0.4, 0.6]}
+    whole = {"method": "rtn-int4", "target": None, "delta": 0.03, "ci95": [0.02, 0.04]}
+    whole |= {"bytes_fraction": 0.281}
+    found = {"about": "a model", "best": [{"target": 0.25}, {"target": 0.5}], "rows": [row, whole]}
+    text = tool.rules([found, {"best": [], "rows": [row]}])
+    assert "| a model | teal | +0.5000 [+0.4000, +0.6000] | - |" in text
+    assert "| a model | rtn-int4 | +0.0300 [+0.0200, +0.0400] at 0.281 | - |" in text
+    assert text.count("teal") == 1
+    code = {"name": "mixed-3+3", "kind": "nested", "bits_stored": 6.35, "ci95": [0, 1]}
+    rows = [{**code, "target": 0.2, "delta": 0.02}, {**code, "target": 0.3, "delta": 0.01}]
+    text = tool.storage([{"about": "a model", "rows": rows[::-1]}, {"rows": []}])
+    assert "| a model | nested | mixed-3+3 | 6.35 | +0.0200 | +0.0100 |" in text
+
+
+LAYER = {
+    "case": "ffn d=4096 F=14336 density=.10",
+    "variant": "execute",
+    "density": 0.1,
+    "batch": 1,
+    "median_us": 11.0,
+    "p10_us": 10.5,
+    "p90_us": 11.75,
+    "bytes": 35_000_000,
+    "fraction_of_read_bandwidth": 0.75,
+    "workspace_bytes": None,
+    "baselines": {"torch bf16": 96.0, "torch.compile max-autotune bf16": 88.0, "gather": 60.0},
+    "ratio_vs_best": 60 / 11,
+    "ratio_vs_dense": 8.0,
+    "sigma": 0.8,
+}
+GPU = {"device": "cuda", "gpu": "NVIDIA H200"}
+
+
+def test_layers_on_a_gpu_stand_beside_all_that_was_measured(tool):
+    results = [{"machine": GPU, "rows": [LAYER]}]
+    assert (
+        "| NVIDIA H200 | d=4096 F=14336 density=.10 | execute | 11.0 (10.5 .. 11.8) | 0.75 | 0.80 "
+        "| 8.00x | 5.45x | gather 60.0, torch.compile max-autotune bf16 88.0, torch bf16 96.0 |"
+    ) in tool.layers(results)
+    assert "| 60 (gather) | 11 | 5.45x | 0.75 | 0.80 |" in tool.speed(results)
+    assert tool.native(results) == tool.pursuits(results) == tool.MISSING
+
+
+def test_what_is_to_be_reached_stands_beside_what_is(tool):
+    said = tool.targets([{"machine": GPU, "rows": [LAYER]}])
+    start = "| ffn d=4096 F=14336 density=.10 | execute | "
+    assert f"{start}density * dense / time | >= 0.8 | 0.8 | yes | NVIDIA H200 |" in said
+    assert f"{start}of read bandwidth | >= 0.76 | 0.75 | no | NVIDIA H200 |" in said
+    assert said.count(tool.MISSING) == len(tool.TARGETS) - 2
+    select = LAYER | {"case": "ffn d=4096 F=14336 density=.25", "variant": "select", "sigma": None}
+    assert "| select | us | <= 11 | 11 | yes |" in tool.targets(
+        [{"machine": GPU, "rows": [select]}]
+    )
+
+
+def test_layers_without_python_have_a_table_of_their_own(tool):
+    row = LAYER | {"baselines": {"csfast all neurons": 90.0}, "workspace_bytes": 1 << 20}
+    results = [{"machine": GPU, "rows": [row]}]
+    assert "| 11.00 (10.50 .. 11.75) | 0.750 | 0.80 | 90.0 | 1.00 |" in tool.native(results)
+    assert tool.layers(results) == tool.speed(results) == tool.MISSING
+    assert tool.targets(results).count(tool.MISSING) == len(tool.TARGETS)
+
+
+def test_pursuits_have_a_table_of_their_own(tool):
+    row = {
+        "case": "omp m=256 n=1024 k=32 batch=5000",
+        "variant": "support",
+        "median_us": 1000.0,
+        "p10_us": 990.0,
+        "p90_us": 1010.0,
+        "problems_per_second": 5e6,
+        "us_per_atom": 31.25,
+        "agreement": 0.9995,
+        "agreement_problems": 900,
+        "baselines": {"torch f32": 9000.0, tool.PACKAGE: 6000.0},
+        "ratio_vs_best": 6.0,
+    }
+    results = [{"machine": GPU, "rows": [row]}]
+    said = tool.pursuits(results)
+    assert "| 5,000,000 | 31.25 | 0.9995 | 6.0x (orthogonal" in said and said.endswith("| 6.0x |")
+    assert tool.speed(results) == tool.layers(results) == tool.native(results) == tool.MISSING
+    start = "| omp m=256 n=1024 k=32 batch=5000 | support | "
+    assert f"{start}times the package | >= 5 | 6 | yes | NVIDIA H200 |" in tool.targets(results)
+    alone = [{"machine": GPU, "rows": [row | {"baselines": {"torch f32": 9000.0}}]}]
+    assert f"{start}times the package | >= 5 | {tool.MISSING} | - | - |" in tool.targets(alone)
+
+
+def test_targets_are_of_cases_that_are_measured(tool):
+    cases = {setting.case for setting in bench.CUDA_SETTINGS}
+    for target in tool.TARGETS:
+        if target.case.startswith("ffn "):
+            assert target.case in cases and target.variant in bench.VARIANTS
 
 
 def test_a_lost_marker_is_an_error(tool):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from csfast import timing
+from csfast import ops, timing
 
 CPU = torch.device("cpu")
 
@@ -58,3 +58,26 @@ def test_clock_advances():
 def test_refuses_senseless_numbers(numbers):
     with pytest.raises(ValueError, match=r"^\[timing\] runs = .*: want"):
         timing.compare({}, **{"n_inputs": 1, "device": CPU, **numbers})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+def test_what_cannot_be_captured_is_timed_call_by_call():
+    x = torch.ones(1 << 16, device="cuda")
+    seen = []
+
+    def waits(i):
+        seen.append(i)
+        return float(x.sum())  # no graph can hold the copy to the host
+
+    found = timing.compare(
+        {"captured": lambda i: x.sum(), "eager": waits},
+        n_inputs=2,
+        device=torch.device("cuda"),
+        runs=4,
+        warmup=0,
+        eager=("eager",),
+    )
+    assert list(found) == ["captured", "eager"]
+    assert sorted(set(seen)) == [0, 1] and len(seen) == 4
+    assert found["eager"].median > 0

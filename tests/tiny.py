@@ -17,15 +17,37 @@ SIZES = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
-CONFIGS = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+# Of each family the configuration, and what its sizes need besides `SIZES`.
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama-bias": (transformers.LlamaConfig, {"mlp_bias": True}),
+    "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (transformers.MistralConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen2-tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 16, "pad_token_id": 0}),
+    "gemma-untied": (
+        transformers.GemmaConfig,
+        {"head_dim": 16, "pad_token_id": 0, "tie_word_embeddings": False},
+    ),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 16, "pad_token_id": 0}),
+    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 16, "pad_token_id": 0}),
+    "phi3": (transformers.Phi3Config, {"pad_token_id": 0}),
+}
 
 
 def make_model(kind="llama", *, dtype=torch.float32, seed=0, **changes):
-    """A causal language model with random weights, in evaluation mode."""
+    """A causal language model with random weights and biases, in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = CONFIGS[kind](**{**SIZES, **changes})
-        return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        config, more = FAMILIES[kind]
+        config = config(**{**SIZES, **more, **changes})
+        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.bias"):  # made as zeros, which would prove nothing
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
 
 
 @functools.cache

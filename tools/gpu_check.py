@@ -7,11 +7,12 @@ From the root of the repository, with csfast installed with CUDA. Stages, in thi
     tests      pytest -m gpu
     sanitizer  compute-sanitizer's four tools over small cases of every operation, and over two
                programs with a planted fault each, which it must catch
+    omp        supports of 10,000 pursuits against float64, and the time of pursuits beside others
     timings    execute, select and ffn of random bfloat16 layers beside the dense layer in torch
 
-The exit status is 1 if a test failed or none ran, if a sanitizer reported something, or if it
-missed a planted fault. Timings decide nothing. A stage whose tool is missing says so under
-"not_run". The document is written anew after every stage.
+The exit status is 1 if a test failed or none ran, if a sanitizer reported something, if it missed
+a planted fault, or if more than a support in a thousand differs. Timings decide nothing. A stage
+whose tool is missing says so under "not_run". The document is written anew after every stage.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from typing import Any
 
 import torch
 
-from csfast import bench, cases, ops, planes, reference, timing, types
+from csfast import bench, bench_omp, cases, ops, planes, reference, timing, types
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ("tests", "sanitizer", "timings")
+STAGES = ("tests", "sanitizer", "omp", "timings")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99  # exit status that compute-sanitizer is told to give when it reports something
 SANITIZER_SECONDS = 240  # each; all run side by side
@@ -71,6 +72,16 @@ SANITIZED = (
     Case(batch=19, d=64, n_neurons=70, bits=2, tile_rows=1, dtype=torch.float16, is_joint=True),
 )
 
+# Every width, whole groups of a batch and single rows, half a chunk and more than a warp has in
+# flight; neurons off every warp and block.
+SANITIZED_NESTED = (
+    (cases.Case("one", batch=1, d=1, n_neurons=1), (1,), torch.float32),
+    (cases.Case("ragged", batch=3, d=33, n_neurons=7), (3, 3), torch.bfloat16),
+    (cases.Case("off_block", batch=5, d=200, n_neurons=67), (2, 4), torch.float16),
+    (cases.Case("several_levels", batch=2, d=64, n_neurons=33), (1, 2, 3, 4), torch.bfloat16),
+)
+SANITIZED_WIDE = cases.Case("wide", batch=2, d=4104, n_neurons=5)
+
 # One of everything, sizes off every load and block, more channels than a warp has in flight.
 SANITIZED_PROJECTS = (
     (cases.ProjectCase("one", batch=1, d=1, m=1), torch.float32),
@@ -78,11 +89,22 @@ SANITIZED_PROJECTS = (
     (cases.ProjectCase("aligned", batch=5, d=2056, m=9), torch.float16),
 )
 
-# One atom, fewer atoms than lanes, more than threads; more atoms taken than a block has warps.
-SANITIZED_PURSUITS = (
-    cases.PursuitCase("one", batch=1, m=1, n_atoms=1, n_nonzero=1),
-    cases.PursuitCase("few", batch=3, m=12, n_atoms=17, n_nonzero=4),
-    cases.PursuitCase("many", batch=4, m=80, n_atoms=300, n_nonzero=20),
+# One atom, fewer atoms than lanes, more than threads, and what asks for each kernel and for rows
+# that are spilled; and of each kernel the form for one atom a step and that for several.
+SANITIZED_PURSUITS = tuple(
+    (cases.PursuitCase(name, batch=batch, m=m, n_atoms=n_atoms, n_nonzero=n_nonzero), options)
+    for name, batch, m, n_atoms, n_nonzero in (
+        ("one", 1, 1, 1, 1),
+        ("few", 3, 12, 17, 4),
+        ("flat", 4, 80, 300, 20),
+        ("deep", 140, 40, 1024, 4),
+        ("deep and spilled", 2, 240, 1024, 80),
+        ("wide", 2, 90, 2600, 6),
+        ("wide and spilled", 2, 140, 2600, 24),
+        ("general", 2, 60, 4100, 4),
+    )
+    for options in ({}, {"per_step": 2}, {"group": 2, "per_step": 2})
+    if n_atoms % options.get("group", 1) == 0
 )
 
 PLANTED = {
@@ -140,6 +162,7 @@ def main() -> int:
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": tests,
         "sanitizer": sanitizer,
+        "omp": lambda: pursuits(arguments.runs),
         "timings": lambda: timings(arguments.runs),
     }
     for stage in STAGES:
@@ -329,23 +352,39 @@ def sanitize_target() -> int:
                 told = {"bits": bits, "tile_rows": tile_rows, "design": path + more}
                 got = ops.ffn(*given, *rows, **told, **recovery, **biases)
                 assert torch.equal(got.cpu(), want.cpu()), (case, path, more)
+    for nested_case, widths, dtype in SANITIZED_NESTED:
+        p = nested_case.make_nested_exact(dtype, "cuda", bits=widths)
+        for n_levels in range(1, len(widths) + 1):
+            y, scale = ops.nested(p.levels, p.equal, p.x, n_levels=n_levels)
+            want, want_scale = reference.nested(p.levels[:n_levels], p.equal, p.x)
+            assert torch.equal(y.double(), want), nested_case
+            assert torch.equal(scale, want_scale), nested_case
+    p = SANITIZED_WIDE.make_nested(torch.bfloat16, "cuda", bits=(3, 3))
+    assert bool(ops.nested(p.levels, p.equal, p.x)[0].isfinite().all())
     for measured, dtype in SANITIZED_PROJECTS:
         phi, x = measured.make_exact(dtype, "cpu")
         for rows in (measured.m, 1):
             y = ops.project(phi.cuda(), x.cuda(), rows=rows)
             assert torch.equal(y.cpu().double(), reference.project(phi, x, rows=rows)), measured
-    for pursuit in SANITIZED_PURSUITS:
-        made = pursuit.make()
-        tensors = [t.float() for t in (made.gram, made.correlation, made.energy)]
-        tensors[1][0, 0] = float("nan") if pursuit.batch > 1 else tensors[1][0, 0]
-        budget = torch.full((pursuit.batch,), pursuit.n_nonzero, dtype=torch.int32)
+    made = {case: case.make() for case, _ in SANITIZED_PURSUITS}
+    for case, options in SANITIZED_PURSUITS:
+        parts = (made[case].gram, made[case].correlation, made[case].energy)
+        tensors = [t.float().clone() for t in parts]
+        tensors[1][0, 0] = float("nan") if case.batch > 2 else tensors[1][0, 0]
+        budget = torch.full((case.batch,), case.n_nonzero, dtype=torch.int32)
         budget[-1] -= budget[-1] // 2  # another than the others, if that can be
         given = [*tensors, budget]
-        got = ops.omp(*(t.cuda() for t in given), budget_max=pursuit.n_nonzero)
-        want = ops.omp(*given, budget_max=pursuit.n_nonzero)
-        for name in ("index", "count", "status"):
-            assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (pursuit, name)
-    print(f"{len(SANITIZED) + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)} cases")
+        start = made[case].support[:, :1].int().contiguous()
+        for begin in ({}, {"start": start}):
+            want = ops.omp(*given, budget_max=case.n_nonzero, **options, **begin)
+            moved = {name: t.cuda() for name, t in begin.items()}
+            got = ops.omp(*(t.cuda() for t in given), budget_max=case.n_nonzero, **options, **moved)
+            # Of one atom nothing but rounding is left, which may be zero or not.
+            for name in ("index", "count", "status")[: 2 if case.n_atoms == 1 else 3]:
+                assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (case, name)
+    n_nested = len(SANITIZED_NESTED) + 1
+    n_cases = len(SANITIZED) + n_nested + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)
+    print(f"{n_cases} cases")
     return 0
 
 
@@ -362,6 +401,48 @@ def layer(case: Case, device: str) -> list[torch.Tensor]:
     made = [torch.stack(codes, dim=1).contiguous(), equal, torch.stack(scales, dim=1).contiguous()]
     made += [t.to(case.dtype) for t in (*rows, x)]
     return [t.to(device) for t in made]
+
+
+def pursuits(runs: int) -> dict[str, Any]:
+    """Compare supports with those of float64 on many problems, then time pursuits."""
+    found: dict[str, Any] = {}
+    for case, batches in (
+        (cases.PursuitCase("standard", batch=1000, m=256, n_atoms=1024, n_nonzero=32), 10),
+        (cases.PursuitCase("large", batch=500, m=512, n_atoms=2048, n_nonzero=64), 4),
+    ):
+        counts = {"problems": case.batch * batches, "sure": 0, "differ": 0}
+        budget = torch.full((case.batch,), case.n_nonzero, dtype=torch.int32).cuda()
+        for seed in range(batches):
+            problem = case.make(seed=seed)
+            gram, correlation, energy = (
+                t.cuda() for t in (problem.gram, problem.correlation, problem.energy)
+            )
+            want, margin = reference.omp_supports(gram, correlation, case.n_nonzero)
+            got = ops.omp(
+                gram.float(),
+                correlation.float(),
+                energy.float(),
+                budget,
+                budget_max=case.n_nonzero,
+                coef=False,
+            ).index.long()
+            sure = margin > bench_omp.MARGIN
+            same = (got.sort(dim=1).values == want.sort(dim=1).values).all(dim=1)
+            counts["sure"] += int(sure.sum())
+            counts["differ"] += int((sure & ~same).sum())
+        found[bench_omp.name_of(case)] = counts
+    passed = all(c["differ"] <= 0.001 * c["sure"] for c in found.values())
+    timed = bench_omp.run(device=torch.device("cuda"), runs=runs)
+    for row in timed["rows"]:
+        print(
+            f"{row['case']:36} {row['variant']:9} {row['problems_per_second']:12,.0f} problems/s "
+            f"{row['us_per_atom']:8.2f} us/atom, agrees {row['agreement']:.4f}, "
+            f"{row['ratio_vs_best']:.2f}x the best other",
+            flush=True,
+        )
+    return {"passed": passed, "supports": found, "notes": timed["machine"]["notes"]} | {
+        "rows": timed["rows"]
+    }
 
 
 def timings(runs: int) -> dict[str, Any]:

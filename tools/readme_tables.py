@@ -1,10 +1,10 @@
-"""Write the figures of the README from the files in bench/results.
+"""Write the figures of README.md and docs/speed.md from the files in bench/results.
 
     python tools/readme_tables.py [--check]
 
-Every table of figures in README.md stands between two markers and is made here, from results that
-`csfast bench|ablate|eval --json` wrote, so that no figure is typed by hand. `--check` only says
-whether the README is up to date.
+Every table of figures stands between two markers and is made here, from results that
+`csfast bench|ablate|eval --json` and the benchmarks in C++ wrote, so that no figure is typed by
+hand. `--check` only says whether the pages are up to date.
 """
 
 from __future__ import annotations
@@ -14,16 +14,70 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = "not measured yet"
+SHOWN = "ablate-demo"  # the ablation that README.md shows; docs/findings.md has all
+PACKAGE = "orthogonal_matching_pursuit_gpu f32"
+
+
+class Target(NamedTuple):
+    """A figure that is to be reached on one H200, and where it is found."""
+
+    what: str
+    case: str
+    variant: str
+    key: str  # of the row, or "vs_package"
+    wanted: float
+    at_most: bool = False  # whether less is better
+
+    def reached(self, value: float) -> bool:
+        """Say whether `value` is good enough."""
+        return value <= self.wanted if self.at_most else value >= self.wanted
+
+
+def _targets() -> Iterator[Target]:
+    """Yield what is to be reached, in the order of the operations."""
+    layer = "ffn d=4096 F=14336 density="
+    for density, sigma, fraction in ((".50", 0.98, 0.92), (".25", 0.95, 0.88), (".10", 0.80, 0.76)):
+        yield Target("density * dense / time", layer + density, "execute", "sigma", sigma)
+        yield Target(
+            "of read bandwidth", layer + density, "execute", "fraction_of_read_bandwidth", fraction
+        )
+    wanted = {
+        "ffn d=4096 F=14336": {".50": 1.6, ".25": 2.6, ".10": 4.2},
+        "ffn d=8192 F=28672": {".50": 1.55, ".25": 2.6, ".10": 4.4},
+        "ffn d=896 F=4864": {".25": 1.5},
+    }
+    for shape, ratios in wanted.items():
+        for density, ratio in ratios.items():
+            case = f"{shape} density={density}"
+            yield Target("times the best dense", case, "complete", "ratio_vs_dense", ratio)
+    for batch, ratio in ((4, 2.4), (16, 1.9)):
+        case = f"{layer}.25 batch={batch} joint"
+        yield Target("times the best dense", case, "complete", "ratio_vs_dense", ratio)
+    yield Target("us", layer + ".25", "select", "median_us", 11.0, at_most=True)
+    for case, ratio in (
+        ("omp m=256 n=1024 k=32 batch=5000", 5.0),
+        ("omp m=512 n=2048 k=64 batch=5000", 5.0),
+    ):
+        yield Target("times the package", case, "support", "vs_package", ratio)
+        yield Target("share of supports as in float64", case, "support", "agreement", 0.999)
+    case = "omp m=256 n=1024 k=32 batch=132"
+    yield Target("us an atom", case, "pursuit", "us_per_atom", 0.8, at_most=True)
+
+
+TARGETS = tuple(_targets())
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Read every results file, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Read every results file, in the order of their names, each with its own as `file`."""
+    return [
+        {**json.loads(path.read_text(encoding="utf-8")), "file": path.stem}
+        for path in sorted(folder.glob("*.json"))
+    ]
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -36,34 +90,180 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     )
 
 
-def speed(results: list[dict[str, Any]]) -> str:
-    """Times of a layer, dense beside ours: what a decode step calls, and execution alone."""
-    rows = []
+def place(machine: dict[str, Any]) -> str:
+    """Name the machine in a table."""
+    return machine.get("gpu", f"{machine.get('cpu')}, {machine.get('threads')} threads")
+
+
+def pick(
+    results: list[dict[str, Any]], wanted: Callable[[dict[str, Any], dict[str, Any]], bool]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield machine and row of every row that is wanted."""
     for result in results:
         for row in result.get("rows", ()):
-            if row.get("variant") not in ("complete", "execute"):
-                continue
-            machine = result["machine"]
-            best = min(row["baselines"], key=row["baselines"].__getitem__)
-            rows.append(
-                (
-                    machine.get("gpu", f"{machine.get('cpu')}, {machine.get('threads')} threads"),
-                    row["case"],
-                    row["variant"],
-                    f"{row['baselines'][best]:.0f} ({best})",
-                    f"{row['median_us']:.0f}",
-                    f"{row['ratio_vs_best']:.2f}x",
-                    f"{row['fraction_of_read_bandwidth']:.2f}",
-                )
+            if "variant" in row and wanted(result["machine"], row):
+                yield result["machine"], row
+
+
+def beside_torch(row: dict[str, Any]) -> bool:
+    return any(name.startswith("torch") for name in row["baselines"])
+
+
+def is_layer(row: dict[str, Any]) -> bool:
+    return bool(row["case"].startswith("ffn "))
+
+
+def on_gpu(machine: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether it is a row of a layer on a GPU that says how it compares with the best dense one."""
+    return machine.get("device") == "cuda" and is_layer(row) and "ratio_vs_dense" in row
+
+
+def best_of(row: dict[str, Any]) -> str:
+    return str(min(row["baselines"], key=row["baselines"].__getitem__))
+
+
+def spread(row: dict[str, Any], digits: int = 1) -> str:
+    """The median, and in brackets the tenths."""
+    low, high = row["p10_us"], row["p90_us"]
+    return f"{row['median_us']:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
+
+
+def sigma_of(row: dict[str, Any]) -> str:
+    return "-" if row.get("sigma") is None else f"{row['sigma']:.2f}"
+
+
+def speed(results: list[dict[str, Any]]) -> str:
+    """Times of a layer, dense beside ours: what a decode step calls, and execution alone."""
+
+    def wanted(machine: dict[str, Any], row: dict[str, Any]) -> bool:
+        here = is_layer(row) and row["variant"] in ("complete", "execute")
+        # What a GPU takes without torch is in docs/speed.md.
+        return here and (machine.get("device") != "cuda" or beside_torch(row))
+
+    picked = list(pick(results, wanted))
+    has_sigma = any("sigma" in row for _, row in picked)
+    rows = []
+    for machine, row in picked:
+        best = best_of(row)
+        line = (
+            place(machine),
+            row["case"],
+            row["variant"],
+            f"{row['baselines'][best]:.0f} ({best})",
+            f"{row['median_us']:.0f}",
+            f"{row['ratio_vs_best']:.2f}x",
+            f"{row['fraction_of_read_bandwidth']:.2f}",
+        )
+        rows.append((*line, sigma_of(row)) if has_sigma else line)
+    best = "best other, us" if has_sigma else "best dense, us"
+    against = "against it" if has_sigma else "against dense"
+    head = ("machine", "case", "variant", best, "csfast, us", against, "of read bandwidth")
+    return table((*head, "sigma") if has_sigma else head, rows)
+
+
+def targets(results: list[dict[str, Any]]) -> str:
+    """What is to be reached, and what is."""
+    rows = []
+    for target in TARGETS:
+        line = (target.case, target.variant, target.what)
+        bound = f"{'<=' if target.at_most else '>='} {target.wanted:g}"
+        found = [
+            (machine, value)
+            for machine, row in pick(results, lambda machine, row: machine.get("device") == "cuda")
+            if row["case"] == target.case and row["variant"] == target.variant
+            for value in [_value(row, target.key)]
+            if value is not None
+        ]
+        for machine, value in found:
+            said = "yes" if target.reached(value) else "no"
+            rows.append((*line, bound, f"{value:.3g}", said, place(machine)))
+        if not found:
+            rows.append((*line, bound, MISSING, "-", "-"))
+    return table(("case", "variant", "figure", "wanted", "measured", "reached", "machine"), rows)
+
+
+def _value(row: dict[str, Any], key: str) -> float | None:
+    """The figure of a row, none where the row does not say it or stands beside no torch."""
+    if key == "vs_package":
+        package = row["baselines"].get(PACKAGE)
+        return None if package is None else package / row["median_us"]
+    value = row.get(key)
+    return value if beside_torch(row) and isinstance(value, float) else None
+
+
+def layers(results: list[dict[str, Any]]) -> str:
+    """Layers on a GPU, beside everything that was measured with them."""
+    rows = []
+    for machine, row in pick(results, lambda m, row: on_gpu(m, row) and beside_torch(row)):
+        others = ", ".join(
+            f"{name} {us:.1f}"
+            for name, us in sorted(row["baselines"].items(), key=lambda item: item[1])
+        )
+        rows.append(
+            (
+                place(machine),
+                row["case"].removeprefix("ffn "),
+                row["variant"],
+                spread(row),
+                f"{row['fraction_of_read_bandwidth']:.2f}",
+                sigma_of(row),
+                f"{row['ratio_vs_dense']:.2f}x",
+                f"{row['ratio_vs_best']:.2f}x",
+                others,
             )
-    head = ("machine", "case", "variant", "best dense, us", "csfast, us", "against dense")
-    return table((*head, "of read bandwidth"), rows)
+        )
+    head = ("machine", "case", "variant", "csfast, us", "of read bandwidth", "sigma")
+    return table((*head, "against dense", "against the best", "others, us"), rows)
+
+
+def native(results: list[dict[str, Any]]) -> str:
+    """The same without Python, with more batches."""
+    rows = [
+        (
+            place(machine),
+            row["case"].removeprefix("ffn "),
+            row["variant"],
+            spread(row, 2),
+            f"{row['fraction_of_read_bandwidth']:.3f}",
+            sigma_of(row),
+            f"{row['baselines']['csfast all neurons']:.1f}",
+            f"{row['workspace_bytes'] / 2**20:.2f}",
+        )
+        for machine, row in pick(results, lambda m, row: on_gpu(m, row) and not beside_torch(row))
+    ]
+    head = ("machine", "case", "variant", "csfast, us", "of read bandwidth", "sigma")
+    return table((*head, "all neurons, us", "workspace, MiB"), rows)
+
+
+def pursuits(results: list[dict[str, Any]]) -> str:
+    """Orthogonal matching pursuit, beside other ways to run it."""
+    rows = []
+    for machine, row in pick(results, lambda _, row: "problems_per_second" in row):
+        best = best_of(row)
+        package = _value(row, "vs_package")
+        rows.append(
+            (
+                place(machine),
+                row["case"].removeprefix("omp "),
+                row["variant"],
+                spread(row),
+                f"{row['problems_per_second']:,.0f}",
+                f"{row['us_per_atom']:.2f}",
+                f"{row['agreement']:.4f}",
+                f"{row['ratio_vs_best']:.1f}x ({best})",
+                "-" if package is None else f"{package:.1f}x",
+            )
+        )
+    head = ("machine", "case", "variant", "csfast, us", "problems/s", "us an atom", "agreement")
+    return table((*head, "against the best", "against the package"), rows)
 
 
 def selection(results: list[dict[str, Any]]) -> str:
     """Loss over dense at equal bytes: few-bit selection beside the best other rule."""
     rows = []
     for result in results:
+        if result.get("file", SHOWN) != SHOWN:
+            continue
         for best in result.get("best", ()):
             if best["other"] is None:
                 continue
@@ -85,14 +285,72 @@ def selection(results: list[dict[str, Any]]) -> str:
 
 
 def quantised(results: list[dict[str, Any]]) -> str:
-    """Plain round-to-nearest weights, on the same axes as the selection rules."""
+    """Quantised weights, read whole or as the support says, on the axes of the selection rules."""
     rows = [
         (row["method"], f"{row['bytes_fraction']:.3f}", f"{row['delta']:+.4f}")
         for result in results
+        if result.get("file", SHOWN) == SHOWN
         for row in result.get("rows", ())
-        if str(row.get("method", "")).startswith("rtn-")
+        if row.get("family") in ("quantised", "mixed") and _is_first(result, row)
     ]
-    return table(("method", "FFN bytes, of dense", "loss over dense"), rows)
+    return table(
+        ("method", "FFN bytes, of dense", "loss over dense"), sorted(rows, key=lambda r: r[1])
+    )
+
+
+def _is_first(result: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether no row before has the method and as many bytes."""
+    same = [
+        other
+        for other in result["rows"]
+        if other["method"] == row["method"]
+        and round(other["bytes_fraction"], 3) == round(row["bytes_fraction"], 3)
+    ]
+    return same[0] is row
+
+
+def _loss(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def rules(results: list[dict[str, Any]]) -> str:
+    """All rules of every ablation at equal bytes."""
+    rows = []
+    for result in results:
+        if "best" not in result or "about" not in result:
+            continue
+        targets = [best["target"] for best in result["best"]]
+        methods = dict.fromkeys(row["method"] for row in result["rows"])
+        for method in methods:
+            found = {r["target"]: r for r in result["rows"] if r["method"] == method}
+            whole = found.get(None)
+            cells = [_loss(found[t]) if t in found else "-" for t in targets]
+            if whole is not None:
+                cells = [
+                    f"{_loss(whole)} at {whole['bytes_fraction']:.3f}",
+                    *["-"] * (len(targets) - 1),
+                ]
+            rows.append((result["about"], method, *cells))
+    return table(("model", "rule", "at .25 of the bytes", ".35", ".55", ".75"), rows)
+
+
+def storage(results: list[dict[str, Any]]) -> str:
+    """Ways to store few-bit weights, at equal bits read."""
+    rows = []
+    for result in results:
+        stored = [row for row in result.get("rows", ()) if "bits_stored" in row]
+        targets = sorted({row["target"] for row in stored if row["target"] is not None})
+        for name in dict.fromkeys(row["name"] for row in stored):
+            members = [row for row in stored if row["name"] == name]
+            found = {row["target"]: row for row in members}
+            cells = [f"{found[t]['delta']:+.4f}" if t in found else "-" for t in targets]
+            if None in found:
+                cells = [f"{_loss(found[None])}", *["-"] * (len(targets) - 1)]
+            bits = f"{members[0]['bits_stored']:.2f}"
+            rows.append((result["about"], members[0]["kind"], name, bits, *cells))
+    head = ("model", "kind", "code", "bits stored", "loss at 2.6 bits read", "3.0", "3.35", "3.6")
+    return table((*head, "4.1", "5.0"), rows)
 
 
 def quality(results: list[dict[str, Any]]) -> str:
@@ -120,31 +378,43 @@ def quality(results: list[dict[str, Any]]) -> str:
 
 
 TABLES = {"speed": speed, "selection": selection, "quantised": quantised, "quality": quality}
+SPEED_TABLES = {"targets": targets, "layers": layers, "native": native, "pursuits": pursuits}
+FOUND_TABLES = {"rules": rules, "storage": storage}
+PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES, "docs/findings.md": FOUND_TABLES}
 
 
-def render(readme: str, results: list[dict[str, Any]]) -> str:
+def render(
+    page: str,
+    results: list[dict[str, Any]],
+    tables: dict[str, Callable[[list[dict[str, Any]]], str]] = TABLES,
+) -> str:
     """Put every table between its markers."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         body = make(results)
-        readme, n = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", readme)
+        page, n = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
         if n != 1:
             raise ValueError(f"[readme_tables] marker {name!r} stands {n} times: want once.")
-    return readme
+    return page
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old, load(ROOT / "bench" / "results"))
-    if check and old != new:
-        sys.stderr.write("README.md is behind bench/results: run python tools/readme_tables.py\n")
+    results = load(ROOT / "bench" / "results")
+    behind = False
+    for name, tables in PAGES.items():
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        new = render(old, results, tables)
+        if check and old != new:
+            sys.stderr.write(f"{name} is behind bench/results: run python tools/readme_tables.py\n")
+            behind = True
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    if behind:
         return 1
-    if not check:
-        path.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -149,6 +149,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = Norm(config["hidden_size"])
@@ -442,9 +443,7 @@ def export(model: Llama, out: Path) -> None:
     """Write the weights in bfloat16 under transformers' names, and the configuration."""
     weights = {f"model.{n}": w.detach().bfloat16().cpu() for n, w in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    layers = len(model.layers)
-    config = {**CONFIG, "num_hidden_layers": layers}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(model.config, indent=2) + "\n")
     generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 

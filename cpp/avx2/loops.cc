@@ -7,10 +7,12 @@ const Loops* loops() {
   static constexpr Loops kLoops{.name = "avx2",
                                 .quantize = quantize,
                                 .measure = measure,
+                                .measure_level = measure_level,
                                 .project = project,
                                 .usage = usage,
                                 .keep = keep,
                                 .gather = gather,
+                                .subtract = subtract,
                                 .finish = finish};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");

@@ -7,10 +7,12 @@ const Loops* loops() {
   static constexpr Loops kLoops{.name = "avx512",
                                 .quantize = quantize,
                                 .measure = measure,
+                                .measure_level = measure_level,
                                 .project = project,
                                 .usage = usage,
                                 .keep = keep,
                                 .gather = gather,
+                                .subtract = subtract,
                                 .finish = finish};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

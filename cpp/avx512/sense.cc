@@ -11,13 +11,11 @@
 #include <algorithm>
 #include <limits>
 
+#include "avx512/planes.h"
 #include "loops.h"
 
 namespace csfast::avx512 {
 namespace {
-
-constexpr int64_t kAhead =
-    4096;  // bytes: one page, at whose end the processor's own prefetch stops
 
 // Sixteen channels of an activation as float32, zero where the mask is.
 __m512 load(const void* x, int64_t c, DType dtype, __mmask16 mask) {
@@ -29,47 +27,6 @@ __m512 load(const void* x, int64_t c, DType dtype, __mmask16 mask) {
 
 constexpr __mmask16 mask_of(int64_t n) {
   return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1);
-}
-
-struct Codes {
-  __m512i lower, upper;  // channels 0 .. 63 and 64 .. 127 of a chunk, a byte each
-};
-
-Codes pairs(const uint8_t* p) {
-  const __m512i both =
-      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i by_0_2 = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
-  const __m512i by_4_6 = _mm512_add_epi16(by_0_2, _mm512_set1_epi16(4));
-  const __m512i three = _mm512_set1_epi8(3);
-  return {_mm512_and_si512(_mm512_srlv_epi16(both, by_0_2), three),
-          _mm512_and_si512(_mm512_srlv_epi16(both, by_4_6), three)};
-}
-
-__mmask64 bits_at(const uint8_t* p) {
-  return _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(p)));
-}
-
-template <int kBits>
-Codes decode(const uint8_t* p) {
-  if constexpr (kBits == 1) {
-    return {_mm512_maskz_set1_epi8(bits_at(p), 1), _mm512_maskz_set1_epi8(bits_at(p + 8), 1)};
-  }
-  Codes codes = pairs(p);
-  if constexpr (kBits == 3) {
-    const __m512i four = _mm512_set1_epi8(4);
-    codes.lower = _mm512_mask_add_epi8(codes.lower, bits_at(p + 32), codes.lower, four);
-    codes.upper = _mm512_mask_add_epi8(codes.upper, bits_at(p + 40), codes.upper, four);
-  }
-  if constexpr (kBits == 4) {  // a code is below 4, so shifting words never crosses a byte
-    const Codes high = pairs(p + 32);
-    codes.lower = _mm512_or_si512(codes.lower, _mm512_slli_epi16(high.lower, 2));
-    codes.upper = _mm512_or_si512(codes.upper, _mm512_slli_epi16(high.upper, 2));
-  }
-  return codes;
-}
-
-__m512i load_q(const int8_t* q) {
-  return _mm512_loadu_si512(q);
 }
 
 // kRows rows of the batch at once, so that the codes are decoded once for all.
@@ -91,12 +48,12 @@ void measure_planes(const uint8_t* codes, int64_t rows, int64_t d, const int8_t*
     __m512i upper[kRows] = {};
     for (int64_t k = 0; k < chunks; ++k, codes += 16 * kBits) {
       _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
-      const Codes u = decode<kBits>(codes);
+      const Codes u = decode<kBits, 1>(codes);
 #pragma GCC unroll 4
       for (int b = 0; b < kRows; ++b) {
         const int8_t* at = q + b * q_stride + k * kChunk;
-        lower[b] = _mm512_dpbusd_epi32(lower[b], u.lower, load_q(at));
-        upper[b] = _mm512_dpbusd_epi32(upper[b], u.upper, load_q(at + 64));
+        lower[b] = _mm512_dpbusd_epi32(lower[b], u.half[0], load_q(at));
+        upper[b] = _mm512_dpbusd_epi32(upper[b], u.half[1], load_q(at + 64));
       }
     }
 #pragma GCC unroll 4

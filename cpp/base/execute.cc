@@ -3,29 +3,11 @@
 #include <algorithm>
 
 #include "base/activation.h"
+#include "base/dot.h"
 #include "base/number.h"
 #include "loops.h"
 
 namespace csfast::base {
-namespace {
-
-constexpr int kLanes = 16;  // independent sums: enough to fill the vector units of any baseline
-
-template <typename T>
-float dot(const T* w, const T* x, int64_t d) {
-  float lane[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= d; c += kLanes) {
-    for (int i = 0; i < kLanes; ++i) lane[i] += to_float(w[c + i]) * to_float(x[c + i]);
-  }
-  for (int i = 0; c + i < d; ++i) lane[i] += to_float(w[c + i]) * to_float(x[c + i]);
-  float total = 0.0f;
-  for (const float v : lane) total += v;
-  return total;
-}
-
-}  // namespace
-
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
             bool first) noexcept {
   dispatch(p.dtype, [&]<typename T>() {

@@ -5,46 +5,18 @@
 #include <limits>
 
 #include "base/number.h"
+#include "base/planes.h"
 #include "loops.h"
 
 namespace csfast::base {
 namespace {
 
-// The two-bit codes of 32 bytes against 128 activations.
-int32_t dot_pairs(const uint8_t* p, const int8_t* q) {
-  int32_t acc = 0;
-  for (int s = 0; s < 4; ++s) {
-    for (int m = 0; m < 32; ++m) acc += (p[m] >> (2 * s) & 3) * q[32 * s + m];
-  }
-  return acc;
-}
-
-// The one-bit codes of 16 bytes against 128 activations.
-int32_t dot_bits(const uint8_t* p, const int8_t* q) {
-  int32_t acc = 0;
-  for (int m = 0; m < 16; ++m) {
-    for (int i = 0; i < 8; ++i) acc += (p[m] >> i & 1) * q[8 * m + i];
-  }
-  return acc;
-}
-
-int32_t dot_chunk(const uint8_t* p, int bits, const int8_t* q) {
-  if (bits == 1) return dot_bits(p, q);
-  const int32_t low = dot_pairs(p, q);
-  if (bits == 2) return low;
-  return low + 4 * (bits == 3 ? dot_bits(p + 32, q) : dot_pairs(p + 32, q));
-}
-
-int32_t sum_of(const int8_t* q, int64_t n) {
-  int32_t total = 0;
-  for (int64_t c = 0; c < n; ++c) total += q[c];
-  return total;
-}
-
 int32_t dot_planes(const uint8_t* p, int64_t d, int bits, const int8_t* q) {
   int32_t acc = 0;
   for (int64_t k = 0; k < chunks_of(d); ++k) {
-    acc += dot_chunk(p + k * 16 * bits, bits, q + k * kChunk);
+    for (int half = 0; half < 2; ++half) {
+      acc += dot_half(p + k * 16 * bits, bits, half, q + k * kChunk + half * kHalf);
+    }
   }
   return acc;
 }

@@ -30,6 +30,8 @@ inline bool synchronous() {
   return asked;
 }
 
+inline constexpr int kSharedUnasked = 48 << 10;  // bytes that a block has without asking
+
 // What a launch has beside its grid.
 struct Launch {
   int shared_bytes = 0;   // of dynamic_shared()
@@ -41,8 +43,7 @@ struct Launch {
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
             Stream stream, const Params& params, const Launch& more = {}) {
-  constexpr int kSharedBytes = 48 << 10;  // more than that has to be asked for
-  if (more.shared_bytes > kSharedBytes) {
+  if (more.shared_bytes > kSharedUnasked) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                more.shared_bytes),
           op, name, "cudaFuncSetAttribute");

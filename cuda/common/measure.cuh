@@ -53,6 +53,37 @@ __device__ __forceinline__ int four_codes(const HalfChunk<kBits>& codes, int hal
   return static_cast<int>(u);
 }
 
+// Adds the sums of u q and of q over channels 32 s + 16 half .. + 15 of a chunk, of kMeasureRows
+// rows of codes and of kBatch activations, of which `q` is the first: they lie q_chunks chunks
+// apart.
+template <int kBits, int kBatch>
+__device__ __forceinline__ void add_channels(const HalfChunk<kBits> (&codes)[kMeasureRows],
+                                             int chunk, int half, int s, const int8_t* q,
+                                             int q_chunks, int (&dot)[kBatch][kMeasureRows],
+                                             int (&sum)[kBatch]) {
+  uint4 activation[kBatch];
+#pragma unroll
+  for (int b = 0; b < kBatch; ++b) {
+    const int8_t* from = q + (b * q_chunks + chunk) * kChunk + 32 * s + 16 * half;
+    activation[b] = *reinterpret_cast<const uint4*>(from);
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      sum[b] = __dp4a(0x01010101, static_cast<int>(word(activation[b], k)), sum[b]);
+    }
+#pragma unroll
+    for (int r = 0; r < kMeasureRows; ++r) {
+      const int u = four_codes<kBits>(codes[r], half, s, k);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        dot[b][r] = __dp4a(u, static_cast<int>(word(activation[b], k)), dot[b][r]);
+      }
+    }
+  }
+}
+
 // y[b][r] of kBatch activations and the rows at `row`, (kMeasureRows) addresses: in every lane.
 template <int kBits, int kBatch>
 __device__ __forceinline__ void measure_planes(const uint8_t* const (&row)[kMeasureRows],
@@ -73,27 +104,7 @@ __device__ __forceinline__ void measure_planes(const uint8_t* const (&row)[kMeas
 
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      uint4 activation[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int8_t* from = q + (b * q_chunks + chunk) * kChunk + 32 * s + 16 * half;
-        activation[b] = *reinterpret_cast<const uint4*>(from);
-      }
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          sum[b] = __dp4a(0x01010101, static_cast<int>(word(activation[b], k)), sum[b]);
-        }
-#pragma unroll
-        for (int r = 0; r < kMeasureRows; ++r) {
-          const int u = four_codes<kBits>(codes[r], half, s, k);
-#pragma unroll
-          for (int b = 0; b < kBatch; ++b) {
-            dot[b][r] = __dp4a(u, static_cast<int>(word(activation[b], k)), dot[b][r]);
-          }
-        }
-      }
+      add_channels<kBits, kBatch>(codes, chunk, half, s, q, q_chunks, dot, sum);
     }
   }
 #pragma unroll

@@ -6,6 +6,7 @@
 namespace nb = nanobind;
 
 void bind_sense(nb::module_& m);
+void bind_nested(nb::module_& m);
 void bind_recover(nb::module_& m);
 void bind_tile(nb::module_& m);
 void bind_omp(nb::module_& m);
@@ -21,6 +22,7 @@ NB_MODULE(_native, m) {
   m.def("cuda_available", &csfast::cuda::available);
   m.def("isa", &csfast::isa);
   bind_sense(m);
+  bind_nested(m);
   bind_recover(m);
   bind_tile(m);
   bind_omp(m);

@@ -26,7 +26,9 @@ from .engine import (
     needed_bytes,
     remove,
     set_density,
+    set_votes,
     stats,
+    unfinished_votes,
 )
 from .models import stream_text
 from .ops import BackendError
@@ -51,6 +53,8 @@ __all__ = [
     "read_documents",
     "remove",
     "set_density",
+    "set_votes",
     "stats",
     "stream_text",
+    "unfinished_votes",
 ]

@@ -6,11 +6,12 @@ Everything is made on the CPU from a seed and then moved, so that all devices ge
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import planes
+from . import nested, planes
 from .types import Code
 
 
@@ -43,6 +44,17 @@ class Biases:
 
 
 @dataclasses.dataclass(frozen=True)
+class NestedProblem:
+    """The nested codes of one feed-forward layer's gate and up, and a batch of activations."""
+
+    levels: tuple[nested.Packed, ...]  # of pairs
+    gate: tuple[nested.Level, ...]  # (n_neurons, d), on the CPU, as are those of up
+    up: tuple[nested.Level, ...]
+    equal: Tensor  # (d,) float32
+    x: Tensor  # (batch, d) T
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """Sizes of a problem, and how to make one."""
 
@@ -60,15 +72,8 @@ class Case:
             bits: Code of the weights, 1 to 4 or "ternary".
             seed: Of the random numbers.
         """
-        g = torch.Generator().manual_seed(seed)
-        gain = torch.exp2(torch.rand(self.d, generator=g) * 3)
-        x = torch.randn(self.batch, self.d, generator=g) * gain
-        gate, up = (
-            torch.randn(self.n_neurons, self.d, generator=g) / (gain * self.d**0.5)
-            for _ in range(2)
-        )
-        down_t = torch.randn(self.n_neurons, self.d, generator=g) / self.n_neurons**0.5
-        return _problem((gate, up, down_t, x), planes.equalizer(gain.square()), dtype, device, bits)
+        tensors, equal = self._draw(seed)
+        return _problem(tensors, equal, dtype, device, bits)
 
     def make_exact(
         self, dtype: torch.dtype, device: str, *, bits: Code = 2, seed: int = 0
@@ -105,6 +110,62 @@ class Case:
         offset = torch.stack([gate.float(), up.float() * norm], dim=1)
         return Biases(gate.to(device), up.to(device), down.to(device), offset.to(device))
 
+    def make_nested(
+        self, dtype: torch.dtype, device: str, *, bits: Sequence[int] = (3, 3), seed: int = 0
+    ) -> NestedProblem:
+        """Code the layer of `make` in levels, each weight by its nearest code.
+
+        Args:
+            dtype: T, of the weights and the activations.
+            device: Where the tensors shall be.
+            bits: Of every level, 1 to 4.
+            seed: Of the random numbers.
+        """
+        tensors, equal = self._draw(seed)
+        gate, up, _, x = (t.to(dtype) for t in tensors)
+        levels = [nested.fit_rows(w, None, bits, equal=equal) for w in (gate, up)]
+        return _nested_problem(levels[0], levels[1], equal, x, device)
+
+    def make_nested_exact(
+        self, dtype: torch.dtype, device: str, *, bits: Sequence[int] = (3, 3), seed: int = 0
+    ) -> NestedProblem:
+        """Draw codes whose steps are powers of two, from 1/8 to 2: nothing is rounded.
+
+        Every sum of magnitudes is below 2^24 times its last place, 2^-4, up to d = 256 of 4 bits:
+        2 levels * 15 * 127 * 256 is below 2^20. The activations of a row are multiples of its
+        scale. Arguments are those of `make_nested`.
+        """
+        g = torch.Generator().manual_seed(seed)
+        groups = -(-self.d // nested.GROUP)
+
+        def level(width: int) -> nested.Level:
+            shape = (self.n_neurons, self.d)
+            codes = torch.randint(0, 2**width, shape, generator=g, dtype=torch.uint8)
+            octaves = torch.randint(0, 4, (self.n_neurons, groups), generator=g)
+            top = 1.0 + torch.randint(0, 2, (self.n_neurons,), generator=g)
+            return nested.Level(width, codes, (octaves * nested.OCTAVE).to(torch.uint8), top)
+
+        gate, up = (tuple(level(width) for width in bits) for _ in range(2))
+        x = torch.randint(-127, 128, (self.batch, self.d), generator=g).float()
+        x[:, 0] = 127
+        return _nested_problem(gate, up, torch.ones(self.d), x.to(dtype), device)
+
+    def _draw(self, seed: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Gate, up, transposed down and activations like trained ones, and their equaliser."""
+        g = torch.Generator().manual_seed(seed)
+        gain = torch.exp2(torch.rand(self.d, generator=g) * 3)
+        x = torch.randn(self.batch, self.d, generator=g) * gain
+        gate, up = (
+            torch.randn(self.n_neurons, self.d, generator=g) / (gain * self.d**0.5)
+            for _ in range(2)
+        )
+        down_t = torch.randn(self.n_neurons, self.d, generator=g) / self.n_neurons**0.5
+        return (gate, up, down_t, x), planes.equalizer(gain.square())
+
+    def nested_bytes(self, bits: Sequence[int], n_levels: int | None = None) -> int:
+        """Least bytes that `nested` reads."""
+        return nested.n_bytes(self.n_neurons, self.d, bits, n_levels)
+
     def sense_bytes(self, bits: Code) -> int:
         """Least bytes that `sense` and `select` read."""
         return planes.n_bytes(self.n_neurons, self.d, bits)
@@ -135,6 +196,21 @@ def _problem(
         x=x.to(device),
         bits=bits,
     )
+
+
+def _nested_problem(
+    gate: tuple[nested.Level, ...],
+    up: tuple[nested.Level, ...],
+    equal: Tensor,
+    x: Tensor,
+    device: str,
+) -> NestedProblem:
+    pairs = [nested.pair(nested.pack(a), nested.pack(b)) for a, b in zip(gate, up, strict=True)]
+    moved = tuple(
+        nested.Packed(p.bits, p.codes.to(device), p.exponent.to(device), p.top.to(device))
+        for p in pairs
+    )
+    return NestedProblem(moved, gate, up, equal.to(device), x.to(device))
 
 
 def _signs(g: torch.Generator, rows: int, columns: int, most: int) -> Tensor:
@@ -183,6 +259,8 @@ class ProjectCase:
 class PursuitProblem:
     """A dictionary and signals that few of its atoms make up, in float64."""
 
+    atoms: Tensor  # (m, n_atoms)
+    signal: Tensor  # (batch, m)
     gram: Tensor  # (n_atoms, n_atoms)
     correlation: Tensor  # (batch, n_atoms)
     energy: Tensor  # (batch,)
@@ -198,6 +276,7 @@ class PursuitCase:
     m: int  # length of a signal
     n_atoms: int
     n_nonzero: int  # atoms in a signal
+    group: int = 1  # neighbouring atoms that a signal has all or none of
 
     def make(self, *, noise_db: float = -20.0, seed: int = 0) -> PursuitProblem:
         """Make Gaussian atoms of unit norm and signals with Gaussian coefficients and noise.
@@ -209,8 +288,9 @@ class PursuitCase:
         g = torch.Generator().manual_seed(seed)
         atoms = torch.randn(self.m, self.n_atoms, generator=g, dtype=torch.float64)
         atoms /= atoms.norm(dim=0)
-        order = torch.rand(self.batch, self.n_atoms, generator=g).argsort(dim=1)
-        support = order[:, : self.n_nonzero].sort(dim=1).values
+        order = torch.rand(self.batch, self.n_atoms // self.group, generator=g).argsort(dim=1)
+        groups = order[:, : self.n_nonzero // self.group].sort(dim=1).values
+        support = (groups[..., None] * self.group + torch.arange(self.group)).flatten(1)
         coef = torch.zeros(self.batch, self.n_atoms, dtype=torch.float64)
         drawn = torch.randn(self.batch, self.n_nonzero, generator=g, dtype=torch.float64)
         coef.scatter_(1, support, drawn)
@@ -219,6 +299,8 @@ class PursuitCase:
         noise *= (signal.norm(dim=1) / noise.norm(dim=1))[:, None] * 10.0 ** (noise_db / 20)
         signal += noise
         return PursuitProblem(
+            atoms=atoms,
+            signal=signal,
             gram=atoms.T @ atoms,
             correlation=signal @ atoms,
             energy=signal.square().sum(dim=1),
@@ -249,4 +331,25 @@ PURSUITS = (
     PursuitCase("off_block", batch=5, m=64, n_atoms=257, n_nonzero=7),
     PursuitCase("empty_batch", batch=0, m=8, n_atoms=16, n_nonzero=2),
     PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+    PursuitCase("pairs", batch=5, m=40, n_atoms=66, n_nonzero=8, group=2),
+    PursuitCase("blocks", batch=20, m=128, n_atoms=480, n_nonzero=24, group=6),
+    PursuitCase("deep", batch=2, m=160, n_atoms=300, n_nonzero=72),
+    PursuitCase("wide", batch=2, m=96, n_atoms=2600, n_nonzero=12),
+    PursuitCase("widest", batch=2, m=64, n_atoms=4100, n_nonzero=8),
 )
+# What is timed, by device: throughput of many signals, on CUDA also the latency of few.
+PURSUIT_LOADS = {
+    "cpu": (
+        PursuitCase("small", batch=400, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("standard", batch=200, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=40, m=512, n_atoms=2048, n_nonzero=64),
+    ),
+    "cuda": (
+        PursuitCase("small", batch=4096, m=64, n_atoms=128, n_nonzero=8),
+        PursuitCase("middle", batch=4096, m=128, n_atoms=512, n_nonzero=16),
+        PursuitCase("standard", batch=5000, m=256, n_atoms=1024, n_nonzero=32),
+        PursuitCase("large", batch=5000, m=512, n_atoms=2048, n_nonzero=64),
+        PursuitCase("layers", batch=32, m=112, n_atoms=448, n_nonzero=16),
+        PursuitCase("few", batch=132, m=256, n_atoms=1024, n_nonzero=32),
+    ),
+}

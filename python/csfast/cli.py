@@ -20,16 +20,20 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from . import bench as bench_
+from . import bench_omp as bench_omp_
 from . import demo as demo_
+from . import dictionaries as dictionaries_
 from . import doctor as doctor_
-from . import documents, engine, models, ops, report, tables, timing
+from . import documents, effort, engine, models, ops, panels, report, tables, timing
+from . import phase as phase_
+from . import results as results_
 from ._version import __version__
+from .ablate import ablate as ablate_
 from .calibrate import TOKENS_MAX
 from .calibrate import calibrate as calibrate_
-from .evaluate import ablate as ablate_
 from .evaluate import evaluate
 from .plan import Plan, write_atomic
-from .types import POOLED, Document
+from .types import POOLED, Code, Document
 
 USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -57,6 +61,8 @@ class Operation(StrEnum):
     EXECUTE = "execute"
     SELECT = "select"
     SENSE = "sense"
+    NESTED = "nested"
+    OMP = "omp"
 
 
 class Commands(TyperGroup):
@@ -98,7 +104,10 @@ Data = Annotated[
     typer.Option("--data", help=".jsonl, .jsonl.xz or .txt; the shipped sample if left out."),
 ]
 Density = Annotated[float, typer.Option(help="Fraction of neurons to execute, in (0, 1].")]
-Bits = Annotated[int, typer.Option(help="Bits of the sensing codes; the plan must hold them.")]
+Bits = Annotated[
+    str, typer.Option(help="Code of the sensor: 1 to 4 bits, or ternary; the plan must hold it.")
+]
+Block = Annotated[int, typer.Option(help="Neurons kept or skipped as one; the plan must hold it.")]
 Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results here.")]
 Html = Annotated[pathlib.Path | None, typer.Option("--html", help="Write a page here.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of every task, at most.")]
@@ -157,12 +166,20 @@ def calibrate(
     ),
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use, at most.")] = TOKENS_MAX,
+    bits: Annotated[str, typer.Option(help="Codes of the sensor, such as 2,3,ternary.")] = "2,3",
+    blocks: Annotated[str, typer.Option(help="Sizes of block, such as 1,16.")] = "1",
+    joint: Annotated[bool, typer.Option("--joint", help="For batches with one support too.")] = (
+        False
+    ),
+    feedback: Annotated[
+        bool, typer.Option(help="Fit codes to the text; without, each weight by itself.")
+    ] = True,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
     limit: Limit = None,
     device: Where = DeviceName.CPU,
     seed: Seed = 0,
 ) -> None:
-    """Find a model's thresholds on sample text and write them to a plan."""
+    """Find a model's codes and thresholds on sample text and write them to a plan."""
     clock = timing.Clock()
     samples = _documents(data, part, limit)
     net, tokenizer = _load(model, device)
@@ -174,6 +191,10 @@ def calibrate(
             net,
             samples,
             tokenizer,
+            bits=[_code(text) for text in bits.split(",")],
+            blocks=[_size(text) for text in blocks.split(",")],
+            joint=joint,
+            feedback=feedback,
             seed=seed,
             resume=partial,
             progress=advance,
@@ -183,7 +204,7 @@ def calibrate(
     partial.unlink(missing_ok=True)
     Console().print(
         f"{out}: {len(plan.layers)} layers, {sum(plan.n_tokens.values())} tokens, "
-        f"{out.stat().st_size / 2**20:.1f} MiB, {clock.seconds():.1f} s"
+        f"{out.stat().st_size:,} bytes, {clock.seconds():.1f} s"
     )
 
 
@@ -193,7 +214,8 @@ def generate(
     plan: Annotated[pathlib.Path | None, typer.Argument(help="Plan; not with --dense.")] = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     density: Density = 0.5,
-    bits: Bits = 2,
+    bits: Bits = "2",
+    block: Block = 1,
     task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
     dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -206,7 +228,8 @@ def generate(
         raise ValueError("[generate] no plan: want one, or --dense.")
     net, tokenizer = _load(model, device)
     if plan is not None and not dense:
-        engine.apply(net, Plan.load(plan), density=density, bits=bits, task=task)
+        loaded = Plan.load(plan)
+        engine.apply(net, loaded, density=density, bits=_code(bits), block=block, task=task)
     clock = timing.Clock()
     for piece in models.stream_text(
         net,
@@ -229,7 +252,8 @@ def evaluate_(
     plan: PlanFile,
     data: Data = None,
     density: Density = 0.5,
-    bits: Bits = 2,
+    bits: Bits = "2",
+    block: Block = 1,
     task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
     limit: Limit = None,
@@ -250,7 +274,8 @@ def evaluate_(
             loaded,
             samples,
             density=density,
-            bits=bits,
+            bits=_code(bits),
+            block=block,
             task=task,
             tokens=tokens,
             seed=seed,
@@ -268,17 +293,50 @@ def ablate(
     data: Data = None,
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 2000,
+    methods: Annotated[
+        str, typer.Option(help="full, quick, or names with commas between.", metavar="NAMES")
+    ] = "full",
+    bytes_: Annotated[
+        str, typer.Option("--bytes", help="Fractions of the dense bytes.", metavar="FRACTIONS")
+    ] = ".25,.35,.55,.75",
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
     json_file: Json = None,
     html_file: Html = None,
     device: Where = DeviceName.CPU,
     seed: Seed = 0,
 ) -> None:
     """Compare csfast's selection with other rules and with quantisation, loss against bytes."""
+    if resume and json_file is None:
+        raise ValueError(
+            "[ablate] --resume without --json: want the file of the run to go on with."
+        )
+    try:
+        fractions = [float(part) for part in bytes_.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"[ablate] --bytes {bytes_!r}: want fractions with commas between."
+        ) from error
     select = _documents(data, Part.SELECT, limit)
     kept = _documents(data, Part.REPORT, limit)
     net, tokenizer = _load(model, device, dtype="float32")  # rounding would blur small differences
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
     with _progress("ablate") as advance:
-        results = ablate_(net, tokenizer, select, kept, tokens=tokens, seed=seed, progress=advance)
+        results = ablate_(
+            net,
+            tokenizer,
+            select,
+            kept,
+            methods=methods if methods in ("full", "quick") else methods.split(","),
+            bytes_fractions=fractions,
+            tokens=tokens,
+            seed=seed,
+            resume=partial,
+            progress=advance,
+        )
     table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
     for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
         table.add_row(
@@ -290,19 +348,24 @@ def ablate(
         )
     Console().print(table)
     _write_json(json_file, results)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     if html_file is not None:
         report.write_report(html_file, ablation=results)
 
 
 @app.command()
 def bench(
-    operation: Annotated[Operation | None, typer.Argument(help="All if left out.")] = None,
+    operation: Annotated[Operation | None, typer.Argument(help="All but omp if left out.")] = None,
     device: Where = DeviceName.CPU,
     json_file: Json = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
     commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
-    """Time the operations of a layer beside the dense layer in torch."""
+    """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
+    if operation is Operation.OMP:
+        _bench_omp(device, json_file, quick, commit)
+        return
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
     where = torch.device(device.value)
     settings: Sequence[bench_.Setting] = (
@@ -324,6 +387,23 @@ def bench(
     _write_json(json_file, results)
 
 
+def _bench_omp(
+    device: DeviceName, json_file: pathlib.Path | None, quick: bool, commit: str | None
+) -> None:
+    """Time orthogonal matching pursuit."""
+    where = torch.device(device.value)
+    with _notes().status("bench") as status:
+        results = bench_omp_.run(
+            bench_omp_.QUICK if quick else None,
+            device=where,
+            runs=3 if quick else 20,
+            progress=status.update,
+        )
+    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
+    Console().print(tables.pursuits(results))
+    _write_json(json_file, results)
+
+
 @app.command()
 def doctor() -> None:
     """Say what this machine offers and whether csfast works on it."""
@@ -333,6 +413,145 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def tokens(
+    model: Model,
+    plan: PlanFile,
+    data: Data = None,
+    density: Density = 0.5,
+    bits: Bits = "2",
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Continue the prompts instead of following the text.")
+    ] = False,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=3, help="Tokens of one text, at most.")
+    ] = 160,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
+    limit: Limit = None,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Show what every token of a text cost, one text of every task."""
+    samples = _documents(data, part, limit)
+    loaded = Plan.load(plan)
+    net, tokenizer = _load(model, device)
+    with _progress("tokens") as advance:
+        found = effort.examples(
+            net,
+            tokenizer,
+            loaded,
+            samples,
+            density=density,
+            bits=_code(bits),
+            task=task,
+            generate=generate,
+            tokens=limit_tokens,
+            seed=seed,
+            progress=advance,
+        )
+    Console().print(tables.effort(found))
+    _write_json(json_file, found)
+    if html_file is not None:
+        report.write_report(html_file, effort=found)
+
+
+@app.command()
+def phase(
+    model: Model,
+    data: Data = None,
+    groups: Annotated[int, typer.Option(min=2, help="Groups of neurons a layer.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Values of either axis.")] = 12,
+    trials: Annotated[int, typer.Option(min=1, help="Signals of a cell.")] = 200,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Tokens of every task and part to look at.")
+    ] = 400,
+    limit: Limit = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
+    json_file: Json = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--dictionaries", help="Write coherence and isometry of all layers here."),
+    ] = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Measure which sparsity is recovered from how many measurements, and what theory promises."""
+    if resume and json_file is None:
+        raise ValueError("[phase] --resume without --json: want the file of the run to go on with.")
+    select = _documents(data, Part.SELECT, limit)
+    kept = _documents(data, Part.REPORT, limit)
+    net, tokenizer = _load(model, device, dtype="float32")
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
+    with _progress("capture") as advance:
+        fit, shown = phase_.capture(
+            net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
+        )
+    with _progress("phase") as advance:
+        found = phase_.diagrams(
+            fit,
+            shown,
+            n_groups=groups,
+            steps=steps,
+            trials=trials,
+            resume=partial,
+            progress=advance,
+        )
+    with _progress("dictionaries") as advance:
+        known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
+    for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
+        Console().print(sentence)
+    _write_json(json_file, found)
+    _write_json(dictionaries_file, known)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    if html_file is not None:
+        report.write_report(html_file, phase=found, dictionaries=known)
+
+
+@app.command("report")
+def report_(
+    out: Annotated[pathlib.Path, typer.Argument(help="Page to write.", metavar="OUT.html")],
+    ablation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast ablate.")] = None,
+    evaluation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast eval.")] = None,
+    phase_file: Annotated[
+        pathlib.Path | None, typer.Option("--phase", help="Of csfast phase.")
+    ] = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None, typer.Option("--dictionaries", help="Of csfast phase.")
+    ] = None,
+    effort_file: Annotated[
+        pathlib.Path | None, typer.Option("--effort", help="Of csfast tokens.")
+    ] = None,
+    size_curve: Annotated[pathlib.Path | None, typer.Option(help="Rows of a size curve.")] = None,
+    storage: Annotated[pathlib.Path | None, typer.Option(help="Rows of a storage study.")] = None,
+    demo_file: Annotated[
+        pathlib.Path | None, typer.Option("--demo", help="Of csfast demo.")
+    ] = None,
+) -> None:
+    """Write one page of results from files of them."""
+    files = {
+        "ablation": ablation,
+        "evaluation": evaluation,
+        "phase": phase_file,
+        "dictionaries": dictionaries_file,
+        "effort": effort_file,
+        "size_curve": size_curve,
+        "storage": storage,
+        "demo": demo_file,
+    }
+    given = {kind: results_.read(path, kind) for kind, path in files.items() if path is not None}
+    report.write_report(out, **given)
+    Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
 def _documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list[Document]:
     """Read a half of the data, at most `limit` documents of every task."""
     path = models.demo_folder() / "sample.jsonl" if data is None else data
@@ -340,6 +559,18 @@ def _documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list
     if not found:
         raise ValueError(f"[documents] {path}: no document in its part {part.value!r}.")
     return found if limit is None else documents.few(found, limit)
+
+
+def _code(text: str) -> Code:
+    """The code that a text names; what names none is refused by whom it is given to."""
+    return int(text) if text.isdecimal() else text
+
+
+def _size(text: str) -> int:
+    """The size of block that a text names."""
+    if not text.isdecimal():
+        raise ValueError(f"[calibrate] blocks = {text!r}: want whole numbers, such as 1,16.")
+    return int(text)
 
 
 def _load(model: str, device: DeviceName, *, dtype: str = "auto") -> tuple[Any, Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,30 +25,133 @@ if TYPE_CHECKING:
 
 N_DENSE = 32  # first tokens of a plain text that run dense, as a prompt would
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CHILDREN = ("gate_proj", "up_proj", "down_proj", "act_fn")
+APART = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")  # gate rows first, then up, in one weight
+_ACTS = ("act_fn", "activation_fn")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)  # by the names that the kernels know
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of their files
 _EXPERTS = ("experts", "expert", "shared_expert", "block_sparse_moe")
 _HASH_BYTES = 1 << 24  # hashed at a time, so that a copy from a GPU stays small and Ctrl-C works
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """The gate or up map of a layer: a whole `nn.Linear`, or neighbouring rows of one.
+
+    Attributes:
+        linear: The module whose weight it is.
+        start: First row of that weight.
+        stop: Row after the last.
+    """
+
+    linear: nn.Linear
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the module."""
+        return self.stop - self.start == self.linear.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Give the weight ``(rows, d_in)``, contiguous: the parameter or a view of it."""
+        weight = self.linear.weight
+        return weight if self.is_whole else weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Give the bias ``(rows,)``, the parameter or a view of it, if there is one."""
+        bias = cast("Tensor | None", self.linear.bias)
+        return bias if bias is None or self.is_whole else bias[self.start : self.stop]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(..., d_in)`` to ``(..., rows)``, the bias included."""
+        if self.is_whole:
+            return cast(Tensor, self.linear(x))
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ffn:
-    """One gated feed-forward layer of a model.
+    """One gated feed-forward layer of a model, ``down(act(gate(x)) * up(x))``.
 
     Attributes:
         name: Name of the module within the model.
         module: The module that holds the projections.
         gate: Weight ``(n_neurons, d)``.
-        up: Weight ``(n_neurons, d)``.
+        up: Weight ``(n_neurons, d)``; rows of the same module as those of `gate` where both are
+            fused.
         down: Weight ``(d, n_neurons)``.
+        act: The module's own activation function.
+        activation: What it computes, one of `ACTIVATIONS`.
         shape: Sizes.
     """
 
     name: str
     module: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
+    gate: Projection
+    up: Projection
     down: nn.Linear
+    act: Callable[[Tensor], Tensor]
+    activation: str
     shape: LayerShape
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the weights of gate, up and down."""
+        return self.gate.weight, self.up.weight, self.down.weight
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """Give the modules that hold the weights, each once."""
+        return tuple(dict.fromkeys((self.gate.linear, self.up.linear, self.down)))
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what the module computes before its down projection, bit for bit.
+
+        Args:
+            x: ``(..., d)``, in the dtype of the weights.
+
+        Returns:
+            The activated gate, and its product with the up projection, both ``(..., n_neurons)``.
+        """
+        if self.gate.is_whole:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = self.gate.linear(x).chunk(2, dim=-1)
+        gate = self.act(gate)
+        return gate, gate * up
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Give the output ``(..., d)`` of the module for ``x (..., d)``, bit for bit."""
+        return cast(Tensor, self.down(self.activations(x)[1]))
+
+    def down_norm(self) -> Tensor:
+        """Give the norm of every neuron's down row, ``(n_neurons,)``, float32."""
+        down = self.down.weight.detach()
+        norm: Tensor = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32)
+        return norm
+
+    def offset(self) -> Tensor | None:
+        """Give what the biases add to the readings of a sensor, or nothing if there are none.
+
+        Returns:
+            ``(n_neurons, 2)``, float32, contiguous: the gate bias, and the up bias times the norm
+            of the neuron's down row.
+        """
+        gate, up = self.gate.bias, self.up.bias
+        if gate is None and up is None:
+            return None
+        norm = self.down_norm()
+        columns = [
+            torch.zeros_like(norm) if bias is None else bias.detach().float() for bias in (gate, up)
+        ]
+        return torch.stack([columns[0], columns[1] * norm], dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +162,15 @@ class Fingerprint:
         model_type: Name of the architecture in its configuration, ``"llama"``.
         shapes: Sizes of the feed-forward layers, in order.
         dtype: Of their weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        model_hash: SHA-256 over type, shapes, dtype and feed-forward weights, hexadecimal.
+        activation: Of their gates, one of `ACTIVATIONS`.
+        model_hash: SHA-256 over all of the above and the feed-forward weights and biases,
+            hexadecimal.
     """
 
     model_type: str
     shapes: tuple[LayerShape, ...]
     dtype: str
+    activation: str
     model_hash: str
 
 
@@ -82,9 +190,10 @@ class Encoded:
 def find_ffns(model: nn.Module) -> list[Ffn]:
     """Find the gated feed-forward layers of a model by their structure.
 
-    A layer is a module whose children are ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``
-    and nothing else, and which computes ``down_proj(silu(gate_proj(x)) * up_proj(x))``: one token
-    is run through it to see. Its weights are plain, of one dtype, on one device.
+    A layer is a module whose children are ``gate_proj``, ``up_proj`` and ``down_proj``, or
+    ``gate_up_proj`` with the rows of both and ``down_proj``, besides its activation function, and
+    which computes ``down(act(gate(x)) * up(x))`` with SiLU or tanh-approximated GELU: one token is
+    run through it to see. Its weights and biases are plain, of one dtype, on one device.
 
     Args:
         model: In evaluation mode, not compiled, quantised, offloaded or sharded.
@@ -107,12 +216,13 @@ def find_ffns(model: nn.Module) -> list[Ffn]:
     ffns = []
     for name, module in model.named_modules(remove_duplicate=False):
         _refuse_kind(name, module)
-        if hasattr(module, "gate_proj") and hasattr(module, "down_proj"):
+        has_gate = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
+        if has_gate and hasattr(module, "down_proj"):
             ffns.append(_ffn(name, module))
     if not ffns:
         raise UnsupportedModelError(
-            f"[find_ffns] {type(model).__name__}: want layers with gate_proj, up_proj, down_proj "
-            "and act_fn, as in Llama and Qwen2; it has none."
+            f"[find_ffns] {type(model).__name__}: want layers with gate_proj, up_proj and "
+            "down_proj, as in Llama, or gate_up_proj and down_proj, as in Phi-3; it has none."
         )
     _refuse_mixture(ffns)
     return ffns
@@ -157,6 +267,8 @@ def load(
         )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UnsupportedModelError(f"[load] {path}: want weights in .safetensors files.")
+    if folder.is_dir() and not any(path for n in _TOKENIZERS for path in folder.glob(n)):
+        raise UnsupportedModelError(f"[load] {path}: want a tokenizer beside the weights.")
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _without_bars():
@@ -245,6 +357,13 @@ def hidden_states(model: nn.Module, ids: Tensor) -> None:
     body(input_ids=ids, use_cache=False)
 
 
+def cache_argument(model: nn.Module) -> str:
+    """Give the name of the argument, and of the output, that holds a model's keys and values."""
+    parameters = inspect.signature(type(model).forward).parameters
+    # Newer transformers call it `cache`, and warn of the older name.
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Identify a model by its type and its feed-forward layers, weights included.
 
@@ -255,14 +374,16 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     model_type = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
     dtype = str(ffns[0].gate.weight.dtype).removeprefix("torch.")
     shapes = tuple(f.shape for f in ffns)
+    activation = ffns[0].activation
     sizes = [[s.d, s.n_neurons] for s in shapes]
-    digest = hashlib.sha256(json.dumps([model_type, dtype, sizes]).encode())
-    for ffn in ffns:
-        for linear in (ffn.gate, ffn.up, ffn.down):
-            raw = linear.weight.detach().view(torch.uint8).flatten()
-            for part in torch.split(raw, _HASH_BYTES):
-                digest.update(part.cpu().numpy().tobytes())
-    return Fingerprint(model_type, shapes, dtype, digest.hexdigest())
+    parts = [part for f in ffns for p in (f.gate, f.up, f.down) for part in (p.weight, p.bias)]
+    head = [model_type, dtype, activation, sizes, [part is not None for part in parts]]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    for part in parts:
+        if part is not None:
+            for raw in torch.split(part.detach().view(torch.uint8).flatten(), _HASH_BYTES):
+                digest.update(raw.cpu().numpy().tobytes())
+    return Fingerprint(model_type, shapes, dtype, activation, digest.hexdigest())
 
 
 def stream_text(
@@ -294,9 +415,17 @@ def stream_text(
     Raises:
         ValueError: The prompt is empty, or does not fit into the context with what is to come, or
             a number is out of range. Raised by the call, not by the iterator.
+        TypeError: An argument is of another type; likewise.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"[generate] prompt of type {type(prompt).__name__}: want text.")
     if not prompt:
         raise ValueError("[generate] an empty prompt: want text.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if type(value) is not int:
+            raise TypeError(f"[generate] {name} = {value!r}: want a whole number.")
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"[generate] temperature = {temperature!r}: want a number.")
     if max_new_tokens < 1:
         raise ValueError(f"[generate] max_new_tokens = {max_new_tokens}: want at least 1.")
     if not 0 <= temperature < float("inf"):
@@ -321,12 +450,13 @@ def _new_tokens(
     device = next(model.parameters()).device
     draw = torch.Generator(device=device).manual_seed(seed)
     step = torch.tensor([ids], device=device)
-    cache = None
+    cache_name = cache_argument(model)
+    cache: dict[str, Any] = {cache_name: None}
     for _ in range(n):
         # Not around the yield: the caller's code must not run in this mode.
         with torch.inference_mode():
-            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
+            cache[cache_name] = out[cache_name]
             logits = out.logits[:, -1].float()
             if temperature == 0:
                 step = logits.argmax(dim=-1, keepdim=True)
@@ -392,83 +522,119 @@ def _refuse_kind(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(f"{where}: scripted; want the original module.")
     if set(name.split(".")) & set(_EXPERTS):
         raise UnsupportedModelError(f"{where}: experts of a mixture; want a dense model.")
-    if hasattr(module, "gate_up_proj"):
-        raise UnsupportedModelError(f"{where}: a fused gate_up_proj; want gate and up apart.")
 
 
 def _ffn(name: str, module: nn.Module) -> Ffn:
     """The layer, after checking everything that running it sparsely takes for granted."""
     where = f"[find_ffns] {name}"
     children = dict(module.named_children())
-    if not callable(getattr(module, "act_fn", None)):
-        raise UnsupportedModelError(f"{where}: want an activation named act_fn.")
-    odd = sorted((set(children) | {"act_fn"}) ^ set(_CHILDREN))
+    names = FUSED if hasattr(module, "gate_up_proj") else APART
+    act_name = next((n for n in _ACTS if callable(getattr(module, n, None))), None)
+    if act_name is None:
+        raise UnsupportedModelError(f"{where}: want an activation named {' or '.join(_ACTS)}.")
+    odd = sorted((set(children) | {act_name}) ^ {*names, act_name})
     if odd:
-        raise UnsupportedModelError(f"{where}: want {', '.join(_CHILDREN)} only, not {odd[0]!r}.")
+        wanted = ", ".join((*names, act_name))
+        raise UnsupportedModelError(f"{where}: want {wanted} only, not {odd[0]!r}.")
+    for own, _ in module.named_parameters(recurse=False):
+        raise UnsupportedModelError(f"{where}: want no parameter of its own, not {own!r}.")
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         raise UnsupportedModelError(
             f"{where}: its forward was replaced (offloaded, or patched by another library); "
             "want the original module."
         )
-    gate, up, down = (_linear(f"{where}.{n}", children[n]) for n in _CHILDREN[:3])
+    linears = [_linear(f"{where}.{n}", children[n]) for n in names]
+    gate, up = _gate_and_up(where, linears)
+    down = linears[-1]
     n_neurons, d = gate.weight.shape
     fits = tuple(up.weight.shape) == (n_neurons, d) and tuple(down.weight.shape) == (d, n_neurons)
     if not fits:
         shapes = ", ".join(str(tuple(m.weight.shape)) for m in (gate, up, down))
         raise UnsupportedModelError(f"{where}: weights {shapes}: want (F, d), (F, d), (d, F).")
-    ffn = Ffn(name, module, gate, up, down, LayerShape(d=d, n_neurons=n_neurons))
+    act = cast("Callable[[Tensor], Tensor]", getattr(module, act_name))
+    activation = _activation(f"{where}.{act_name}", act, gate.weight.device)
+    shape = LayerShape(d=d, n_neurons=n_neurons)
+    ffn = Ffn(name, module, gate, up, down, act, activation, shape)
     _probe(where, ffn)
     return ffn
 
 
+def _gate_and_up(where: str, linears: list[nn.Linear]) -> tuple[Projection, Projection]:
+    """Gate and up, cut apart where they are fused."""
+    first, rows = linears[0], linears[0].weight.shape[0]
+    if len(linears) == len(APART):
+        second = linears[1]
+        return Projection(first, 0, rows), Projection(second, 0, second.weight.shape[0])
+    if rows % 2:
+        raise UnsupportedModelError(
+            f"{where}.{FUSED[0]}: a weight of {rows} rows; want those of gate and of up, as many "
+            "each."
+        )
+    return Projection(first, 0, rows // 2), Projection(first, rows // 2, rows)
+
+
 def _linear(where: str, module: nn.Module) -> nn.Linear:
-    """The projection, after checking that its weight is all there is to it."""
+    """The projection, after checking that weight and bias are all there is to it."""
     if hasattr(module, "base_layer"):
         raise UnsupportedModelError(f"{where}: an adapter (LoRA); want it merged into the weights.")
     if type(module) is not nn.Linear:
         raise UnsupportedModelError(
             f"{where}: {type(module).__name__}, perhaps quantised; want a plain nn.Linear."
         )
-    if module.bias is not None:
-        raise UnsupportedModelError(f"{where}: has a bias; want none.")
     hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
     if hooked or hasattr(module, "_hf_hook") or "forward" in vars(module):
         raise UnsupportedModelError(
             f"{where}: hooked (offloaded, or watched by another library); want it plain."
         )
-    weight = module.weight
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        raise UnsupportedModelError(
-            f"{where}: a weight of type {type(weight).__name__}, perhaps sharded; want a tensor."
-        )
-    if weight.is_meta:
-        raise UnsupportedModelError(f"{where}: a meta tensor; want weights that are loaded.")
-    if weight.dtype not in DTYPES:
-        dtypes = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
-        raise UnsupportedModelError(f"{where}: {weight.dtype} weights; want one of {dtypes}.")
-    if not weight.is_contiguous():
-        raise UnsupportedModelError(f"{where}: strides {weight.stride()}; want it contiguous.")
+    for name, tensor in module.named_parameters(recurse=False):
+        _refuse_tensor(where, name, tensor)
     return module
+
+
+def _refuse_tensor(where: str, name: str, tensor: nn.Parameter) -> None:
+    """Refuse a weight or bias that the kernels could not read where it is."""
+    if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+        raise UnsupportedModelError(
+            f"{where}: a {name} of type {type(tensor).__name__}, perhaps sharded; want a tensor."
+        )
+    if tensor.is_meta:
+        raise UnsupportedModelError(f"{where}: a meta tensor; want a {name} that is loaded.")
+    if tensor.dtype not in DTYPES:
+        dtypes = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
+        raise UnsupportedModelError(f"{where}: a {name} of {tensor.dtype}; want one of {dtypes}.")
+    if not tensor.is_contiguous():
+        raise UnsupportedModelError(
+            f"{where}: a {name} of strides {tensor.stride()}; want it contiguous."
+        )
+
+
+def _activation(where: str, act: Callable[[Tensor], Tensor], device: torch.device) -> str:
+    """Which of the activations a function is, by trying it."""
+    z = torch.linspace(-8, 8, 129, device=device)
+    with torch.no_grad():
+        found = act(z)
+        for name, function in _ACTIVATIONS.items():
+            # Float32 rounds by 1e-6 here; GELU and its approximation by tanh are 4.7e-4 apart.
+            if found.shape == z.shape and torch.allclose(found, function(z), rtol=0, atol=1e-5):
+                return name
+    raise UnsupportedModelError(f"{where}: {act}: want SiLU or GELU approximated by tanh.")
 
 
 def _probe(where: str, ffn: Ffn) -> None:
     """Refuse a layer that computes something else, by running one token through it."""
-    weights = (ffn.gate.weight, ffn.up.weight, ffn.down.weight)
-    if len({w.device for w in weights}) > 1 or len({w.dtype for w in weights}) > 1:
+    tensors = [p for linear in ffn.linears for p in linear.parameters(recurse=False)]
+    first = tensors[0]
+    if len({t.device for t in tensors}) > 1 or len({t.dtype for t in tensors}) > 1:
         raise UnsupportedModelError(f"{where}: want one device and one dtype.")
     with torch.no_grad():
-        angle = torch.arange(ffn.shape.d, device=weights[0].device, dtype=torch.float32)
-        x = (4 * torch.sin(angle)).to(weights[0].dtype)[None, None]
-        z = torch.linspace(-8, 8, 64, device=x.device)
-        act = cast("nn.Module", ffn.module.act_fn)
-        if not torch.allclose(act(z), nn.functional.silu(z), atol=1e-5):
-            raise UnsupportedModelError(f"{where}.act_fn: {act}: want SiLU.")
-        want = ffn.down(nn.functional.silu(ffn.gate(x)) * ffn.up(x))
-        # The same three products by the same library: only the order of `a * b` may differ.
+        angle = torch.arange(ffn.shape.d, device=first.device, dtype=torch.float32)
+        x = (4 * torch.sin(angle)).to(first.dtype)[None, None]
+        # The same products by the same library: only the order of `a * b` may differ.
         forward = getattr(type(ffn.module), "dense_forward", type(ffn.module).forward)
-        if not torch.equal(torch.nan_to_num(forward(ffn.module, x)), torch.nan_to_num(want)):
+        found, want = forward(ffn.module, x), ffn.dense(x)
+        if not torch.equal(torch.nan_to_num(found), torch.nan_to_num(want)):
             raise UnsupportedModelError(
-                f"{where}: computes something else than down(silu(gate(x)) * up(x))."
+                f"{where}: computes something else than down(act(gate(x)) * up(x))."
             )
 
 
@@ -476,7 +642,7 @@ def _refuse_mixture(ffns: list[Ffn]) -> None:
     """Refuse layers that share weights, differ in kind, or stand in one list of experts."""
     owners: dict[int, str] = {}
     for ffn in ffns:
-        for linear in (ffn.gate, ffn.up, ffn.down):
+        for linear in ffn.linears:
             first = owners.setdefault(linear.weight.data_ptr(), ffn.name)
             if first != ffn.name:
                 raise UnsupportedModelError(
@@ -485,6 +651,8 @@ def _refuse_mixture(ffns: list[Ffn]) -> None:
     weights = [ffn.gate.weight for ffn in ffns]
     if len({w.device for w in weights}) > 1 or len({w.dtype for w in weights}) > 1:
         raise UnsupportedModelError("[find_ffns] layers on several devices or dtypes; want one.")
+    if len({ffn.activation for ffn in ffns}) > 1:
+        raise UnsupportedModelError("[find_ffns] layers of several activations; want one.")
     parents = [ffn.name.rpartition(".")[0] for ffn in ffns]
     for parent in parents:
         if parents.count(parent) > 1:

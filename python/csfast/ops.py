@@ -13,9 +13,10 @@ inside tensors (indices, budgets) are not checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import _native
 from ._native import BackendError, cuda_available, isa
+from .nested import Packed
 from .types import TERNARY, Code
 
 __all__ = [
@@ -36,8 +38,11 @@ __all__ = [
     "cuda_available",
     "execute",
     "ffn",
+    "ffn_workspace",
     "isa",
+    "nested",
     "omp",
+    "omp_plan",
     "project",
     "recover",
     "select",
@@ -86,6 +91,7 @@ class PursuitStatus(enum.IntEnum):
     ZERO = 2  # the signal has no energy
     DEPENDENT = 3  # the next atom lies in the span of those taken, up to rounding
     NOT_FINITE = 4  # something is not finite, or an energy is negative: nothing is kept
+    NO_GAIN = 5  # the last step explained too little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,8 @@ class Pursuit:
     """Which atoms explain each signal of a batch, from `omp`."""
 
     index: Tensor  # (batch, budget_max) int32, in the order taken, 0 beyond count
-    coef: Tensor  # (batch, budget_max) float32: their least-squares coefficients, 0 beyond count
+    # Their least-squares coefficients, 0 beyond count; without columns if they were not asked for.
+    coef: Tensor  # (batch, budget_max) float32
     count: Tensor  # (batch,) int32
     residual: Tensor  # (batch,) float32: norm of what they leave unexplained
     status: Tensor  # (batch,) int32: a `PursuitStatus`
@@ -119,6 +126,55 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
     """
     _check_tensors("sense", codes=codes, equal=equal, x=x)
     y, scale = torch.ops.csfast.sense.default(codes, equal, x, _code("sense", bits))
+    return y, scale
+
+
+def nested(
+    levels: Sequence[Packed], equal: Tensor, x: Tensor, *, n_levels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Measure every neuron's gate and up row by the first levels of a nested code.
+
+    Integers within a group of 64 channels, summed over groups and levels in float32.
+    Deterministic: a measurement depends on its neuron's code and its activation alone, and one by
+    fewer levels is what more of them add to. `recover` takes it with row scales of 1, and of the
+    norm of the neuron's down row.
+
+    Args:
+        levels: Packed levels of the rows of gate and up, the coarse one first, 1 to 4 of them, see
+            `csfast.nested`: codes ``(n_neurons, 2, chunks, 16 * bits)`` and exponents
+            ``(n_neurons, 2, 2 * chunks)``, uint8, tops ``(n_neurons, 2)``, bfloat16.
+        equal: Channel equaliser, ``(d,)``, float32.
+        x: Activations, ``(batch, d)``, T.
+        n_levels: Levels that are read, the first; all if left out.
+
+    Returns:
+        Measurements ``(batch, n_neurons, 2)``, float32, gate then up, and the scale of each row,
+        ``(batch,)``, float32, as `sense` gives it. Their product estimates the row's product with
+        the activation.
+
+    Raises:
+        ValueError: The shapes do not fit together, or a level has other than 1 to 4 bits.
+        TypeError: A tensor has another dtype or is not contiguous.
+        BackendError: The device has no csfast backend, or it failed.
+    """
+    if n_levels is None:
+        n_levels = len(levels)
+    _check_ints("nested", n_levels=n_levels)
+    if not 1 <= n_levels <= len(levels):
+        raise ValueError(f"[nested] n_levels = {n_levels}: want 1 to the {len(levels)} given.")
+    codes = [level.codes for level in levels[:n_levels]]
+    exponents = [level.exponent for level in levels[:n_levels]]
+    tops = [level.top for level in levels[:n_levels]]
+    bits = [level.bits for level in levels[:n_levels]]
+    named = {"codes": codes, "exponent": exponents, "top": tops}
+    _check_tensors(
+        "nested",
+        **{f"{name}[{i}]": t for name, some in named.items() for i, t in enumerate(some)},
+        equal=equal,
+        x=x,
+    )
+    _check_ints("nested", **{f"bits[{i}]": width for i, width in enumerate(bits)})
+    y, scale = torch.ops.csfast.nested.default(codes, exponents, tops, equal, x, bits)
     return y, scale
 
 
@@ -218,6 +274,15 @@ def omp(
     *,
     budget_max: int,
     tolerance: float = 0.0,
+    residual_max: float = 0.0,
+    correlation_min: float = 0.0,
+    gain_min: float = 0.0,
+    per_step: int = 1,
+    group: int = 1,
+    start: Tensor | None = None,
+    start_count: Tensor | None = None,
+    dictionary: Tensor | None = None,
+    coef: bool = True,
 ) -> Pursuit:
     """Explain each signal by few atoms of a dictionary, chosen greedily.
 
@@ -225,10 +290,16 @@ def omp(
     atoms, repeat until the budget is spent or nothing is left to explain. Ties go to the lower
     index, so equal inputs give equal supports. Atoms need not be of unit norm; one of norm 0 is
     never taken. Multiplying a signal by a power of two multiplies coefficients and residual by it
-    and changes nothing else.
+    and changes nothing else (unless `residual_max` is given, which is in the signals' unit).
+
+    With `per_step` several atoms are taken before scores are looked at again (generalised OMP);
+    with `group` neighbouring atoms are scored by the norm of their scores and taken together
+    (block OMP). An atom in the span of those taken is passed over; a step that finds no other ends
+    the pursuit.
 
     Args:
-        gram: Gram matrix of the dictionary, ``A.T @ A``, ``(n_atoms, n_atoms)``, float32.
+        gram: Gram matrix of the dictionary, ``A.T @ A``, ``(n_atoms, n_atoms)``, float32; or those
+            of several dictionaries, ``(n_dictionaries, n_atoms, n_atoms)``.
         correlation: Correlation of each signal with the atoms, ``y @ A``, ``(batch, n_atoms)``,
             float32.
         energy: Squared norm of each signal, ``(batch,)``, float32.
@@ -236,27 +307,109 @@ def omp(
         budget_max: Atoms to make room for, 1 to `n_atoms`.
         tolerance: Stop when the squared norm of what is left is at most this share of the energy,
             0 to 1. Shares below 2^-24 are noise of the float32 energy.
+        residual_max: Stop when the norm of what is left is at most this, at least 0.
+        correlation_min: Stop when no atom has ``|<atom, what is left>| / |atom|`` above this share
+            of the signal's norm, 0 to 1. For a group, the norm of those.
+        gain_min: Stop after a step that lowered the squared norm of what is left by less than this
+            share of the energy, 0 to 1.
+        per_step: Atoms, or groups, that a step takes, at least 1.
+        group: Atoms a group: a divisor of `n_atoms` of at most `budget_max`. The budget counts
+            atoms; a group that does not fit into it whole is not taken.
+        start: Atoms to take and fit before the first step, ``(batch, n_start)``, int32, as far as
+            the budget goes.
+        start_count: How many of them for each signal, ``(batch,)``, int32; all if left out.
+        dictionary: Which of several dictionaries, ``(batch,)``, int32. Given exactly if `gram` has
+            three axes.
+        coef: Whether coefficients are wanted. Without them it is faster.
 
     Returns:
         The pursuit, with the reason for its end. A signal that is not finite has count 0 and a
         residual that is not a number.
 
     Raises:
-        ValueError: The shapes do not fit together, or a budget or the tolerance is out of range.
+        ValueError: The shapes do not fit together, or a budget, an atom to start with, a dictionary
+            or an option is out of range.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
 
     Source:
         Rubinstein, Zibulevsky, Elad, "Efficient implementation of the K-SVD algorithm using batch
-        orthogonal matching pursuit", Technion, 2008.
+        orthogonal matching pursuit", Technion, 2008; Wang, Kwon, Shim, "Generalized orthogonal
+        matching pursuit", 2012; Eldar, Kuppinger, Bolcskei, "Block-sparse signals: uncertainty
+        relations and efficient recovery", 2010.
     """
-    _check_tensors("omp", gram=gram, correlation=correlation, energy=energy, budget=budget)
-    _check_ints("omp", budget_max=budget_max)
-    if not isinstance(tolerance, (int, float)):
-        raise TypeError(f"[omp] tolerance is a {type(tolerance).__name__}: want a float.")
+    optional = {"start": start, "start_count": start_count, "dictionary": dictionary}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check_tensors("omp", gram=gram, correlation=correlation, energy=energy, budget=budget, **given)
+    _check_ints("omp", budget_max=budget_max, per_step=per_step, group=group)
+    limits = {
+        "tolerance": tolerance,
+        "residual_max": residual_max,
+        "correlation_min": correlation_min,
+        "gain_min": gain_min,
+    }
+    for name, value in limits.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"[omp] {name} is a {type(value).__name__}: want a float.")
+    if not isinstance(coef, bool):
+        raise TypeError(f"[omp] coef is a {type(coef).__name__}: want a bool.")
     return Pursuit(
-        *torch.ops.csfast.omp.default(gram, correlation, energy, budget, budget_max, tolerance)
+        *torch.ops.csfast.omp.default(
+            gram,
+            correlation,
+            energy,
+            budget,
+            budget_max,
+            *limits.values(),
+            per_step,
+            group,
+            start,
+            start_count,
+            dictionary,
+            coef,
+        )
     )
+
+
+def omp_plan(
+    batch: int,
+    n_atoms: int,
+    budget_max: int,
+    *,
+    processors: int = 132,
+    registers: int = 65536,
+    threads: int = 2048,
+    shared_per_block: int = 232448,
+    shared_per_processor: int = 233472,
+) -> str:
+    """Say how `omp` is launched on a CUDA device, without one.
+
+    Args:
+        batch: Signals.
+        n_atoms: Atoms of the dictionary.
+        budget_max: Atoms to make room for.
+        processors: Streaming multiprocessors of the device; what follows is of each. Left out, all
+            are those of Hopper.
+        registers: Of four bytes.
+        threads: That can be at work.
+        shared_per_block: Bytes of shared memory that one block may ask for.
+        shared_per_processor: Bytes of shared memory.
+
+    Raises:
+        ValueError: A size is out of range.
+    """
+    sizes = {
+        "batch": batch,
+        "n_atoms": n_atoms,
+        "budget_max": budget_max,
+        "processors": processors,
+        "registers": registers,
+        "threads": threads,
+        "shared_per_block": shared_per_block,
+        "shared_per_processor": shared_per_processor,
+    }
+    _check_ints("omp", **sizes)
+    return _native.omp_plan(*sizes.values())
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
@@ -606,6 +759,9 @@ class Session:
         self._bound: list[tuple[Tensor | None, ...]] = []
         self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
         self._workspaces: dict[int, Tensor] = {}
+        self._place: torch.device | None = None  # of what is bound
+        # Made once: a step of decoding enters it for every layer.
+        self._current: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def bind(
         self,
@@ -682,15 +838,17 @@ class Session:
         code = _code("session", bits)
         _check_ints("session", tile_rows=tile_rows, max_batch=max_batch)
         _check_activation("session", activation)
-        if gate.device.type != self._device.type:
-            raise ValueError(f"[session] gate is on {gate.device}: want {self._device}.")
+        if gate.device.type != self._device.type or self._place not in (None, gate.device):
+            raise ValueError(
+                f"[session] gate is on {gate.device}: want {self._place or self._device}."
+            )
         if gate.dim() != 2 or threshold.shape != (max_batch,):
             raise ValueError(
                 f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
                 f"(n_neurons, d) and (max_batch = {max_batch},)."
             )
         _check_total("session", max_batch, gate.shape[0])
-        n_bytes = _native.ffn_workspace(max_batch, gate.shape[1], gate.shape[0], self._cuda)
+        n_bytes = ffn_workspace(max_batch, gate.shape[1], gate.shape[0], gate.device)
         workspace = self._workspaces.get(n_bytes)
         if workspace is None:
             workspace = torch.empty(n_bytes, dtype=torch.uint8, device=gate.device)
@@ -715,6 +873,9 @@ class Session:
             self._cuda,
         )
         self._workspaces[n_bytes] = workspace
+        self._place = gate.device
+        if self._cuda:
+            self._current = torch.cuda.device(gate.device)
         layer_tensors = (codes, equal, row_scale, threshold, gate, up, down_t, stats)
         self._bound.append((*layer_tensors, offset, gate_bias, up_bias, down_bias, weight))
         self._rows.append((gate.dtype, gate.shape[1]))
@@ -740,12 +901,25 @@ class Session:
             raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
         if not (x.is_contiguous() and out.is_contiguous()):
             raise TypeError("[session] x or out has other strides: want contiguous tensors.")
-        if x.device.type != self._device.type or out.device != x.device:
-            raise ValueError(
-                f"[session] x on {x.device}, out on {out.device}: want {self._device}."
-            )
-        stream = _stream(x) if self._cuda else 0
-        self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream)
+        if x.device != self._place or out.device != x.device:
+            raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
+        if not self._cuda:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, 0)
+            return
+        with self._current:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, _stream(x))
+
+
+def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
+    """Give the bytes of workspace that a `Session` keeps for layers of one size.
+
+    Raises:
+        ValueError: The device is neither the CPU nor CUDA, or a size is out of range.
+        BackendError: There are no kernels for the device.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"[session] device = {device}: want cpu or cuda.")
+    return _native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")
 
 
 def backend_info() -> dict[str, str]:
@@ -851,6 +1025,46 @@ def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Ten
     return y, x.new_empty((batch,), dtype=torch.float32)
 
 
+def _nested(
+    codes: list[Tensor],
+    exponent: list[Tensor],
+    top: list[Tensor],
+    equal: Tensor,
+    x: Tensor,
+    bits: list[int],
+) -> tuple[Tensor, Tensor]:
+    y, scale = _fake_nested(codes, exponent, top, equal, x, bits)
+    q = x.new_empty((x.shape[0], _native.q_width(x.shape[1])), dtype=torch.int8)
+    _native.nested(
+        [t.detach() for t in codes],
+        [t.detach() for t in exponent],
+        [t.detach() for t in top],
+        equal.detach(),
+        x.detach(),
+        list(bits),
+        q,
+        y,
+        scale,
+        _stream(x),
+    )
+    return y, scale
+
+
+def _fake_nested(
+    codes: list[Tensor],
+    exponent: list[Tensor],
+    top: list[Tensor],
+    equal: Tensor,
+    x: Tensor,
+    bits: list[int],
+) -> tuple[Tensor, Tensor]:
+    if not codes:
+        raise ValueError("[nested] no level: want at least one.")
+    batch, _, n_neurons = _sizes("nested", x, codes[0], 4)
+    y = x.new_empty((batch, n_neurons, 2), dtype=torch.float32)
+    return y, x.new_empty((batch,), dtype=torch.float32)
+
+
 def _recover(
     y: Tensor,
     scale: Tensor,
@@ -936,22 +1150,42 @@ def _omp(
     energy: Tensor,
     budget: Tensor,
     budget_max: int,
-    tolerance: float,
+    tolerance: float = 0.0,
+    residual_max: float = 0.0,
+    correlation_min: float = 0.0,
+    gain_min: float = 0.0,
+    per_step: int = 1,
+    group: int = 1,
+    start: Tensor | None = None,
+    start_count: Tensor | None = None,
+    dictionary: Tensor | None = None,
+    coef: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    made = _fake_omp(gram, correlation, energy, budget, budget_max, tolerance)
-    gram, correlation, energy = gram.detach(), correlation.detach(), energy.detach()
+    limits = (tolerance, residual_max, correlation_min, gain_min)
+    optional = (start, start_count, dictionary)
+    made = _fake_omp(
+        gram, correlation, energy, budget, budget_max, *limits, per_step, group, *optional, coef
+    )
+    gram, correlation, energy = (t.detach() for t in (gram, correlation, energy))
     batch, n_atoms = correlation.shape
     n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, gram.is_cuda)
-    workspace = _workspace(n_bytes, gram)
+    index, values, count, residual, status = made
     _native.omp(
         gram,
         correlation,
         energy,
         budget,
         budget_max,
-        tolerance,
-        workspace,
-        *made,
+        *limits,
+        per_step,
+        group,
+        *optional,
+        _workspace(n_bytes, gram),
+        index,
+        values if coef else None,
+        count,
+        residual,
+        status,
         _stream(gram),
     )
     return made
@@ -963,21 +1197,39 @@ def _fake_omp(
     energy: Tensor,
     budget: Tensor,
     budget_max: int,
-    tolerance: float,
+    tolerance: float = 0.0,
+    residual_max: float = 0.0,
+    correlation_min: float = 0.0,
+    gain_min: float = 0.0,
+    per_step: int = 1,
+    group: int = 1,
+    start: Tensor | None = None,
+    start_count: Tensor | None = None,
+    dictionary: Tensor | None = None,
+    coef: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if correlation.dim() != 2:
         raise ValueError(f"[omp] correlation has {correlation.dim()} axes: want (batch, n_atoms).")
     batch, n_atoms = correlation.shape
-    if gram.shape != (n_atoms, n_atoms):
+    if dictionary is not None and gram.dim() != 3:
+        raise ValueError(
+            f"[omp] gram has {gram.dim()} axes beside dictionary: want (n_dictionaries, n_atoms, "
+            "n_atoms)."
+        )
+    if dictionary is None and gram.dim() == 3:
+        raise ValueError("[omp] gram has 3 axes without dictionary: want (n_atoms, n_atoms).")
+    if gram.shape[dictionary is not None :] != (n_atoms, n_atoms):
         raise ValueError(
             f"[omp] gram has shape {tuple(gram.shape)}: want (n_atoms, n_atoms) = "
             f"({n_atoms}, {n_atoms})."
         )
+    if start is None and start_count is not None:
+        raise ValueError("[omp] start_count without start: want both or neither.")
     if not 1 <= budget_max <= n_atoms:
         raise ValueError(f"[omp] budget_max = {budget_max}: want 1 to n_atoms = {n_atoms}.")
     return (
         correlation.new_empty((batch, budget_max), dtype=torch.int32),
-        correlation.new_empty((batch, budget_max), dtype=torch.float32),
+        correlation.new_empty((batch, budget_max if coef else 0), dtype=torch.float32),
         correlation.new_empty((batch,), dtype=torch.int32),
         correlation.new_empty((batch,), dtype=torch.float32),
         correlation.new_empty((batch,), dtype=torch.int32),
@@ -1308,16 +1560,32 @@ def _workspace(n_bytes: int, like: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-call]
 
 
+def _on_its_device(run: Callable[..., object]) -> Callable[..., object]:
+    """The same with the CUDA device of the first tensor made current: kernels start on that one."""
+
+    def guarded(first: Tensor | list[Tensor], *rest: object) -> object:
+        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
+            return run(first, *rest)
+
+    return guarded
+
+
 def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)  # type: ignore[no-untyped-call]
+    for key, implementation in (("CPU", run), ("CUDA", _on_its_device(run))):
+        _LIBRARY.impl(name, implementation, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"csfast::{name}", fake, lib=_LIBRARY)
 
 
 _register(
     "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
+)
+_register(
+    "nested(Tensor[] codes, Tensor[] exponent, Tensor[] top, Tensor equal, Tensor x, int[] bits)"
+    " -> (Tensor, Tensor)",
+    _nested,
+    _fake_nested,
 )
 _register(
     "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top, Tensor? offset=None,"
@@ -1329,7 +1597,9 @@ _register(
 _register("tile(Tensor index, Tensor count, int tile_rows) -> (Tensor, Tensor)", _tile, _fake_tile)
 _register(
     "omp(Tensor gram, Tensor correlation, Tensor energy, Tensor budget, int budget_max,"
-    " float tolerance) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float tolerance=0.0, float residual_max=0.0, float correlation_min=0.0, float gain_min=0.0,"
+    " int per_step=1, int group=1, Tensor? start=None, Tensor? start_count=None,"
+    " Tensor? dictionary=None, bool coef=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _omp,
     _fake_omp,
 )

@@ -6,6 +6,7 @@ equal plans are equal bytes and the SHA-256 of the file is the plan's hash.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -17,26 +18,40 @@ import pathlib
 import re
 import secrets
 import struct
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from . import feedback as feedback_
 from . import models, planes
 from .models import Fingerprint
-from .types import POOLED, LayerShape, PlanError
+from .types import POOLED, Code, LayerShape, PlanError
 
 FORMAT = "csfast-plan"
-VERSION = "1"
+VERSION = "3"
 HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
 TENSORS_MAX = 65_536
-FILE_BYTES_MAX = 1 << 30  # a plan of 80 layers of 28,672 neurons at three settings has 60 MB
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+FILE_BYTES_MAX = 1 << 36  # 80 layers of 28,672 neurons at d = 8192, 2 and 3 bits: 22 GiB
+BLOCK_MAX = 128  # neurons of a block: a tile of the tensor cores, and quality is gone before that
+JOINT = (2, 4, 8, 16)  # sizes of batches with one support that have thresholds, where any have
+_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U8": torch.uint8}
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a task or model type
 _HASH = re.compile(r"[0-9a-f]{64}")
-_ENCODE_ROWS = 1024  # neurons coded at a time, so that the float32 copies stay small
+_LIST_MAX = 400  # characters of a list in a message
+# Of a float32 copy of the rows that are fitted at a time: five or so are held, and the more rows,
+# the fewer times feedback goes through the columns.
+_FIT_BYTES = 1 << 26
 _T = TypeVar("_T")
+
+
+class Setting(NamedTuple):
+    """What a table of thresholds is for."""
+
+    bits: Code  # of the sensor
+    block: int  # neurons that are kept or skipped together
+    batch: int  # sequences that share one support; 1: each has its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,59 +60,79 @@ class LayerPlan:
 
     Attributes:
         equal: Factors that even out the channels of the input, ``(d,)``, float32, positive.
-        row_scale: For each number of bits the scales of the measurements, ``(n_neurons, 2)``,
+        row_scale: For each code the scales of the measurements, ``(n_neurons, 2)``,
             float32: of the gate row, and of the up row times the norm of the down row.
+        codes: For each code the rows of gate and up as `planes.pack` lays them out,
+            ``(n_neurons, 2, groups, group_bytes)``, uint8.
+        order: For each block size above 1 the neurons in the order of csfast's own copy,
+            ``(n_neurons,)``, int64: block ``i`` is ``order[i * block : (i + 1) * block]``.
     """
 
     equal: Tensor
-    row_scale: Mapping[int, Tensor]
+    row_scale: Mapping[Code, Tensor]
+    codes: Mapping[Code, Tensor]
+    order: Mapping[int, Tensor] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def fit(
-        gate: Tensor, up: Tensor, down: Tensor, equal: Tensor, bits: tuple[int, ...]
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        equal: Tensor,
+        bits: tuple[Code, ...],
+        moment: Tensor | None = None,
     ) -> LayerPlan:
-        """Fit the scales of one layer.
+        """Fit scales and codes of one layer.
 
         Args:
             gate: ``(n_neurons, d)``, floating.
             up: ``(n_neurons, d)``, floating.
             down: ``(d, n_neurons)``, floating.
             equal: ``(d,)``, float32, from `planes.equalizer`.
-            bits: Settings to fit for.
+            bits: Codes to fit for.
+            moment: Second moment of the layer's inputs, ``(d, d)``, float64, on the device of the
+                weights: codes then make up for each other's errors (eq. 42). None codes every
+                weight by itself.
+
+        Raises:
+            ValueError: The moment is of another shape or not finite.
         """
         norm = _down_norm(down)
-        scales = {
-            b: torch.stack(
-                [planes.fit_scale(gate, equal, b), planes.fit_scale(up, equal, b) * norm], dim=1
-            ).cpu()
-            for b in bits
-        }
-        return LayerPlan(equal.cpu(), scales)
+        factor = None
+        if moment is not None:
+            d = gate.shape[1]
+            if moment.shape != (d, d):
+                raise ValueError(f"[fit] moment of shape {tuple(moment.shape)}: want {(d, d)}.")
+            wide = equal.to(moment.device).double()
+            factor = feedback_.spread(moment * wide[:, None] * wide)
+        scales: dict[Code, Tensor] = {}
+        codes: dict[Code, Tensor] = {}
+        for b in bits:
+            scale_parts, code_parts = [], []
+            for rows in _row_slices(*gate.shape):
+                pair = gate[rows], up[rows]
+                of_pair = [planes.fit_scale(weight, equal, b) for weight in pair]
+                coded = [
+                    planes.encode(weight, equal, scale, b, factor)
+                    for weight, scale in zip(pair, of_pair, strict=True)
+                ]
+                scale_parts.append(torch.stack([of_pair[0], of_pair[1] * norm[rows]], dim=1).cpu())
+                code_parts.append(torch.stack(coded, dim=1).cpu())
+            scales[b], codes[b] = torch.cat(scale_parts), torch.cat(code_parts)
+        return LayerPlan(equal.cpu(), scales, codes)
 
-    def encode(self, gate: Tensor, up: Tensor, down: Tensor, *, bits: int) -> Tensor:
-        """Code the rows of one layer with this plan's scales.
+    def blocked_codes(self, *, bits: Code, block: int = 1) -> Tensor:
+        """Give the codes of the neurons in the order of their blocks.
 
         Args:
-            gate: ``(n_neurons, d)``, floating.
-            up: ``(n_neurons, d)``, floating.
-            down: ``(d, n_neurons)``, floating; its norms are taken out of the scales again.
-            bits: One of this plan's settings.
+            bits: One of this plan's codes.
+            block: One of this plan's blocks; 1 leaves the neurons where they are.
 
         Returns:
-            ``(n_neurons, 2, chunks, 16 * bits)``, uint8, contiguous, on the weights' device.
+            ``(n_neurons, 2, groups, group_bytes)``, uint8, contiguous, on the CPU.
         """
-        norm = _down_norm(down)
-        scale = self.row_scale[bits].to(gate.device)
-        up_scale = torch.where(norm > 0, scale[:, 1] / norm, torch.zeros_like(norm))
-        parts = []
-        for start in range(0, gate.shape[0], _ENCODE_ROWS):
-            rows = slice(start, start + _ENCODE_ROWS)
-            pair = (
-                planes.encode(gate[rows], self.equal, scale[rows, 0].contiguous(), bits),
-                planes.encode(up[rows], self.equal, up_scale[rows], bits),
-            )
-            parts.append(torch.stack(pair, dim=1))
-        return torch.cat(parts)
+        codes = self.codes[bits]
+        return codes if block == 1 else codes[self.order[block]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,13 +141,19 @@ class Plan:
 
     Attributes:
         model: The model it belongs to.
-        bits: Settings of the sensor that it holds, ascending.
+        bits: Codes of the sensor that it holds, in the order of `planes.CODES`.
+        blocks: Sizes of block that it holds, ascending; 1 is single neurons.
+        batches: Sizes of batches with one support that it holds, ascending from 1: ``(1,)``, or
+            ``(1, *JOINT)``.
         tasks: Names of the columns of ``thresholds``; the first is ``"pooled"``.
         densities: Fractions of neurons executed, ascending in ``(0, 1]``; the last is 1.
         layers: One entry a feed-forward layer, in the order of the model.
-        thresholds: For each number of bits the usage below which a neuron is skipped,
-            ``(n_layers, n_tasks, n_densities)``, float32, not rising with the density.
+        thresholds: For each setting of bits, block and batch the usage below which a block is
+            skipped, ``(n_layers, n_tasks, n_densities)``, float32, not rising with the density.
+            The usage of a block is the root of its neurons' summed squares, that of a batch the
+            mean over its sequences.
         n_tokens: Positions that were sensed for each task, the pooled one left out.
+        feedback: Whether the codes were fitted with error feedback on the calibration inputs.
         seed: Seed that calibration drew its samples with.
 
     Raises:
@@ -120,12 +161,15 @@ class Plan:
     """
 
     model: Fingerprint
-    bits: tuple[int, ...]
+    bits: tuple[Code, ...]
+    blocks: tuple[int, ...]
+    batches: tuple[int, ...]
     tasks: tuple[str, ...]
     densities: tuple[float, ...]
     layers: tuple[LayerPlan, ...]
-    thresholds: Mapping[int, Tensor]
+    thresholds: Mapping[Setting, Tensor]
     n_tokens: Mapping[str, int]
+    feedback: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -138,7 +182,7 @@ class Plan:
         Raises:
             OSError: The file cannot be written; what was there before still is.
         """
-        write_atomic(pathlib.Path(path), self._bytes)
+        write_atomic(pathlib.Path(path), laid_out(*_to_content(self)))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
@@ -154,32 +198,60 @@ class Plan:
     @functools.cached_property
     def plan_hash(self) -> str:
         """SHA-256 of the plan's canonical form, which is its file: 64 hexadecimal digits."""
-        return hashlib.sha256(self._bytes).hexdigest()
+        digest = hashlib.sha256()
+        for part in laid_out(*_to_content(self)):
+            digest.update(part)
+        return digest.hexdigest()
 
-    @functools.cached_property
-    def _bytes(self) -> bytes:
-        return pack(*_to_content(self))
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Give the settings that have thresholds."""
+        return tuple(Setting(*s) for s in itertools.product(self.bits, self.blocks, self.batches))
 
-    def threshold(self, layer: int, *, bits: int, density: float, task: str = POOLED) -> float:
-        """Give the usage below which a neuron of a layer is skipped.
+    def threshold(
+        self,
+        layer: int,
+        *,
+        bits: Code,
+        density: float,
+        task: str = POOLED,
+        block: int = 1,
+        batch: int = 1,
+    ) -> float:
+        """Give the usage below which a neuron, or a block of them, of a layer is skipped.
 
         Between the densities of the plan the logarithm of the threshold is linear in the density
-        (the threshold itself where its lower end is 0).
+        (the threshold itself where its lower end is 0), between its batches in the logarithm of
+        their size.
 
         Args:
             layer: Number of the layer.
-            bits: One of the plan's settings.
+            bits: One of the plan's codes.
             density: Fraction of neurons wanted, within the plan's densities; 1 gives 0, which
                 keeps every neuron.
             task: One of the plan's tasks.
+            block: Neurons a block, one of the plan's.
+            batch: Sequences that share the support, up to the largest of the plan's batches.
 
         Raises:
             ValueError: The plan does not hold what was asked for.
+            TypeError: A number is of another type.
         """
+        for name, value in (("layer", layer), ("batch", batch), ("density", density)):
+            kinds = (int, float) if name == "density" else (int,)
+            if not isinstance(value, kinds):
+                raise TypeError(f"[threshold] {name} = {value!r}: want a number.")
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"[threshold] layer = {layer}: want 0 to {len(self.layers) - 1}.")
         if bits not in self.bits:
-            raise ValueError(f"[threshold] bits = {bits}: want one of {_list(self.bits)}.")
+            raise ValueError(f"[threshold] bits = {bits!r}: want one of {_list(self.bits)}.")
+        if block not in self.blocks:
+            raise ValueError(f"[threshold] block = {block!r}: want one of {_list(self.blocks)}.")
+        if not 1 <= batch <= self.batches[-1]:
+            raise ValueError(
+                f"[threshold] batch = {batch}: want 1 to {self.batches[-1]}, as far as this plan "
+                "was calibrated."
+            )
         if task not in self.tasks:
             raise ValueError(f"[threshold] task = {task!r}: want one of {_list(self.tasks)}.")
         if not self.densities[0] <= density <= 1:
@@ -187,16 +259,25 @@ class Plan:
                 f"[threshold] density = {density}: want {self.densities[0]} to 1, "
                 "as far as this plan was calibrated."
             )
-        row = self.thresholds[bits][layer, self.tasks.index(task)]
-        above = next(i for i, rho in enumerate(self.densities) if rho >= density)
+        column = self.tasks.index(task)
+        above = bisect.bisect_left(self.batches, batch)
+        around = self.batches[max(above - 1, 0)], self.batches[above]
+        low, high = (
+            self._at(self.thresholds[Setting(bits, block, size)][layer, column], density)
+            for size in around
+        )
+        if batch == around[1]:
+            return high
+        part = math.log(batch / around[0]) / math.log(around[1] / around[0])
+        return _between(low, high, part)
+
+    def _at(self, row: Tensor, density: float) -> float:
+        """The threshold of a density in a row ``(n_densities,)``."""
+        above = bisect.bisect_left(self.densities, density)
         if self.densities[above] == density:
             return float(row[above])
         low, high = self.densities[above - 1], self.densities[above]
-        part = (density - low) / (high - low)
-        first, last = float(row[above - 1]), float(row[above])
-        if last == 0:
-            return first * (1 - part)
-        return math.exp((1 - part) * math.log(first) + part * math.log(last))
+        return _between(float(row[above - 1]), float(row[above]), (density - low) / (high - low))
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that this plan was not made for.
@@ -219,6 +300,8 @@ class Plan:
             )
         elif given.dtype != wanted.dtype:
             difference = f"in {given.dtype}", wanted.dtype
+        elif given.activation != wanted.activation:
+            difference = f"of activation {given.activation}", wanted.activation
         elif given.model_hash != wanted.model_hash:
             difference = (
                 f"whose feed-forward weights have SHA-256 {given.model_hash[:12]}...",
@@ -229,33 +312,47 @@ class Plan:
         raise PlanError(f"[plan] a model {difference[0]}: this plan wants {difference[1]}.")
 
 
-def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
+def _between(first: float, last: float, part: float) -> float:
+    """Between two thresholds: their logarithm is linear, or they are where one of them is 0."""
+    if first == 0 or last == 0:
+        return first * (1 - part) + last * part
+    return math.exp((1 - part) * math.log(first) + part * math.log(last))
+
+
+def laid_out(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> Iterator[memoryview]:
     """Lay tensors and text fields out as one safetensors file, always in the same way.
 
     Args:
-        tensors: Contiguous, on the CPU, float32, float64 or int64.
+        tensors: Contiguous, on the CPU, float32, float64, int64 or uint8.
         fields: Names and values of the metadata.
+
+    Yields:
+        The parts of the file: its header, then the memory of the tensors, which is not copied.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
     table: dict[str, Any] = {}
-    blobs = []
     metadata = dict(fields)
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        blob = tensor.detach().numpy().tobytes()
         table[name] = {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + len(blob)],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        metadata[f"sha256.{name}"] = hashlib.sha256(blob).hexdigest()
-        offset += len(blob)
-        blobs.append(blob)
+        metadata[f"sha256.{name}"] = _sha256(tensor)
+        offset += tensor.nbytes
     metadata["header_sha256"] = _header_hash(table, metadata)
     header = _canonical({**table, "__metadata__": metadata}).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([struct.pack("<Q", len(header)), header, *blobs])
+    yield memoryview(struct.pack("<Q", len(header)) + header)
+    for name in sorted(tensors):
+        yield _memory(tensors[name])
+
+
+def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
+    """Give the file of `laid_out` in one piece."""
+    return b"".join(laid_out(tensors, fields))
 
 
 def unpack(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -302,12 +399,19 @@ def read_bounded(path: pathlib.Path) -> bytes:
     return raw
 
 
-def write_atomic(path: pathlib.Path, data: bytes) -> None:
-    """Write a file beside its destination, make it durable, and rename it into place."""
+def write_atomic(path: pathlib.Path, data: bytes | Iterable[memoryview]) -> None:
+    """Write a file beside its destination, make it durable, and rename it into place.
+
+    Args:
+        path: The destination.
+        data: The whole file, or its parts.
+    """
+    parts = [data] if isinstance(data, bytes) else data
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as stream:
-            stream.write(data)
+            for part in parts:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -352,14 +456,15 @@ def _tensor(raw: bytes, name: str, entry: Any, start: int, begin: int) -> tuple[
         raise PlanError(f"{where}: want at most four sizes and two offsets.")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64 or I64.")
+        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64, I64 or U8.")
     n = math.prod(shape)
     end = begin + n * dtype.itemsize
     if [begin - start, end - start] != offsets or end > len(raw):
         raise PlanError(f"{where}: want {n} elements at byte {begin} of {len(raw)}, no gaps.")
     if n == 0:
         return torch.empty(shape, dtype=dtype), end
-    return torch.frombuffer(bytearray(raw[begin:end]), dtype=dtype).view(shape), end
+    memory = bytearray(memoryview(raw)[begin:end])
+    return torch.frombuffer(memory, dtype=dtype).view(shape), end
 
 
 def _all_sizes(value: Any) -> bool:
@@ -377,29 +482,57 @@ def _header_hash(table: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_memory(tensor)).hexdigest()
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor where they are."""
+    return tensor.detach().flatten().view(torch.uint8).numpy().data
 
 
 def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and fields of a plan's file."""
-    tensors = {f"thresholds.b{b}": plan.thresholds[b] for b in plan.bits}
+    tensors = {_threshold_name(s): plan.thresholds[s] for s in plan.settings}
     for i, layer in enumerate(plan.layers):
-        tensors[f"layers.{i}.equal"] = layer.equal
-        tensors |= {f"layers.{i}.row_scale.b{b}": layer.row_scale[b] for b in plan.bits}
+        tensors |= layer_tensors(i, layer)
     fields = {
         "format": FORMAT,
         "version": VERSION,
         "model_type": plan.model.model_type,
         "model_dtype": plan.model.dtype,
+        "model_activation": plan.model.activation,
         "model_hash": plan.model.model_hash,
         "shapes": _canonical([[s.d, s.n_neurons] for s in plan.model.shapes]),
         "bits": _canonical(plan.bits),
+        "blocks": _canonical(plan.blocks),
+        "batches": _canonical(plan.batches),
         "tasks": _canonical(plan.tasks),
         "densities": _canonical(plan.densities),
         "n_tokens": _canonical(dict(plan.n_tokens)),
+        "feedback": _canonical(plan.feedback),
         "seed": _canonical(plan.seed),
     }
     return tensors, fields
+
+
+def layer_tensors(i: int, layer: LayerPlan) -> dict[str, Tensor]:
+    """Give the tensors of a layer by the names that a file has for them."""
+    tensors = {f"layers.{i}.equal": layer.equal}
+    tensors |= {f"layers.{i}.row_scale.b{b}": scale for b, scale in layer.row_scale.items()}
+    tensors |= {f"layers.{i}.codes.b{b}": codes for b, codes in layer.codes.items()}
+    return tensors | {f"layers.{i}.order.block{n}": order for n, order in layer.order.items()}
+
+
+def layer_of(
+    i: int, tensors: Mapping[str, Tensor], bits: Iterable[Code], blocks: Iterable[int] = ()
+) -> LayerPlan:
+    """Give the layer that `layer_tensors` took apart."""
+    return LayerPlan(
+        equal=tensors[f"layers.{i}.equal"],
+        row_scale={b: tensors[f"layers.{i}.row_scale.b{b}"] for b in bits},
+        codes={b: tensors[f"layers.{i}.codes.b{b}"] for b in bits},
+        order={n: tensors[f"layers.{i}.order.block{n}"] for n in blocks if n > 1},
+    )
 
 
 def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
@@ -418,38 +551,53 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         model_type=fields.get("model_type", ""),
         shapes=tuple(LayerShape(d=s[0], n_neurons=s[1]) for s in shapes),
         dtype=fields.get("model_dtype", ""),
+        activation=fields.get("model_activation", ""),
         model_hash=fields.get("model_hash", ""),
     )
     bits = tuple(_field(fields, "bits", list))
-    if not all(type(b) is int and b in planes.BITS for b in bits):
-        raise PlanError(f"[plan] bits = {_list(bits)}: want some of {_list(planes.BITS)}.")
-    wanted = _names(len(shapes), bits)
+    if not all(type(b) in (int, str) and b in planes.CODES for b in bits):
+        raise PlanError(f"[plan] bits = {_list(bits)}: want some of {_list(planes.CODES)}.")
+    blocks, batches = (tuple(_field(fields, name, list)) for name in ("blocks", "batches"))
+    for name, sizes in (("blocks", blocks), ("batches", batches)):
+        if not all(type(n) is int and n >= 1 for n in sizes):
+            raise PlanError(f"[plan] {name} = {_list(sizes)}: want sizes from 1 on.")
+    for name, values in (("bits", bits), ("blocks", blocks), ("batches", batches)):
+        # Few enough to multiply, before what they name is looked for.
+        if len(values) > BLOCK_MAX:
+            raise PlanError(f"[plan] {len(values)} {name}: want at most {BLOCK_MAX}.")
+    settings = [Setting(*s) for s in itertools.product(bits, blocks, batches)]
+    wanted = _names(len(shapes), bits, blocks, settings)
     if set(tensors) != wanted:
         odd = sorted(set(tensors) ^ wanted)[0]
         raise PlanError(f"[plan] tensor {odd!r}: want exactly those of {len(shapes)} layers.")
     return Plan(
         model=fingerprint,
         bits=bits,
+        blocks=blocks,
+        batches=batches,
         tasks=tuple(_field(fields, "tasks", list)),
         densities=tuple(_field(fields, "densities", list)),
-        layers=tuple(
-            LayerPlan(
-                equal=tensors[f"layers.{i}.equal"],
-                row_scale={b: tensors[f"layers.{i}.row_scale.b{b}"] for b in bits},
-            )
-            for i in range(len(shapes))
-        ),
-        thresholds={b: tensors[f"thresholds.b{b}"] for b in bits},
+        layers=tuple(layer_of(i, tensors, bits, blocks) for i in range(len(shapes))),
+        thresholds={s: tensors[_threshold_name(s)] for s in settings},
         n_tokens=_field(fields, "n_tokens", dict),
+        feedback=_field(fields, "feedback", bool),
         seed=_field(fields, "seed", int),
     )
 
 
-def _names(n_layers: int, bits: tuple[int, ...]) -> set[str]:
+def _names(
+    n_layers: int, bits: tuple[Code, ...], blocks: tuple[int, ...], settings: Sequence[Setting]
+) -> set[str]:
     """Names of the tensors of a plan."""
-    kinds = ["equal", *(f"row_scale.b{b}" for b in bits)]
+    kinds = ["equal", *(f"{kind}.b{b}" for kind in ("row_scale", "codes") for b in bits)]
+    kinds += [f"order.block{n}" for n in blocks if n > 1]
     layers = {f"layers.{i}.{k}" for i, k in itertools.product(range(n_layers), kinds)}
-    return layers | {f"thresholds.b{b}" for b in bits}
+    return layers | {_threshold_name(s) for s in settings}
+
+
+def _threshold_name(setting: Setting) -> str:
+    joint = "" if setting.batch == 1 else f".joint{setting.batch}"
+    return f"thresholds.b{setting.bits}.block{setting.block}{joint}"
 
 
 def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
@@ -466,23 +614,34 @@ def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
 def _validate(plan: Plan) -> None:
     """Refuse a plan whose parts are out of range or do not fit together."""
     m = plan.model
-    _want(bool(_NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
+    _want(bool(NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
     dtypes = ("float32", "float16", "bfloat16")
     _want(m.dtype in dtypes, f"model_dtype = {m.dtype!r}", f"one of {_list(dtypes)}")
+    known = m.activation in models.ACTIVATIONS
+    wanted = f"one of {_list(models.ACTIVATIONS)}"
+    _want(known, f"model_activation = {m.activation!r}", wanted)
     _want(bool(_HASH.fullmatch(m.model_hash)), "model_hash", "64 hexadecimal digits")
     sizes_fit = all(s.d > 0 and s.n_neurons > 0 for s in m.shapes)
     _want(len(m.shapes) > 0 and sizes_fit, "shapes", "at least one layer, sizes above 0")
 
-    ascending = plan.bits == tuple(sorted(set(plan.bits)))
-    known = all(b in planes.BITS for b in plan.bits)
-    _want(bool(plan.bits) and known and ascending, f"bits = {plan.bits}", "some of 1 to 4, rising")
-    tasks_fit = all(isinstance(t, str) and _NAME.fullmatch(t) for t in plan.tasks)
+    known = all(type(b) in (int, str) and b in planes.CODES for b in plan.bits)
+    in_order = known and plan.bits == tuple(b for b in planes.CODES if b in plan.bits)
+    wanted = f"some of {_list(planes.CODES)}, in this order"
+    _want(bool(plan.bits) and in_order, f"bits = {plan.bits}", wanted)
+    sizes_fit = all(type(n) is int and 1 <= n <= BLOCK_MAX for n in plan.blocks)
+    rising = plan.blocks == tuple(sorted(set(plan.blocks)))
+    wanted = f"sizes from 1 to {BLOCK_MAX}, rising"
+    _want(bool(plan.blocks) and sizes_fit and rising, f"blocks = {plan.blocks}", wanted)
+    wanted = f"(1,) or {(1, *JOINT)}"
+    _want(plan.batches in ((1,), (1, *JOINT)), f"batches = {plan.batches}", wanted)
+    tasks_fit = all(isinstance(t, str) and NAME.fullmatch(t) for t in plan.tasks)
     first = plan.tasks[:1] == (POOLED,)
     distinct = tasks_fit and len(set(plan.tasks)) == len(plan.tasks)
     _want(first and distinct, f"tasks = {plan.tasks}", f"distinct names, {POOLED!r} first")
     _want(set(plan.n_tokens) == set(plan.tasks[1:]), "n_tokens", "a number a task, none pooled")
     counts_fit = all(type(n) is int and n >= 0 for n in plan.n_tokens.values())
     _want(counts_fit, "n_tokens", "whole numbers")
+    _want(isinstance(plan.feedback, bool), f"feedback = {plan.feedback!r}", "True or False")
     _want(type(plan.seed) is int and 0 <= plan.seed < 2**63, "seed", "0 to 2^63 - 1")
 
     numbers = all(type(r) is float and 0 < r <= 1 for r in plan.densities)
@@ -496,9 +655,17 @@ def _validate(plan: Plan) -> None:
         _want(set(layer.row_scale) == set(plan.bits), f"layers.{i}.row_scale", "one a setting")
         for b, scale in layer.row_scale.items():
             _want_tensor(f"layers.{i}.row_scale.b{b}", scale, (shape.n_neurons, 2))
-    _want(set(plan.thresholds) == set(plan.bits), "thresholds", "one tensor a setting")
-    for b, threshold in plan.thresholds.items():
-        name = f"thresholds.b{b}"
+        _want(set(layer.codes) == set(plan.bits), f"layers.{i}.codes", "one a setting")
+        for b, codes in layer.codes.items():
+            _want_codes(f"layers.{i}.codes.b{b}", codes, shape, b)
+        above = {n for n in plan.blocks if n > 1}
+        _want(set(layer.order) == above, f"layers.{i}.order", "one a block size above 1")
+        for n, order in layer.order.items():
+            _want_order(f"layers.{i}.order.block{n}", order, shape.n_neurons)
+    wanted = "one tensor for each of bits, block and batch"
+    _want(set(plan.thresholds) == set(plan.settings), "thresholds", wanted)
+    for setting, threshold in plan.thresholds.items():
+        name = _threshold_name(setting)
         _want_tensor(name, threshold, (len(m.shapes), len(plan.tasks), len(plan.densities)))
         falling = bool((threshold[..., 1:] <= threshold[..., :-1]).all())
         _want(falling, name, "thresholds that do not rise with the density")
@@ -514,16 +681,41 @@ def _want_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _want(sane, name, "finite numbers, none below 0")
 
 
+def _want_codes(name: str, codes: Tensor, shape: LayerShape, bits: Code) -> None:
+    """Refuse what is not a uint8 tensor of the shape, on the CPU; any byte of one is a code."""
+    sound = codes.dtype == torch.uint8 and codes.device.type == "cpu" and codes.is_contiguous()
+    _want(sound, name, "a contiguous uint8 tensor on the CPU")
+    wanted = (shape.n_neurons, 2, *planes.row_shape(shape.d, bits))
+    _want(tuple(codes.shape) == wanted, f"{name} of shape {tuple(codes.shape)}", f"{wanted}")
+
+
+def _want_order(name: str, order: Tensor, n_neurons: int) -> None:
+    """Refuse what is not every neuron once, in int64 on the CPU."""
+    sound = order.dtype == torch.int64 and order.device.type == "cpu" and order.is_contiguous()
+    _want(sound, name, "a contiguous int64 tensor on the CPU")
+    shape = (n_neurons,)
+    _want(tuple(order.shape) == shape, f"{name} of shape {tuple(order.shape)}", f"{shape}")
+    is_whole = torch.equal(order.sort().values, torch.arange(n_neurons))
+    _want(is_whole, name, f"each of the neurons 0 to {n_neurons - 1} once")
+
+
 def _want(fits: bool, given: str, wanted: str) -> None:
     if not fits:
         raise PlanError(f"[plan] {given}: want {wanted}.")
 
 
 def _list(values: tuple[object, ...]) -> str:
-    return ", ".join(str(v) for v in values)
+    text = ", ".join(str(v) for v in values)
+    return text if len(text) <= _LIST_MAX else f"{text[:_LIST_MAX]}..."
+
+
+def _row_slices(n_rows: int, d: int) -> list[slice]:
+    """Parts of the rows, small enough for float32 copies."""
+    step = max(1, _FIT_BYTES // (4 * d))
+    return [slice(start, start + step) for start in range(0, n_rows, step)]
 
 
 def _down_norm(down: Tensor) -> Tensor:
     """Norm of every neuron's down row, ``(n_neurons,)``, float32."""
-    norm: Tensor = torch.linalg.vector_norm(down.detach().float(), dim=0)
+    norm: Tensor = torch.linalg.vector_norm(down.detach(), dim=0, dtype=torch.float32)
     return norm

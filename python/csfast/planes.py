@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import feedback
 from .types import TERNARY, Code
 
 CHUNK = 128  # channels of planes that are packed together
@@ -86,7 +87,9 @@ def fit_scale(weight: Tensor, equal: Tensor, bits: Code) -> Tensor:
     return scale
 
 
-def encode(weight: Tensor, equal: Tensor, scale: Tensor, bits: Code) -> Tensor:
+def encode(
+    weight: Tensor, equal: Tensor, scale: Tensor, bits: Code, factor: Tensor | None = None
+) -> Tensor:
     """Code and pack the rows of one matrix.
 
     Args:
@@ -94,6 +97,8 @@ def encode(weight: Tensor, equal: Tensor, scale: Tensor, bits: Code) -> Tensor:
         equal: ``(d,)``, float32.
         scale: ``(n,)``, float32, from `fit_scale`.
         bits: Code of a weight.
+        factor: `feedback.spread` of the second moment of the equalised inputs, ``(d, d)``: codes
+            then make up for each other's errors. None codes every weight by itself.
 
     Returns:
         ``(n, groups, group_bytes)``, uint8, contiguous: of bits ``(n, chunks, 16 * bits)``.
@@ -103,7 +108,16 @@ def encode(weight: Tensor, equal: Tensor, scale: Tensor, bits: Code) -> Tensor:
     """
     _check_code(bits)
     w = weight.detach().float() / equal.to(weight.device)
-    return pack(_code(w, scale, bits), bits)
+    if factor is None:
+        return pack(_code(w, scale, bits), bits)
+    codes = torch.empty(w.T.shape, dtype=torch.uint8, device=w.device)
+
+    def nearest(c: int, column: Tensor) -> Tensor:
+        codes[c] = _code(column[:, None], scale, bits)[:, 0]
+        return scale * levels_of(codes[c], bits)
+
+    feedback.round_columns(w, factor, nearest)
+    return pack(codes.T, bits)
 
 
 def pack(codes: Tensor, bits: Code) -> Tensor:
@@ -147,6 +161,11 @@ def levels_of(codes: Tensor, bits: Code) -> Tensor:
         codes.float() - 1 if isinstance(bits, str) else 2 * codes.float() - level_max(bits)
     )
     return level
+
+
+def n_codes(bits: Code) -> int:
+    """Give how many codes a weight may have."""
+    return 3 if isinstance(bits, str) else 2**bits
 
 
 def level_max(bits: Code) -> int:

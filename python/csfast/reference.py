@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import planes
+from .nested import GROUP, Packed, factor, unpack
 from .types import Code
 
 NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
-PIVOT = (
-    2.0**-18
-)  # share of an atom that may not lie in the span of those taken before it, see omp.h
+# Share of an atom that is not in the span of those taken, times the least such share of these, that
+# an atom must exceed to be taken, see omp.h.
+PIVOT = 2.0**-18
 
 
 def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,31 @@ def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
+def code_with_feedback(
+    weight: Tensor, scale: Tensor, bits: Code, moment: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give codes ``(n, d)`` that make up for each other's errors, and what each was rounded from.
+
+    Column by column: the error of one moves those after it to where the mean squared error of the
+    output is least (eq. 42, without the factorisation that spares inverting a matrix a column).
+
+    Args:
+        weight: ``(n, d)``, divided by the equaliser.
+        scale: ``(n,)``.
+        bits: Code of a weight.
+        moment: Second moment of the equalised inputs, ``(d, d)``, positive definite.
+    """
+    left, h, m = weight.double().clone(), scale.double()[:, None], moment.double()
+    levels = planes.levels_of(torch.arange(planes.n_codes(bits)), bits).double()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    for c in range(weight.shape[1]):
+        codes[:, c] = (left[:, c, None] - h * levels).abs().argmin(dim=1).to(torch.uint8)
+        error = left[:, c] - h[:, 0] * levels[codes[:, c].long()]
+        rest = torch.linalg.inv(m[c:, c:])[0]
+        left[:, c + 1 :] -= error[:, None] * rest[1:] / rest[0]
+    return codes, left
+
+
 def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` int32 and ``scale (batch,)`` float32."""
     n_neurons, d = codes.shape[0], x.shape[1]
@@ -42,6 +69,19 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
     value = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).double()
     y = q.double() @ value.T
     return y.to(torch.int32).view(-1, n_neurons, 2), scale
+
+
+def nested(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ``y (batch, n_neurons, 2)`` float64 and ``scale (batch,)`` float32."""
+    n_neurons, d = levels[0].codes.shape[0], x.shape[1]
+    q, scale = quantize(x, equal)
+    y = torch.zeros(len(q), 2 * n_neurons, dtype=torch.float64, device=x.device)
+    for packed in levels:
+        level = unpack(packed, d)
+        fraction = factor(level.exponent).double().repeat_interleave(GROUP, dim=1)[:, :d]
+        value = planes.levels_of(level.codes, level.bits).double() * fraction
+        y += q.double() @ value.T * level.top.double() / 2
+    return y.view(-1, n_neurons, 2), scale
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
@@ -177,14 +217,26 @@ class Pursuit:
     index: list[int]  # atoms in the order taken
     coef: Tensor  # (len(index),) float64
     energies: list[float]  # squared norm of the residual before every atom and after the last
-    margin: float  # least relative distance of the best and the second best score of any step
+    margin: float  # least relative distance of two scores, or a score and its limit, that decided
+    slack: float  # least distance, as a share of the energy, of a residual or gain and its limit
     status: str  # enumerator of OmpStatus, in lower case and without its k
 
 
 def omp(
-    gram: Tensor, correlation: Tensor, energy: float, budget: int, *, tolerance: float = 0.0
+    gram: Tensor,
+    correlation: Tensor,
+    energy: float,
+    budget: int,
+    *,
+    tolerance: float = 0.0,
+    residual_max: float = 0.0,
+    correlation_min: float = 0.0,
+    gain_min: float = 0.0,
+    per_step: int = 1,
+    group: int = 1,
+    start: Sequence[int] = (),
 ) -> Pursuit:
-    """Run orthogonal matching pursuit on one signal, solving for all atoms anew at every step.
+    """Run orthogonal matching pursuit on one signal, solving for all atoms anew at every one.
 
     Args:
         gram: Gram matrix of the dictionary, ``(n_atoms, n_atoms)``, of any dtype.
@@ -192,6 +244,12 @@ def omp(
         energy: Squared norm of the signal.
         budget: Atoms to take at most.
         tolerance: Share of the energy at which to stop.
+        residual_max: Norm of the residual at which to stop.
+        correlation_min: Score, as a share of the signal's norm, at which to stop.
+        gain_min: Share of the energy; a step that explains less is the last.
+        per_step: Atoms, or groups, to take before scores are looked at again.
+        group: Neighbouring atoms that are scored by the norm of their scores and taken together.
+        start: Atoms to take before any score is looked at.
     """
     gram, correlation = gram.double(), correlation.double()
     norm = gram.diagonal().sqrt()
@@ -199,39 +257,116 @@ def omp(
     chosen: list[int] = []
     coef = correlation[:0]
     energies = [energy]
-    margin = float("inf")
+    margin = slack = float("inf")
+    least = 1.0
 
     def ended(status: str) -> Pursuit:
-        return Pursuit(chosen, coef, energies, margin, status)
+        return Pursuit(chosen, coef, energies, margin, slack, status)
+
+    def take(atom: int) -> bool:
+        """Take an atom and refit, or pass it over for good; refuse what is not finite."""
+        nonlocal coef, least
+        if weight[atom] == 0:
+            return False
+        weight[atom] = 0
+        row = gram[chosen, atom]
+        if not row.isfinite().all():
+            raise FloatingPointError
+        inside = gram[chosen][:, chosen]
+        pivot = gram[atom, atom]
+        if chosen:
+            pivot = pivot - row @ torch.linalg.solve(inside, row)
+        share = float(pivot / gram[atom, atom])
+        if not share * least > PIVOT:
+            return False
+        least = min(least, share)
+        chosen.append(atom)
+        inside = gram[chosen][:, chosen]
+        coef = torch.linalg.solve(inside, correlation[chosen])
+        energies.append(max(energy - float(correlation[chosen] @ coef), 0.0))
+        return True
 
     finite = correlation.isfinite().all() and norm.isfinite().all()
     if not (finite and 0 <= energy < float("inf")):
         return ended("not_finite")
     if energy == 0:
         return ended("zero")
-    while True:
-        if energies[-1] <= tolerance * energy:
-            return ended("converged")
-        if len(chosen) == budget:
-            return ended("budget")
-        score = (correlation - gram[:, chosen] @ coef).abs() * weight
-        score[chosen] = 0
-        if not score.isfinite().all():
-            return ended("not_finite")
-        best = score.max()
-        if best.square() <= NOTHING * energy:
-            return ended("converged")
-        atom = int((score == best).nonzero()[0])
-        inside = gram[chosen][:, chosen]
-        pivot = gram[atom, atom]
-        if chosen:
-            row = gram[chosen, atom]
-            pivot = pivot - row @ torch.linalg.lstsq(inside, row[:, None]).solution[:, 0]
-        if not pivot > PIVOT * gram[atom, atom]:
-            return ended("dependent")
-        score[atom] = 0
-        margin = min(margin, 1 - float(score.max() / best))
-        chosen.append(atom)
-        inside = gram[chosen][:, chosen]
-        coef = torch.linalg.lstsq(inside, correlation[chosen][:, None]).solution[:, 0]
-        energies.append(max(energy - float(correlation[chosen] @ coef), 0.0))
+    limit = max(NOTHING**0.5, correlation_min) * energy**0.5
+    last = max(tolerance * energy, residual_max**2)
+    gained = float("inf")
+    try:
+        for atom in start:
+            if len(chosen) < budget:
+                take(atom)
+        while True:
+            if last > 0:
+                slack = min(slack, abs(energies[-1] - last) / energy)
+            if energies[-1] <= last:
+                return ended("converged")
+            if gain_min > 0:
+                slack = min(slack, abs(gained / energy - gain_min))
+            if gained < gain_min * energy:
+                return ended("no_gain")
+            room = min(per_step, (budget - len(chosen)) // group)
+            if room == 0:
+                return ended("budget")
+            score = (correlation - coef @ gram[chosen]) * weight
+            score = score.view(-1, group).norm(dim=1)
+            if not score.isfinite().all():
+                return ended("not_finite")
+            order = score.sort(descending=True, stable=True)
+            ranked, best = order.values.tolist(), order.indices.tolist()
+            if ranked[0] <= limit:
+                margin = min(margin, 1 - ranked[0] / limit)
+                return ended("converged")
+            taken = len(chosen)
+            for rank in range(min(room, len(best))):
+                margin = min(margin, abs(ranked[rank] / limit - 1))
+                if ranked[rank] <= limit:
+                    break
+                if rank + 1 < len(best):
+                    margin = min(margin, 1 - ranked[rank + 1] / ranked[rank])
+                for atom in range(best[rank] * group, (best[rank] + 1) * group):
+                    take(atom)
+            if len(chosen) == taken:
+                return ended("dependent")
+            gained = energies[taken] - energies[-1]
+    except FloatingPointError:
+        return ended("not_finite")
+
+
+def omp_supports(gram: Tensor, correlation: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Run plain orthogonal matching pursuit on many signals at once, by its progressive form.
+
+    Args:
+        gram: Gram matrix of the dictionary, ``(n_atoms, n_atoms)``, positive definite on what is
+            taken.
+        correlation: Correlation of signals and atoms, ``(batch, n_atoms)``.
+        count: Atoms to take, of every signal.
+
+    Returns:
+        ``(batch, count)`` int64, the atoms in the order taken, and ``(batch,)`` float64, the least
+        relative distance of the best and the second best score of any step.
+    """
+    gram, left = gram.double(), correlation.double()
+    batch, n_atoms = left.shape
+    weight = gram.diagonal().rsqrt().expand(batch, n_atoms).clone()
+    direction = left.new_zeros(batch, count, n_atoms)
+    index = torch.zeros(batch, count, dtype=torch.int64, device=left.device)
+    margin = left.new_full((batch,), float("inf"))
+    rows = torch.arange(batch, device=left.device)
+    for i in range(count):
+        score = (left * weight).abs()
+        atom = score.argmax(dim=1)
+        best = score[rows, atom]
+        score[rows, atom] = 0
+        margin = torch.minimum(margin, 1 - score.amax(dim=1) / best)
+        weight[rows, atom] = 0
+        index[:, i] = atom
+        known = direction[:, :i]
+        inside = known[rows, :, atom]
+        fresh = gram[atom] - (inside[:, None] @ known)[:, 0]
+        fresh /= fresh[rows, atom].sqrt()[:, None]
+        direction[:, i] = fresh
+        left = left - (left[rows, atom] / fresh[rows, atom])[:, None] * fresh
+    return index, margin

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
@@ -42,6 +42,7 @@ def compare(
     device: torch.device,
     runs: int = 30,
     warmup: int = 3,
+    eager: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time several ways to do the same, in turns over rotating inputs.
 
@@ -55,6 +56,8 @@ def compare(
         device: Where the closures work.
         runs: Measurements of every variant, at least 1.
         warmup: Rounds before them that do not count.
+        eager: Names of variants that CUDA cannot capture: their calls are timed one by one, with
+            whatever the host adds.
 
     Returns:
         Name to timing, in the order of `variants`.
@@ -67,7 +70,12 @@ def compare(
             f"[timing] runs = {runs}, warmup = {warmup}, n_inputs = {n_inputs}: want runs and "
             "n_inputs of at least 1 and a warmup of at least 0."
         )
-    once = _on_cuda(variants, n_inputs, device) if device.type == "cuda" else _on_cpu(variants)
+    if device.type == "cuda":
+        once = _on_cuda(
+            {name: fn for name, fn in variants.items() if name not in eager}, n_inputs, device
+        ) | _one_by_one({name: fn for name, fn in variants.items() if name in eager})
+    else:
+        once = _on_cpu(variants)
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     call = 0
@@ -121,18 +129,31 @@ def _on_cuda(
             for i in range(n_inputs):
                 fn(i)
 
-        def once(_: int) -> float:
-            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1e3 / n_inputs
-
-        return once
+        return lambda _: _seconds_on_cuda(graph.replay) / n_inputs
 
     return {name: measured(fn) for name, fn in variants.items()}
+
+
+def _one_by_one(
+    variants: Mapping[str, Callable[[int], object]],
+) -> dict[str, Callable[[int], float]]:
+    """Give, for every variant, what measures one call on the GPU."""
+
+    def measured(fn: Callable[[int], object]) -> Callable[[int], float]:
+        return lambda i: _seconds_on_cuda(lambda: fn(i))
+
+    return {name: measured(fn) for name, fn in variants.items()}
+
+
+def _seconds_on_cuda(work: Callable[[], object]) -> float:
+    """Time what `work` puts on the current stream."""
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _summary(seconds: list[float]) -> Timing:

@@ -14,6 +14,10 @@ class PlanError(ValueError):
     """A plan file is damaged, or does not belong to this model."""
 
 
+class ResultsError(ValueError):
+    """A file of results is damaged, or is not of the kind that it was given as."""
+
+
 class UnsupportedModelError(ValueError):
     """The model, or its present state, is something csfast does not run on."""
 

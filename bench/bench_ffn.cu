@@ -1,0 +1,790 @@
+// Times a feed-forward layer on a GPU without Python: select, execute and both, rows of a batch
+// with one support. What bounds all of them is the memory, so plain reading takes its turn among
+// them, and every time is given as a fraction of the bandwidth that it finds.
+//
+//   cmake -B build -DCSFAST_CUDA=ON && cmake --build build
+//   build/bench/bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] [--design WORDS]
+//                              [--commit HASH]
+//
+// A measurement is one replay of a CUDA graph with a call for every layer. Layers of random weights
+// rotate so that no cache holds them; variants take turns; medians are shown. Before a case is
+// timed its list and its outputs are compared with each other.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/launch.cuh"
+#include "csfast/ffn.h"
+#include "csfast/recover.h"
+#include "csfast/sense.h"
+#include "rows.h"
+
+namespace {
+
+using csfast::BackendError;
+using csfast::Device;
+using csfast::bench::Case;
+using csfast::bench::kCode;
+using csfast::bench::Row;
+using csfast::bench::Shape;
+using csfast::bench::Timing;
+
+constexpr int kThreads = 512;               // of a block of the kernels below
+constexpr int kReadUnroll = 8;              // loads of 16 bytes that a thread has in flight
+constexpr int64_t kSliceBytes = 2LL << 30;  // read by one launch in half a millisecond
+constexpr int kSlices = 2;                  // take turns, each far more than a cache holds
+constexpr int kWarmup = 2;                  // replays of each graph that do not count
+
+void want(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  throw BackendError(std::string("[bench] ") + call + " failed: " + cudaGetErrorName(status) +
+                     " (" + cudaGetErrorString(status) + ").");
+}
+
+// Memory of the device. What cudaMalloc gives starts at a multiple of 256 bytes.
+template <typename T>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(int64_t size) : size_(size) {
+    want(cudaMalloc(&data_, static_cast<size_t>(size) * sizeof(T)), "cudaMalloc");
+  }
+  explicit Array(const std::vector<T>& values) : Array(static_cast<int64_t>(values.size())) {
+    write(values);
+  }
+  Array(Array&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Array& operator=(Array&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~Array() { cudaFree(data_); }
+
+  T* data() const { return static_cast<T*>(data_); }
+  int64_t size() const { return size_; }
+  void write(const std::vector<T>& values) {
+    want(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+         "cudaMemcpy");
+    // A copy from pageable memory may return before it has arrived, and streams do not wait for it.
+    want(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  // Waits for all work that was given to the device.
+  std::vector<T> read(int64_t count) const {
+    std::vector<T> values(static_cast<size_t>(count));
+    want(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    want(cudaMemcpy(values.data(), data_, values.size() * sizeof(T), cudaMemcpyDeviceToHost),
+         "cudaMemcpy");
+    return values;
+  }
+  // Every byte 0xff: not a number in bf16 and float.
+  void poison(cudaStream_t stream) const {
+    want(cudaMemsetAsync(data_, 0xff, static_cast<size_t>(size_) * sizeof(T), stream),
+         "cudaMemsetAsync");
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: the i-th
+// number of a sequence, in any order.
+__device__ __forceinline__ uint64_t random_bits(uint64_t seed, int64_t i) {
+  uint64_t z = (seed << 40) + static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
+
+struct NormalParams {
+  __nv_bfloat162* out;  // (pairs)
+  int64_t pairs;
+  float spread;
+  uint64_t seed;
+};
+
+// Two normal numbers from two uniform ones (Box, Muller 1958).
+__global__ void __launch_bounds__(kThreads) normal_kernel(const NormalParams p) {
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.pairs; i += stride) {
+    const uint64_t bits = random_bits(p.seed, i);
+    const float one = static_cast<float>((bits >> 40) + 1) * 0x1p-24f;  // in (0, 1]
+    const float other = static_cast<float>(bits & 0xffffff) * 0x1p-24f;
+    const float radius = p.spread * sqrtf(-2.0f * logf(one));
+    float sine, cosine;
+    sincospif(2.0f * other, &sine, &cosine);
+    p.out[i] = __floats2bfloat162_rn(radius * cosine, radius * sine);
+  }
+}
+
+struct BitsParams {
+  uint64_t* out;  // (words)
+  int64_t words;
+  uint64_t seed;
+};
+
+__global__ void __launch_bounds__(kThreads) bits_kernel(const BitsParams p) {
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.words; i += stride) {
+    p.out[i] = random_bits(p.seed, i);
+  }
+}
+
+struct ReadParams {
+  const uint4* data;  // (vectors), a multiple of kThreads * kReadUnroll
+  int64_t vectors;
+  unsigned* seen;  // (blocks, kThreads), written, or the compiler would leave the loads out
+};
+
+__global__ void __launch_bounds__(kThreads) read_kernel(const ReadParams p) {
+  constexpr int64_t kStep = kThreads * kReadUnroll;
+  unsigned seen = 0;
+  for (int64_t first = int64_t{blockIdx.x} * kStep; first < p.vectors;
+       first += int64_t{gridDim.x} * kStep) {
+    uint4 vector[kReadUnroll];
+#pragma unroll
+    for (int k = 0; k < kReadUnroll; ++k) {
+      vector[k] = __ldcs(p.data + first + k * kThreads + threadIdx.x);
+    }
+#pragma unroll
+    for (int k = 0; k < kReadUnroll; ++k) {
+      seen ^= vector[k].x ^ vector[k].y ^ vector[k].z ^ vector[k].w;
+    }
+  }
+  p.seen[int64_t{blockIdx.x} * kThreads + threadIdx.x] = seen;
+}
+
+struct ClockParams {
+  int64_t* ticks;  // (2), written: of the processor, and nanoseconds
+};
+
+// Runs for a millisecond. The timer of the device advances in steps of at most a microsecond.
+__global__ void __launch_bounds__(1) clock_kernel(const ClockParams p) {
+  const auto now = [] {
+    int64_t nanoseconds;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+    return nanoseconds;
+  };
+  const int64_t begin = now();
+  const int64_t first = clock64();
+  int64_t passed = 0;
+  while (passed < 1'000'000) passed = now() - begin;
+  p.ticks[0] = clock64() - first;
+  p.ticks[1] = passed;
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  want(cudaDeviceGetAttribute(&value, which, 0), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Blocks of kThreads that fill the machine.
+unsigned full_grid() {
+  return static_cast<unsigned>(attribute(cudaDevAttrMultiProcessorCount) *
+                               attribute(cudaDevAttrMaxThreadsPerMultiProcessor) / kThreads);
+}
+
+void fill_normal(const Array<__nv_bfloat16>& out, float spread, uint64_t seed, cudaStream_t on) {
+  csfast::cuda::launch("bench", "normal", normal_kernel, dim3(full_grid()), dim3(kThreads), on,
+                       NormalParams{.out = reinterpret_cast<__nv_bfloat162*>(out.data()),
+                                    .pairs = out.size() / 2,
+                                    .spread = spread,
+                                    .seed = seed});
+}
+
+void fill_bits(void* out, int64_t bytes, uint64_t seed, cudaStream_t on) {
+  csfast::cuda::launch("bench", "bits", bits_kernel, dim3(full_grid()), dim3(kThreads), on,
+                       BitsParams{.out = static_cast<uint64_t*>(out),
+                                  .words = bytes / int64_t{sizeof(uint64_t)},
+                                  .seed = seed});
+}
+
+class Stream {
+ public:
+  Stream() { want(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate"); }
+  Stream(const Stream&) = delete;
+  ~Stream() { cudaStreamDestroy(stream_); }
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+// What `work` puts on the stream, to be put there again.
+class Graph {
+ public:
+  Graph(cudaStream_t stream, const std::function<void()>& work) {
+    work();  // outside of the graph: a kernel is loaded when it runs first
+    want(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    cudaGraph_t graph = nullptr;
+    want(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+         "cudaStreamBeginCapture");
+    work();
+    want(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    want(cudaGraphInstantiate(&graph_, graph, 0), "cudaGraphInstantiate");
+    want(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  }
+  Graph(Graph&& other) noexcept : graph_(std::exchange(other.graph_, nullptr)) {}
+  ~Graph() {
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  }
+  void replay(cudaStream_t stream) const {
+    want(cudaGraphLaunch(graph_, stream), "cudaGraphLaunch");
+  }
+
+ private:
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+class Stopwatch {
+ public:
+  Stopwatch() {
+    want(cudaEventCreate(&begin_), "cudaEventCreate");
+    want(cudaEventCreate(&end_), "cudaEventCreate");
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  double seconds_of(const Graph& graph, cudaStream_t stream) {
+    want(cudaEventRecord(begin_, stream), "cudaEventRecord");
+    graph.replay(stream);
+    want(cudaEventRecord(end_, stream), "cudaEventRecord");
+    want(cudaEventSynchronize(end_), "cudaEventSynchronize");
+    float milliseconds = 0;
+    want(cudaEventElapsedTime(&milliseconds, begin_, end_), "cudaEventElapsedTime");
+    return milliseconds / 1e3;
+  }
+
+ private:
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+struct Layer {
+  Array<uint8_t> codes;         // (n_neurons, 2, groups, group_bytes)
+  Array<float> equal;           // (d)
+  Array<float> row_scale;       // (n_neurons, 2)
+  Array<__nv_bfloat16> gate;    // (n_neurons, d)
+  Array<__nv_bfloat16> up;      // (n_neurons, d)
+  Array<__nv_bfloat16> down_t;  // (n_neurons, d)
+  Array<__nv_bfloat16> x;       // (batch_max, d)
+  Array<__nv_bfloat16> out;     // (batch_max, d)
+  Array<float> threshold;       // (batch_max), the first for the case that is measured
+  Array<int32_t> tile;          // (1, n_neurons)
+  Array<int32_t> n_tiles;       // (1)
+  int32_t kept = 0;             // neurons: n_tiles on the host
+};
+
+Layer random_layer(const Shape& s, int64_t batch_max, uint64_t seed, cudaStream_t stream) {
+  const float spread = 1.0f / std::sqrt(static_cast<float>(s.d));
+  Layer layer;
+  layer.codes = Array<uint8_t>(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
+  fill_bits(layer.codes.data(), layer.codes.size(), 8 * seed, stream);
+  layer.equal = Array<float>(std::vector<float>(s.d, 1.0f));
+  layer.row_scale = Array<float>(std::vector<float>(2 * s.n_neurons, spread));
+  uint64_t part = 8 * seed;
+  for (Array<__nv_bfloat16>* weight : {&layer.gate, &layer.up, &layer.down_t}) {
+    *weight = Array<__nv_bfloat16>(s.n_neurons * s.d);
+    fill_normal(*weight, spread, ++part, stream);
+  }
+  layer.x = Array<__nv_bfloat16>(batch_max * s.d);
+  fill_normal(layer.x, 1.0f, ++part, stream);
+  layer.out = Array<__nv_bfloat16>(batch_max * s.d);
+  layer.threshold = Array<float>(batch_max);
+  layer.tile = Array<int32_t>(s.n_neurons);
+  layer.n_tiles = Array<int32_t>(1);
+  return layer;
+}
+
+// The operations on the layers of one shape, by their public parameters. Fields that are not named
+// are left at zero: null or the default.
+class Operations {
+ public:
+  Operations(const Shape& s, int64_t batch_max, const csfast::Design& design, cudaStream_t stream)
+      : design_(design),
+        stream_(stream),
+        weight_(std::vector<float>(batch_max, 1.0f)),
+        q_(batch_max * csfast::q_width(s.d)),
+        y_(batch_max * s.n_neurons * 2),
+        scale_(batch_max),
+        usage_(s.n_neurons),
+        index_(s.n_neurons),
+        count_(1),
+        missed_(1),
+        budget_(1),
+        all_(s.n_neurons),
+        n_all_(std::vector<int32_t>{static_cast<int32_t>(s.n_neurons)}) {
+    std::vector<int32_t> all(s.n_neurons);
+    for (int32_t j = 0; j < static_cast<int32_t>(s.n_neurons); ++j) all[j] = j;
+    all_.write(all);
+    const auto most = [&](int64_t (*bytes)(int64_t, int64_t, int64_t, Device)) {
+      return Array<unsigned char>(bytes(batch_max, s.d, s.n_neurons, Device::kCuda));
+    };
+    select_space_ = most(csfast::select_workspace);
+    execute_space_ = most(csfast::execute_workspace);
+    ffn_space_ = most(csfast::ffn_workspace);
+  }
+
+  void select(const Case& c, const Layer& layer) const {
+    csfast::SelectParams p{};
+    set_selection(p, c, layer);
+    p.workspace = select_space_.data();
+    p.tile = layer.tile.data();
+    p.n_tiles = layer.n_tiles.data();
+    csfast::select(p, Device::kCuda, stream_);
+  }
+
+  void execute(const Case& c, const Layer& layer) const {
+    execute(c, layer, layer.tile.data(), layer.n_tiles.data());
+  }
+
+  void execute_all(const Case& c, const Layer& layer) const {
+    execute(c, layer, all_.data(), n_all_.data());
+  }
+
+  void ffn(const Case& c, const Layer& layer) const {
+    csfast::FfnParams p{};
+    set_selection(p, c, layer);
+    set_weights(p, layer);
+    p.workspace = ffn_space_.data();
+    p.design = design_;
+    csfast::ffn(p, Device::kCuda, stream_);
+  }
+
+  // Sets the threshold that keeps the density of the case, and the list that goes with it. Throws
+  // BackendError if select and recover disagree.
+  void set_density(const Case& c, Layer& layer) const {
+    const auto n_groups = static_cast<double>(c.n_neurons);
+    const auto budget = static_cast<int32_t>(std::max(1L, std::lround(c.density * n_groups)));
+    budget_.write({budget});
+    csfast::SenseParams sense{};
+    sense.codes = layer.codes.data();
+    sense.equal = layer.equal.data();
+    sense.x = layer.x.data();
+    sense.q = q_.data();
+    sense.y = y_.data();
+    sense.scale = scale_.data();
+    set_sizes(sense, c);
+    sense.code = kCode;
+    sense.dtype = csfast::DType::kBF16;
+    csfast::sense(sense, Device::kCuda, stream_);
+
+    csfast::RecoverParams recover{};
+    recover.y = y_.data();
+    recover.scale = scale_.data();
+    recover.row_scale = layer.row_scale.data();
+    recover.weight = vote(c);
+    recover.budget = budget_.data();
+    recover.usage = usage_.data();
+    recover.index = index_.data();
+    recover.count = count_.data();
+    recover.missed = missed_.data();
+    recover.batch = c.batch;
+    recover.n_neurons = c.n_neurons;
+    recover.columns = 2;
+    recover.group_rows = 1;
+    recover.rule = csfast::Rule::kTopK;
+    recover.activation = csfast::Activation::kSilu;
+    csfast::recover(recover, Device::kCuda, stream_);
+
+    const std::vector<float> usage = usage_.read(c.n_neurons);
+    const std::vector<int32_t> index = index_.read(c.n_neurons);
+    const int32_t count = count_.read(1)[0];
+    if (count != budget) fail(c, "recover keeps", count, budget);
+    float threshold = std::numeric_limits<float>::infinity();
+    for (int32_t i = 0; i < count; ++i) threshold = std::min(threshold, usage[index[i]]);
+    layer.threshold.write(std::vector<float>(layer.threshold.size(), threshold));
+    select(c, layer);
+    layer.kept = layer.n_tiles.read(1)[0];
+    int32_t wanted = 0;  // more than the budget where usages are equal
+    for (const float u : usage) wanted += u >= threshold ? 1 : 0;
+    if (layer.kept != wanted) fail(c, "select keeps", layer.kept, wanted);
+  }
+
+  // Throws BackendError unless ffn writes what execute does on the list of select.
+  void compare(const Case& c, const Layer& layer) const {
+    const int64_t n = c.batch * c.d;
+    layer.out.poison(stream_);
+    execute(c, layer);
+    const std::vector<__nv_bfloat16> one = layer.out.read(n);
+    layer.out.poison(stream_);
+    ffn(c, layer);
+    const std::vector<__nv_bfloat16> other = layer.out.read(n);
+    // Both round float32 sums of the same terms to bf16 once: to neighbours, 2^-7 apart at most,
+    // if rounding in float32, which is far finer, puts the sums on two sides of a boundary.
+    float size = 0;
+    for (const __nv_bfloat16 value : one) size = std::max(size, std::abs(__bfloat162float(value)));
+    for (int64_t i = 0; i < n; ++i) {
+      const float a = __bfloat162float(one[i]);
+      const float b = __bfloat162float(other[i]);
+      if (std::isfinite(a) && std::abs(a - b) <= 0x1p-7f * size) continue;
+      throw BackendError("[bench] " + csfast::bench::name_of(c) + ": output " + std::to_string(i) +
+                         " is " + std::to_string(a) + " of execute and " + std::to_string(b) +
+                         " of ffn: want the same.");
+    }
+  }
+
+ private:
+  static void fail(const Case& c, const char* what, int32_t found, int32_t wanted) {
+    throw BackendError("[bench] " + csfast::bench::name_of(c) + ": " + what + " " +
+                       std::to_string(found) + " neurons: want " + std::to_string(wanted) + ".");
+  }
+
+  // Rows of a batch decide together, a single row for itself.
+  const float* vote(const Case& c) const { return c.batch > 1 ? weight_.data() : nullptr; }
+
+  template <typename Params>
+  static void set_sizes(Params& p, const Case& c) {
+    p.batch = c.batch;
+    p.d = c.d;
+    p.n_neurons = c.n_neurons;
+  }
+
+  template <typename Params>
+  void set_selection(Params& p, const Case& c, const Layer& layer) const {
+    p.codes = layer.codes.data();
+    p.equal = layer.equal.data();
+    p.row_scale = layer.row_scale.data();
+    p.weight = vote(c);
+    p.threshold = layer.threshold.data();
+    p.x = layer.x.data();
+    set_sizes(p, c);
+    p.code = kCode;
+    p.tile_rows = 1;
+    p.dtype = csfast::DType::kBF16;
+    p.activation = csfast::Activation::kSilu;
+  }
+
+  template <typename Params>
+  static void set_weights(Params& p, const Layer& layer) {
+    p.gate = layer.gate.data();
+    p.up = layer.up.data();
+    p.down_t = layer.down_t.data();
+    p.out = layer.out.data();
+  }
+
+  void execute(const Case& c, const Layer& layer, const int32_t* tile,
+               const int32_t* n_tiles) const {
+    csfast::ExecuteParams p{};
+    set_weights(p, layer);
+    p.x = layer.x.data();
+    p.tile = tile;
+    p.n_tiles = n_tiles;
+    p.workspace = execute_space_.data();
+    set_sizes(p, c);
+    p.tile_rows = 1;
+    p.shared = c.batch > 1;
+    p.dtype = csfast::DType::kBF16;
+    p.activation = csfast::Activation::kSilu;
+    p.design = design_;
+    csfast::execute(p, Device::kCuda, stream_);
+  }
+
+  csfast::Design design_;
+  cudaStream_t stream_;
+  Array<float> weight_;            // (batch_max), ones
+  Array<int8_t> q_;                // (batch_max, q_width)
+  Array<int32_t> y_;               // (batch_max, n_neurons, 2)
+  Array<float> scale_;             // (batch_max)
+  Array<float> usage_;             // (1, n_neurons)
+  Array<int32_t> index_;           // (1, n_neurons)
+  Array<int32_t> count_;           // (1)
+  Array<float> missed_;            // (1)
+  mutable Array<int32_t> budget_;  // (1)
+  Array<int32_t> all_;             // (1, n_neurons): every neuron
+  Array<int32_t> n_all_;           // (1)
+  Array<unsigned char> select_space_, execute_space_, ffn_space_;
+};
+
+// Reads slices of random bits in turns.
+class Reader {
+ public:
+  explicit Reader(cudaStream_t stream)
+      : stream_(stream),
+        blocks_(blocks()),
+        data_(kSlices * kSliceBytes),
+        seen_(blocks_ * kThreads) {
+    fill_bits(data_.data(), data_.size(), 1, stream);
+  }
+  void read_all() const {
+    for (int slice = 0; slice < kSlices; ++slice) {
+      csfast::cuda::launch(
+          "bench", "read", read_kernel, dim3(static_cast<unsigned>(blocks_)), dim3(kThreads),
+          stream_,
+          ReadParams{.data = reinterpret_cast<const uint4*>(data_.data() + slice * kSliceBytes),
+                     .vectors = kSliceBytes / int64_t{sizeof(uint4)},
+                     .seen = seen_.data()});
+    }
+  }
+
+ private:
+  // As many as are at work at once.
+  static int64_t blocks() {
+    int of_processor = 0;
+    want(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, read_kernel, kThreads, 0),
+         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return int64_t{of_processor} * attribute(cudaDevAttrMultiProcessorCount);
+  }
+
+  static_assert(kSliceBytes % (int64_t{sizeof(uint4)} * kThreads * kReadUnroll) == 0);
+  cudaStream_t stream_;
+  int64_t blocks_;
+  Array<unsigned char> data_;  // (kSlices, kSliceBytes)
+  Array<unsigned> seen_;       // (blocks, kThreads)
+};
+
+struct Variant {
+  std::string name;
+  double bytes;             // that a call has to read
+  int64_t workspace_bytes;  // that a call is given
+  int calls;                // in the graph
+  Graph graph;
+  std::vector<double> seconds = {};
+};
+
+struct Options {
+  bool json = false, quick = false;
+  int runs = 40;  // measurements of every variant
+  std::string only, commit;
+  csfast::Design design;  // of execute and ffn
+};
+
+// Times one case and adds its rows. Gives the bytes a second that were read in turns with all the
+// rest.
+double measure(const Case& c, std::vector<Layer>& layers, const Operations& ops,
+               const Reader& reader, int runs, cudaStream_t stream, std::vector<Row>& rows) {
+  double kept = 0;
+  for (Layer& layer : layers) {
+    ops.set_density(c, layer);
+    kept += layer.kept / static_cast<double>(layers.size());
+  }
+  ops.compare(c, layers.front());
+
+  const double sensed = csfast::bench::select_bytes(c);
+  const double executed = csfast::bench::execute_bytes(c, kept);
+  const double dense_bytes = csfast::bench::execute_bytes(c, static_cast<double>(c.n_neurons));
+  const int n_layers = static_cast<int>(layers.size());
+  const auto of_layers = [&](void (Operations::*call)(const Case&, const Layer&) const) {
+    return Graph(stream, [&] {
+      for (const Layer& layer : layers) (ops.*call)(c, layer);
+    });
+  };
+  const auto space = [&](int64_t (*bytes)(int64_t, int64_t, int64_t, Device)) {
+    return bytes(c.batch, c.d, c.n_neurons, Device::kCuda);
+  };
+  const int64_t execute_space = space(csfast::execute_workspace);
+  // The last two are what the others are measured by.
+  std::vector<Variant> variants;
+  variants.push_back({"complete", sensed + executed, space(csfast::ffn_workspace), n_layers,
+                      of_layers(&Operations::ffn)});
+  variants.push_back(
+      {"execute", executed, execute_space, n_layers, of_layers(&Operations::execute)});
+  variants.push_back({"select", sensed, space(csfast::select_workspace), n_layers,
+                      of_layers(&Operations::select)});
+  variants.push_back(
+      {"all neurons", dense_bytes, execute_space, n_layers, of_layers(&Operations::execute_all)});
+  variants.push_back({"read", static_cast<double>(kSliceBytes), 0, kSlices,
+                      Graph(stream, [&] { reader.read_all(); })});
+
+  Stopwatch stopwatch;
+  for (int turn = -kWarmup; turn < runs; ++turn) {
+    for (size_t i = 0; i < variants.size(); ++i) {
+      // Another variant goes first every turn: the first one pays for what the last one evicted.
+      Variant& variant = variants[(turn + kWarmup + i) % variants.size()];
+      const double seconds = stopwatch.seconds_of(variant.graph, stream) / variant.calls;
+      if (turn >= 0) variant.seconds.push_back(seconds);
+    }
+  }
+
+  std::vector<Timing> timings;
+  for (const Variant& variant : variants) {
+    timings.push_back(csfast::bench::timing_of(variant.seconds));
+  }
+  const double bandwidth = variants.back().bytes / timings.back().median;
+  const double dense = timings[timings.size() - 2].median;
+  for (size_t i = 0; i + 2 < variants.size(); ++i) {
+    rows.push_back({.of = c,
+                    .variant = variants[i].name,
+                    .timing = timings[i],
+                    .bytes = variants[i].bytes,
+                    .workspace_bytes = variants[i].workspace_bytes,
+                    .dense = dense,
+                    .read_bandwidth = bandwidth,
+                    .executes = variants[i].name != "select"});
+  }
+  return bandwidth;
+}
+
+std::vector<Shape> shapes_of(const Options& options) {
+  if (options.quick) return {{512, 1024, 2}};
+  return {std::begin(csfast::bench::kCudaShapes), std::end(csfast::bench::kCudaShapes)};
+}
+
+std::vector<Case> cases_of(const Shape& s, const Options& options) {
+  std::vector<Case> found;
+  for (const int64_t batch : csfast::bench::kCudaBatches) {
+    for (const double density : csfast::bench::kCudaDensities) {
+      const Case c = {.d = s.d, .n_neurons = s.n_neurons, .density = density, .batch = batch};
+      if (csfast::bench::name_of(c).find(options.only) != std::string::npos) found.push_back(c);
+    }
+  }
+  return found;
+}
+
+// Version of the NVIDIA driver; empty where the system does not tell.
+std::string driver() {
+  std::ifstream file("/proc/driver/nvidia/version");
+  std::string word;
+  while (file >> word) {
+    if (word.find('.') != std::string::npos &&
+        word.find_first_not_of("0123456789.") == std::string::npos) {
+      return word;
+    }
+  }
+  return "";
+}
+
+// MHz of the processors, just after they were at work.
+double clock_rate(cudaStream_t stream) {
+  Array<int64_t> ticks(2);
+  csfast::cuda::launch("bench", "clock", clock_kernel, dim3(1), dim3(1), stream,
+                       ClockParams{.ticks = ticks.data()});
+  const std::vector<int64_t> found = ticks.read(2);
+  return static_cast<double>(found[0]) * 1e3 / static_cast<double>(found[1]);
+}
+
+// The head of the results.
+std::vector<std::pair<std::string, std::string>> machine(const Options& options, double bandwidth,
+                                                         double clock, int argc, char** argv) {
+  using csfast::bench::quoted;
+  cudaDeviceProp properties{};
+  want(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  int runtime = 0;
+  want(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  const std::string program = argv[0];
+  std::string command = "[" + quoted(program.substr(program.rfind('/') + 1));  // not its folder
+  for (int i = 1; i < argc; ++i) command += ", " + quoted(argv[i]);
+  return {
+      {"device", "\"cuda\""},
+      {"gpu", quoted(properties.name)},
+      {"driver", quoted(driver())},
+      {"cuda", quoted(std::to_string(runtime / 1000) + "." + std::to_string(runtime % 1000 / 10))},
+      {"processors", std::to_string(properties.multiProcessorCount)},
+      {"l2_bytes", std::to_string(properties.l2CacheSize)},
+      {"clock_mhz", std::to_string(std::lround(clock))},
+      {"clock_mhz_max", std::to_string(attribute(cudaDevAttrClockRate) / 1000)},
+      {"read_bandwidth", std::to_string(bandwidth)},
+      {"commit", options.commit.empty() ? "null" : quoted(options.commit)},
+      {"command", command + "]"},
+  };
+}
+
+// Gives the number of cases that failed, each of which says why on stderr.
+int run(const Options& options, int argc, char** argv) {
+  if (!csfast::cuda::available()) throw BackendError("[bench] no CUDA device: want one.");
+  const Stream stream;
+  const Reader reader(stream);
+  std::vector<Row> rows;
+  double bandwidth = 0;
+  int failed = 0;
+  for (const Shape& s : shapes_of(options)) {
+    const std::vector<Case> cases = cases_of(s, options);
+    if (cases.empty()) continue;
+    const int64_t batch_max = cases.back().batch;
+    std::vector<Layer> layers;
+    for (int i = 0; i < s.layers; ++i) {
+      layers.push_back(random_layer(s, batch_max, static_cast<uint64_t>(i + 1), stream));
+    }
+    const Operations ops(s, batch_max, options.design, stream);
+    for (const Case& c : cases) {
+      const size_t first = rows.size();
+      try {
+        bandwidth =
+            std::max(bandwidth, measure(c, layers, ops, reader, options.runs, stream, rows));
+      } catch (const BackendError& error) {
+        std::fprintf(stderr, "%s\n", error.what());
+        ++failed;  // the other cases may be right
+      }
+      std::FILE* out = options.json ? stderr : stdout;
+      for (size_t i = first; i < rows.size(); ++i) {
+        std::fprintf(out, "%s\n", csfast::bench::to_text(rows[i]).c_str());
+      }
+      std::fflush(out);
+    }
+  }
+  if (rows.empty() && failed == 0) {
+    throw std::invalid_argument("[bench] --only " + options.only +
+                                ": want a part of the name of a case.");
+  }
+  const auto head = machine(options, bandwidth, clock_rate(stream), argc, argv);
+  if (options.json) {
+    csfast::bench::print_json(head, rows);
+  } else {
+    for (const auto& [name, value] : head) std::printf("%s %s\n", name.c_str(), value.c_str());
+  }
+  return failed;
+}
+
+// False if the command line makes no sense.
+bool parse(int argc, char** argv, Options& options) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string option = argv[i];
+    const bool has_value = i + 1 < argc;
+    if (option == "--json") {
+      options.json = true;
+    } else if (option == "--quick") {
+      options.quick = true;
+      options.runs = 3;
+    } else if (option == "--only" && has_value) {
+      options.only = argv[++i];
+    } else if (option == "--design" && has_value) {
+      try {
+        options.design = csfast::parse_design("bench", argv[++i]);
+      } catch (const std::invalid_argument& error) {
+        std::fprintf(stderr, "bench_ffn_cuda: %s\n", error.what());
+        return false;
+      }
+    } else if (option == "--commit" && has_value) {
+      options.commit = argv[++i];
+    } else if (option == "--runs" && has_value) {
+      options.runs = std::atoi(argv[++i]);
+      if (options.runs < 1) return false;
+    } else {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  if (!parse(argc, argv, options)) {
+    std::fprintf(stderr,
+                 "usage: bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] "
+                 "[--design WORDS] [--commit HASH]\n");
+    return 2;
+  }
+  try {
+    return run(options, argc, argv) == 0 ? 0 : 1;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_ffn_cuda: %s\n", error.what());
+    return 1;
+  }
+}
