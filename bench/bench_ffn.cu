@@ -346,6 +346,7 @@ class Operations {
     p.workspace = select_space_.data();
     p.tile = layer.tile.data();
     p.n_tiles = layer.n_tiles.data();
+    p.design = design_;
     csfast::select(p, Device::kCuda, stream_);
   }
 
@@ -561,7 +562,7 @@ struct Options {
   bool json = false, quick = false;
   int runs = 40;  // measurements of every variant
   std::string only, commit;
-  csfast::Design design;  // of execute and ffn
+  csfast::Design design;  // of select, execute and ffn
 };
 
 // Times one case and adds its rows. Gives the bytes a second that were read in turns with all the

@@ -284,20 +284,6 @@ def test_a_replayed_projection_follows_x(dtype):
         assert torch.equal(y, ops.project(phi, x, rows=33))
 
 
-@pytest.mark.parametrize("n_levels", [1, 2])
-def test_a_replayed_nested_measurement_follows_x(dtype, n_levels):
-    p = cases.Case("nested", batch=5, d=264, n_neurons=301).make_nested(dtype, "cuda")
-    x = p.x.clone()
-    graph, (y, scale) = capture(lambda: ops.nested(p.levels, p.equal, x, n_levels=n_levels))
-    for seed in (1, 2):
-        x.copy_(random((5, 264), dtype, seed))
-        y.fill_(torch.nan)
-        graph.replay()
-        want, want_scale = ops.nested(p.levels, p.equal, x, n_levels=n_levels)
-        assert torch.equal(y, want)
-        assert torch.equal(scale, want_scale)
-
-
 DESIGNS = ("list eager", "list bulk", "list portable", "range", "range eager", "batch", "general")
 
 
@@ -374,6 +360,20 @@ def test_a_replayed_capped_layer_follows_its_cap(dtype):
         assert torch.equal(out, ops.execute(*rows, tiles))
         n = [min(max(c, 0), 1001) for c in caps]
         assert stats.tolist() == [2, sum(n)] and int(dropped) == 2002 - sum(n)
+
+
+@pytest.mark.parametrize("n_levels", [1, 2])
+def test_a_replayed_nested_measurement_follows_x(dtype, n_levels):
+    p = cases.Case("nested", batch=5, d=264, n_neurons=301).make_nested(dtype, "cuda")
+    x = p.x.clone()
+    graph, (y, scale) = capture(lambda: ops.nested(p.levels, p.equal, x, n_levels=n_levels))
+    for seed in (1, 2):
+        x.copy_(random((5, 264), dtype, seed))
+        y.fill_(torch.nan)
+        graph.replay()
+        want, want_scale = ops.nested(p.levels, p.equal, x, n_levels=n_levels)
+        assert torch.equal(y, want)
+        assert torch.equal(scale, want_scale)
 
 
 def test_a_replayed_ternary_selection_follows_x(dtype):
