@@ -33,7 +33,7 @@ void recover(const RecoverParams&, Stream) {
 void tile(const TileParams&, Stream) {
   missing("tile");
 }
-int64_t omp_workspace(int64_t, int64_t, int64_t) {
+int64_t omp_workspace(int64_t, int64_t, int64_t, OmpKernel) {
   missing("omp");
 }
 void omp(const OmpParams&, Stream) {

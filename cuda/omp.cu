@@ -3,6 +3,7 @@
 #include "csfast/omp.h"
 #include "omp_chip.cuh"
 #include "omp_general.cuh"
+#include "omp_quad.cuh"
 
 namespace csfast::cuda {
 namespace {
@@ -31,13 +32,17 @@ void dispatch_bool(bool v, F&& f) {
 
 }  // namespace
 
-int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max) {
-  return choose_omp(batch, n_atoms, budget_max, current_device()).workspace;
+int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKernel design) {
+  return choose_omp(batch, n_atoms, budget_max, current_device(), design).workspace;
 }
 
 void omp(const OmpParams& p, Stream stream) {
-  const OmpPlan plan = choose_omp(p.batch, p.n_atoms, p.budget_max, current_device());
+  const OmpPlan plan = choose_omp(p.batch, p.n_atoms, p.budget_max, current_device(), p.design);
   const bool aligned = p.n_atoms % 4 == 0 && is_aligned(p.gram) && is_aligned(p.correlation);
+  if (plan.kernel >= OmpKernel::kQuad) {
+    want_aligned(p.gram, 16, "omp", "gram");
+    want_aligned(p.correlation, 16, "omp", "correlation");
+  }
   const OmpJob job{p, plan, OmpChipLayout(plan, p.budget_max), aligned};
   const auto run = [&](const char* name, void (*kernel)(OmpJob)) {
     launch("omp", name, kernel, dim3(static_cast<unsigned>(plan.blocks)),
@@ -47,6 +52,7 @@ void omp(const OmpParams& p, Stream stream) {
   dispatch_bool(p.per_step == 1 && p.group == 1, [&]<bool kOne>() {
     dispatch_bool(plan.rows_spilled > 0, [&]<bool kSpills>() {
       switch (plan.kernel) {
+        case OmpKernel::kAuto:  // which no plan is
         case OmpKernel::kGeneral:
           return run("omp_general", omp_general_kernel);
         case OmpKernel::kFlat:
@@ -55,6 +61,12 @@ void omp(const OmpParams& p, Stream stream) {
           return run("omp_deep", omp_deep_kernel<kOne, kSpills>);
         case OmpKernel::kWide:
           return run("omp_wide", omp_wide_kernel<kOne, kSpills>);
+        case OmpKernel::kQuad:
+          return run("omp_quad", omp_quad_kernel<false>);
+        case OmpKernel::kAhead:
+          return run("omp_ahead", omp_quad_kernel<true>);
+        case OmpKernel::kPair:
+          return run("omp_pair", omp_pair_kernel);
       }
     });
   });

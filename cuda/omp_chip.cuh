@@ -10,6 +10,7 @@
 // its registers hold.
 #pragma once
 
+#include "common/index.cuh"
 #include "common/shared.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
@@ -32,22 +33,6 @@ struct alignas(16) OmpSlot {
 static_assert(sizeof(OmpSlot<0>) == OmpChipLayout::slot_bytes(0));
 static_assert(sizeof(OmpSlot<kOmpHeldFlat>) == OmpChipLayout::slot_bytes(kOmpHeldFlat));
 static_assert(sizeof(OmpSlot<kOmpHeldDeep>) == OmpChipLayout::slot_bytes(kOmpHeldDeep));
-
-// Calls f.operator()<i>() for the i in [kLow, kHigh) that is asked for: registers have no index at
-// run time, and a few branches are fewer instructions than all cases with conditions.
-template <int kLow, int kHigh, typename F>
-__device__ __forceinline__ void at_index(int i, F&& f) {
-  if constexpr (kHigh - kLow == 1) {
-    f.template operator()<kLow>();
-  } else if constexpr (kHigh > kLow) {
-    constexpr int kMiddle = (kLow + kHigh) / 2;
-    if (i < kMiddle) {
-      at_index<kLow, kMiddle>(i, f);
-    } else {
-      at_index<kMiddle, kHigh>(i, f);
-    }
-  }
-}
 
 // A thread has kAtoms atoms: four neighbours of every `4 * threads`, one 16-byte load each.
 template <int kAtoms, int kHeld, bool kOne, bool kSpills>

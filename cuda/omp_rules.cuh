@@ -26,7 +26,7 @@
 
 namespace csfast::cuda {
 
-enum class Taken { kTaken, kPassedOver, kNotFinite };
+enum class Taken { kTaken, kPassedOver, kNotFinite, kEnded };
 
 inline constexpr unsigned kInfinity = 0x7f800000u;  // as bits; what is not a number lies above
 
@@ -51,20 +51,37 @@ __device__ __forceinline__ int exponent_of(unsigned v) {
   return static_cast<int>(__double_as_longlong(__uint_as_float(v)) >> 52) - 1023;
 }
 
+// What ends a pursuit, once its problem is loaded.
+template <typename Sum>
+struct Limits {
+  int budget;  // atoms
+  Sum last;    // of |r|^2, that ends it
+  Sum gain;    // of a step, that does not
+  Sum limit;   // of a score, that ends it
+  int starts;  // atoms to start with
+};
+
 template <typename Engine>
-__device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, int b) {
+__device__ __forceinline__ auto limits_of(const Engine& engine, const OmpParams& p, int b) {
   using Sum = decltype(engine.energy);
-  if (!engine.load(p, b)) return OmpStatus::kNotFinite;
-  if (engine.energy == 0) return OmpStatus::kZero;
-  const int budget = min(max(p.budget[b], 0), static_cast<int>(p.budget_max));
+  Limits<Sum> limits;
+  limits.budget = min(max(p.budget[b], 0), static_cast<int>(p.budget_max));
   const double residual = p.residual_max * power_of_two(-engine.exponent);
-  const Sum last = max(p.tolerance * engine.energy, static_cast<Sum>(residual * residual));
-  const Sum gain = p.gain_min * engine.energy;
+  limits.last = max(p.tolerance * engine.energy, static_cast<Sum>(residual * residual));
+  limits.gain = p.gain_min * engine.energy;
   const double share = p.correlation_min;
   const double square = max(kNothing, share * share) * engine.energy;
-  const Sum limit = static_cast<Sum>(p.group == 1 ? sqrt(square) : square);  // of a score
-  int starts = p.start == nullptr ? 0 : static_cast<int>(p.n_start);
-  if (p.start_count != nullptr) starts = min(max(p.start_count[b], 0), starts);
+  limits.limit = static_cast<Sum>(p.group == 1 ? sqrt(square) : square);
+  limits.starts = p.start == nullptr ? 0 : static_cast<int>(p.n_start);
+  if (p.start_count != nullptr) limits.starts = min(max(p.start_count[b], 0), limits.starts);
+  return limits;
+}
+
+template <typename Engine>
+__device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, int b) {
+  if (!engine.load(p, b)) return OmpStatus::kNotFinite;
+  if (engine.energy == 0) return OmpStatus::kZero;
+  const auto [budget, last, gain, limit, starts] = limits_of(engine, p, b);
 
   // The first step is the start, which no rule ends.
   for (int step = 0;; ++step) {
@@ -102,6 +119,46 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
       return OmpStatus::kDependent;
     }
   }
+}
+
+// The same for one atom a step, with one branch from one atom to the next: each is some 20 cycles
+// of the chain. What ends the pursuit at an atom is looked at when that atom has been refitted, as
+// if it had been taken, and told apart behind the loop. Of the engine it wants one function more:
+//
+//   Taken take_or_end(int atom, bool allowed)     as take(), but if not allowed, or not taken,
+//   count,
+//                                                 left and gained stay and nothing may follow
+template <typename Engine>
+__device__ __forceinline__ OmpStatus pursue_one_by_one(Engine& engine, const OmpParams& p, int b) {
+  static_assert(Engine::kSingle);
+  if (!engine.load(p, b)) return OmpStatus::kNotFinite;
+  if (engine.energy == 0) return OmpStatus::kZero;
+  const auto limits = limits_of(engine, p, b);
+  for (int i = 0; i < limits.starts; ++i) {
+    const int atom = p.start[b * p.n_start + i];
+    if (atom < 0 || atom >= p.n_atoms || engine.count == limits.budget) continue;
+    if (engine.take(atom) == Taken::kNotFinite) return OmpStatus::kNotFinite;
+  }
+  engine.gained = limits.gain;
+  const auto is_done = [&] {
+    return engine.left <= limits.last || engine.gained < limits.gain ||
+           engine.count == limits.budget;
+  };
+  unsigned best = kInfinity - 1;
+  Taken taken = Taken::kTaken;
+  bool ends = is_done();
+  while (!ends) {
+    best = engine.best();
+    // Of two numbers that are not negative, the greater has the greater bits.
+    const bool allowed = best < kInfinity && best > __float_as_uint(limits.limit);
+    taken = engine.take_or_end(engine.picked(0), allowed);
+    ends = taken != Taken::kTaken || is_done();
+  }
+  if (best >= kInfinity || taken == Taken::kNotFinite) return OmpStatus::kNotFinite;
+  if (taken == Taken::kEnded) return OmpStatus::kConverged;
+  if (taken == Taken::kPassedOver) return OmpStatus::kDependent;
+  if (engine.left <= limits.last) return OmpStatus::kConverged;
+  return engine.gained < limits.gain ? OmpStatus::kNoGain : OmpStatus::kBudget;
 }
 
 // What every kernel writes of a problem beside index and coef. By one thread.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from csfast import bench_omp, reference
+from csfast import bench_omp, ops, reference
 from csfast.cases import PURSUIT_LOADS, PursuitCase
 
 CPU = torch.device("cpu")
@@ -51,6 +51,33 @@ def test_results_have_the_agreed_form(results):
 def test_one_variant_alone():
     found = bench_omp.run([SMALL], device=CPU, runs=1, variants=("pursuit",))
     assert [row["variant"] for row in found["rows"]] == ["pursuit"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        ((132, 256, 1024, 32), ["quad", "ahead"]),
+        ((32, 112, 448, 16), ["quad", "ahead", "pair"]),
+        ((5000, 512, 2048, 64), []),
+        ((6, 40, 60, 5), ["quad", "ahead", "pair"]),
+        ((6, 40, 58, 5), []),
+    ],
+)
+def test_designs_are_those_that_take_the_load(sizes, want):
+    assert bench_omp.designs(PursuitCase("load", *sizes)) == want
+
+
+def test_designs_are_raced_on_cuda_alone(results):
+    assert not any(" " in row["variant"] for row in results["rows"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+def test_designs_are_raced_on_cuda():
+    found = bench_omp.run([SMALL], device=torch.device("cuda"), runs=1, variants=("pursuit",))
+    names = ["pursuit", *(f"pursuit {design}" for design in bench_omp.DESIGNS)]
+    assert [row["variant"] for row in found["rows"]] == names
+    assert all(row["agreement"] == 1 for row in found["rows"])
 
 
 def test_the_ordinary_way_is_the_same_pursuit():

@@ -30,6 +30,8 @@ RULES = {
     "blocks": {"group": 6},
     "blocks_three_a_step": {"group": 6, "per_step": 3, "gain_min": 0.01},
 }
+# What is raced with the kernels of the plan; each takes one atom a step, whole vectors of atoms.
+DESIGNS = {"quad": 1024, "ahead": 1024, "pair": 512}  # atoms at most
 # The large case with what it is for; the others with whatever fits.
 GIVEN = [
     (case, rule)
@@ -99,6 +101,20 @@ def omp_tolerance(problem, row, chosen, device):
     ("case", "rule"), GIVEN, ids=[f"{case.name}-{rule}" for case, rule in GIVEN]
 )
 def test_matches_reference(case, rule, device):
+    check_reference(case, rule, device)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("rule", ["plain", "tolerance", "residual", "correlation", "gain", "start"])
+@pytest.mark.parametrize("name", ["blocks", "standard"])
+def test_designs_match_reference(name, rule, design, device):
+    case = CASES[name]
+    if case.n_atoms > DESIGNS[design]:
+        case = PursuitCase("half", batch=50, m=128, n_atoms=512, n_nonzero=32)
+    check_reference(case, rule, device, design=design)
+
+
+def check_reference(case, rule, device, **more):
     problem = case.make()
     budget = case.n_nonzero
     options = dict(RULES[rule])
@@ -106,7 +122,7 @@ def test_matches_reference(case, rule, device):
     start = problem.support.flip(1)[:, : options.pop("start", 0)].clone()
     start[:, :1] = 0
     given_start = {"start": start.int().to(device)} if start.shape[1] else {}
-    got = run(problem, device, budget, budget_max=budget, **options, **given_start)
+    got = run(problem, device, budget, budget_max=budget, **options, **given_start, **more)
     rejected = 0
     for row in range(case.batch):
         want = reference.omp(
@@ -451,13 +467,79 @@ def test_permuting_the_batch_permutes_the_result(device):
         assert torch.equal(getattr(got, name)[order], getattr(permuted, name))
 
 
-@pytest.mark.parametrize("options", [{}, {"per_step": 3}, {"group": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_step": 3}, {"group": 4}, {"design": "quad"}, {"design": "ahead"}],
+    ids=str,
+)
 def test_two_hundred_runs_agree_bit_for_bit(options, device):
     """On the CPU five: there only the threads could make a difference."""
     problem = STANDARD.make(seed=2)
     want = run(problem, device, 32, budget_max=32, **options)
     for _ in range(200 if device == "cuda" else 5):
         assert_equal(run(problem, device, 32, budget_max=32, **options), want)
+
+
+def spoilt(seed, n_atoms):
+    """A batch with everything that ends a pursuit: twins, norms of all sizes, 0, NaN, infinity."""
+    g = torch.Generator().manual_seed(seed)
+    atoms = torch.randn(2, 24, n_atoms, generator=g, dtype=torch.float64)
+    atoms[0, :, 3] = atoms[0, :, 1]
+    atoms[0, :, 2] = 0
+    atoms[1] *= torch.exp(2 * torch.randn(n_atoms, generator=g, dtype=torch.float64))
+    dictionary = torch.arange(12) % 2
+    chosen = (torch.rand(12, n_atoms, 1, generator=g) < 0.1).double()
+    chosen *= torch.randn(12, n_atoms, 1, generator=g, dtype=torch.float64)
+    y = (atoms[dictionary] @ chosen)[..., 0]
+    y[2:] += 0.1 * torch.randn(10, 24, generator=g, dtype=torch.float64)
+    y[4] = 0
+    gram = (atoms.mT @ atoms).float()
+    gram[1, 5, 7] = gram[1, 7, 5] = NAN
+    correlation = (y[:, None] @ atoms[dictionary])[:, 0].float()
+    correlation[5, 0] = INF
+    correlation[2, 3] += 40  # which no signal has beside its twin
+    energy = y.square().sum(dim=1).float()
+    energy[6] = -1
+    start = torch.randint(0, n_atoms, (12, 3), generator=g, dtype=torch.int32)
+    counts = torch.randint(0, 4, (12,), generator=g, dtype=torch.int32)
+    budget = torch.randint(20, 33, (12,), generator=g, dtype=torch.int32)
+    budget[8], budget[9] = 0, 1
+    return gram, correlation, energy, budget, dictionary.int(), start, counts
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("n_atoms", [36, 260, 512])
+@pytest.mark.parametrize("begins", [False, True], ids=["", "start"])
+def test_designs_give_the_same_bits(begins, n_atoms, design, device):
+    """Whatever ends a pursuit; on the CPU because a design is of no account there."""
+    seen = set()
+    for seed in range(8):
+        given = [t.to(device) for t in spoilt(seed, n_atoms)]
+        options = {"budget_max": 32, "dictionary": given[4], "coef": True}
+        if begins:
+            options |= {"start": given[5], "start_count": given[6]}
+        for rule in ({}, {"tolerance": 0.02}, {"gain_min": 0.01}, {"residual_max": 0.5}):
+            want = ops.omp(*given[:4], **options, **rule, design="flat")
+            got = ops.omp(*given[:4], **options, **rule, design=design)
+            for name in ("index", "coef", "count", "residual", "status"):
+                a, b = getattr(got, name), getattr(want, name)
+                assert torch.equal(a.view(torch.int32), b.view(torch.int32)), (seed, name)
+            seen |= {name_of(got, row) for row in range(12)}
+    if not begins:
+        assert seen == {status.name.lower() for status in PursuitStatus}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("design", DESIGNS)
+def test_designs_take_one_problem_after_another(design):
+    """More problems than blocks, with and without coefficients."""
+    case = PursuitCase("many", batch=2000, m=48, n_atoms=128, n_nonzero=12)
+    problem = case.make(seed=4)
+    for coef in (True, False):
+        want = run(problem, "cuda", 12, budget_max=12, coef=coef, design="flat")
+        got = run(problem, "cuda", 12, budget_max=12, coef=coef, design=design)
+        assert_equal(got, want)
 
 
 # Atoms 0 and 1 are one and the same, atom 2 has norm 2.
@@ -666,6 +748,12 @@ def test_is_registered_with_torch(device):
         ((5000, 1024, 32), {"shared_per_block": 1024}, "general: 1056 blocks"),
         ((5000, 2048, 64), {"registers": 32768}, "wide: 132 blocks of 256 threads"),
         ((5000, 2048, 64), {"registers": 16384}, "general: 1056 blocks"),
+        ((132, 1024, 32), {"design": "quad"}, "quad: 132 blocks of 256 threads, 1 .* once more in"),
+        ((32, 448, 16), {"design": "ahead"}, "ahead: 32 blocks of 128 threads, 2 a processor"),
+        ((32, 448, 16), {"design": "pair"}, "pair: 32 blocks of 224 threads, 1 a processor"),
+        ((132, 1024, 32), {"design": "deep"}, "deep: 132 blocks of 128 threads"),
+        ((132, 1024, 32), {"design": "wide"}, "wide: 132 blocks of 128 threads"),
+        ((132, 1024, 32), {"design": "general"}, "general: 132 blocks of 256 threads"),
     ],
 )
 def test_plans_are_those_of_the_sizes(sizes, device, plan):
@@ -706,6 +794,13 @@ def test_plans_fit_the_device():
         ((1, 8, 9), {}, "budget_max = 9: want 1 to n_atoms = 8"),
         ((1, 8, 2), {"processors": 0}, "a device of 0 processors of 2048 threads: want at least"),
         ((1, 8, 2), {"threads": 128}, "a device of 132 processors of 128 threads: want at least"),
+        ((1, 8, 2), {"design": "tall"}, "design 'tall': want general, flat, deep, wide, quad"),
+        ((1, 1028, 2), {"design": "quad"}, "design quad for 1028 atoms .* of at most 1024 atoms"),
+        ((1, 516, 2), {"design": "pair"}, "design pair for 516 atoms .* of at most 512 atoms"),
+        ((1, 66, 2), {"design": "ahead"}, "design ahead for 66 atoms .*: want a multiple of 4"),
+        ((1, 64, 33), {"design": "quad"}, "design quad .* = 33: want .* a budget of at most 32"),
+        ((1, 1024, 8), {"design": "quad", "shared_per_block": 99 << 10}, "design quad .* room for"),
+        ((1, 4096, 8), {"design": "flat"}, "design flat for 4096 atoms .*: want what fits"),
     ],
 )
 def test_refuses_to_plan(sizes, device, message):
@@ -715,7 +810,11 @@ def test_refuses_to_plan(sizes, device, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"per_step": 3}, {"group": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_step": 3}, {"group": 2}, *({"design": design} for design in DESIGNS)],
+    ids=str,
+)
 def test_replays_follow_signal_and_budget(options):
     problem = SMALL.make()
     gram, correlation, energy = given(problem, "cuda")
@@ -757,6 +856,20 @@ def test_what_is_out_of_range_on_cuda_does_no_harm(n_atoms):
     assert got.residual[wrong].isnan().all()
     right = torch.tensor([0, 3, 5], device="cuda")
     assert torch.equal(got.coef[right], want.coef[right])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("design", DESIGNS)
+def test_designs_refuse_unaligned_tensors(design):
+    gram, correlation, energy = given(SMALL.make(), "cuda")
+    shifted = torch.empty(correlation.numel() + 1, device="cuda")[1:].view_as(correlation)
+    shifted.copy_(correlation)
+    budget = filled(SMALL.batch, 4, "cuda")
+    with pytest.raises(
+        ValueError, match=r"\[omp\] correlation begins 4 bytes past a multiple of 16"
+    ):
+        ops.omp(gram, shifted, energy, budget, budget_max=4, design=design)
 
 
 @pytest.mark.gpu
@@ -832,6 +945,13 @@ def arguments(device="cpu"):
         ("group", 3, ValueError, "group = 3: want a divisor of n_atoms = 4"),
         ("group", 4, ValueError, "group = 4: want .* of at most budget_max = 2"),
         ("coef", 1, TypeError, "coef is a int: want a bool"),
+        (
+            "design",
+            "tall",
+            ValueError,
+            "design 'tall': want general, flat, deep, wide, quad, ahead",
+        ),
+        ("design", None, TypeError, "design is a NoneType: want a str"),
         ("start", torch.ones(2, 1), TypeError, "start is float32: want int32"),
         ("start", torch.ones(1, 2).int(), ValueError, r"start has shape \(1, 2\): want \(batch"),
         ("start", torch.ones(2).int(), ValueError, r"start has shape \(2,\): want \(batch"),
@@ -846,6 +966,13 @@ def arguments(device="cpu"):
 def test_refuses(name, value, error, message):
     with pytest.raises(error, match=r"\[omp\] " + message):
         ops.omp(**(arguments() | {name: value}))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("options", [{"per_step": 2}, {"group": 2}], ids=str)
+def test_refuses_several_atoms_a_step_by_designs_of_one(options, design):
+    with pytest.raises(ValueError, match=rf"\[omp\] design {design} with .*: want one atom a step"):
+        ops.omp(**(arguments() | options), design=design)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ SANITIZED_PURSUITS = tuple(
     for options in ({}, {"per_step": 2}, {"group": 2, "per_step": 2})
     if n_atoms % options.get("group", 1) == 0
 )
+# The designs that are raced: less than a warp, threads without atoms, whole quads of rows and parts
+# of them, more problems than blocks.
+SANITIZED_DESIGNS = tuple(
+    (cases.PursuitCase(f"{design} {n_atoms}", batch, m, n_atoms, n_nonzero), {"design": design})
+    for design in bench_omp.DESIGNS
+    for batch, m, n_atoms, n_nonzero in ((3, 12, 20, 4), (4, 80, 300, 21), (300, 24, 64, 5))
+)
 
 PLANTED = {
     "memcheck": """
@@ -366,8 +373,9 @@ def sanitize_target() -> int:
         for rows in (measured.m, 1):
             y = ops.project(phi.cuda(), x.cuda(), rows=rows)
             assert torch.equal(y.cpu().double(), reference.project(phi, x, rows=rows)), measured
-    made = {case: case.make() for case, _ in SANITIZED_PURSUITS}
-    for case, options in SANITIZED_PURSUITS:
+    watched = SANITIZED_PURSUITS + SANITIZED_DESIGNS
+    made = {case: case.make() for case, _ in watched}
+    for case, options in watched:
         parts = (made[case].gram, made[case].correlation, made[case].energy)
         tensors = [t.float().clone() for t in parts]
         tensors[1][0, 0] = float("nan") if case.batch > 2 else tensors[1][0, 0]
@@ -383,7 +391,7 @@ def sanitize_target() -> int:
             for name in ("index", "count", "status")[: 2 if case.n_atoms == 1 else 3]:
                 assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), (case, name)
     n_nested = len(SANITIZED_NESTED) + 1
-    n_cases = len(SANITIZED) + n_nested + len(SANITIZED_PROJECTS) + len(SANITIZED_PURSUITS)
+    n_cases = len(SANITIZED) + n_nested + len(SANITIZED_PROJECTS) + len(watched)
     print(f"{n_cases} cases")
     return 0
 

@@ -11,8 +11,9 @@ namespace {
 void omp(nb::handle gram, nb::handle correlation, nb::handle energy, nb::handle budget,
          int64_t budget_max, float tolerance, float residual_max, float correlation_min,
          float gain_min, int64_t per_step, int64_t group, nb::handle start, nb::handle start_count,
-         nb::handle dictionary, nb::handle workspace, nb::handle index, nb::handle coef,
-         nb::handle count, nb::handle residual, nb::handle status, uintptr_t stream) {
+         nb::handle dictionary, const char* design, nb::handle workspace, nb::handle index,
+         nb::handle coef, nb::handle count, nb::handle residual, nb::handle status,
+         uintptr_t stream) {
   Call call("omp");
   Size batch{"batch"}, n{"n_atoms"}, width{"budget_max", budget_max}, grams{"n_dictionaries"};
   Size starts{"n_start"};
@@ -39,8 +40,9 @@ void omp(nb::handle gram, nb::handle correlation, nb::handle energy, nb::handle 
   p.count = call.out<int32_t>(count, "count", {&batch});
   p.residual = call.out<float>(residual, "residual", {&batch});
   p.status = call.out<int32_t>(status, "status", {&batch});
-  p.workspace =
-      call.workspace(workspace, csfast::omp_workspace(batch, n, budget_max, call.device()));
+  p.design = csfast::parse_omp_design(design);
+  p.workspace = call.workspace(
+      workspace, csfast::omp_workspace(batch, n, budget_max, p.design, call.device()));
   p.batch = batch;
   p.n_atoms = n;
   p.budget_max = budget_max;
@@ -54,17 +56,19 @@ void omp(nb::handle gram, nb::handle correlation, nb::handle energy, nb::handle 
   unlocked([&] { csfast::omp(p, call.device(), stream_of(stream)); });
 }
 
-int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, bool cuda) {
-  return csfast::omp_workspace(batch, n_atoms, budget_max,
+int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, const char* design,
+                      bool cuda) {
+  return csfast::omp_workspace(batch, n_atoms, budget_max, csfast::parse_omp_design(design),
                                cuda ? csfast::Device::kCuda : csfast::Device::kCpu);
 }
 
 std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, int processors,
                      int registers, int threads, int64_t shared_per_block,
-                     int64_t shared_per_processor) {
+                     int64_t shared_per_processor, const char* design) {
   return csfast::describe(
       csfast::choose_omp(batch, n_atoms, budget_max,
-                         {processors, registers, threads, shared_per_block, shared_per_processor}));
+                         {processors, registers, threads, shared_per_block, shared_per_processor},
+                         csfast::parse_omp_design(design)));
 }
 
 }  // namespace
@@ -72,16 +76,18 @@ std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, int pro
 void bind_omp(nb::module_& m) {
   m.def("omp", &omp, "gram"_a, "correlation"_a, "energy"_a, "budget"_a, "budget_max"_a,
         "tolerance"_a, "residual_max"_a, "correlation_min"_a, "gain_min"_a, "per_step"_a, "group"_a,
-        "start"_a.none(), "start_count"_a.none(), "dictionary"_a.none(), "workspace"_a, "index"_a,
-        "coef"_a.none(), "count"_a, "residual"_a, "status"_a, "stream"_a,
+        "start"_a.none(), "start_count"_a.none(), "dictionary"_a.none(), "design"_a, "workspace"_a,
+        "index"_a, "coef"_a.none(), "count"_a, "residual"_a, "status"_a, "stream"_a,
         nb::sig("def omp(gram: torch.Tensor, correlation: torch.Tensor, energy: torch.Tensor, "
                 "budget: torch.Tensor, budget_max: int, tolerance: float, residual_max: float, "
                 "correlation_min: float, gain_min: float, per_step: int, group: int, "
                 "start: torch.Tensor | None, start_count: torch.Tensor | None, "
-                "dictionary: torch.Tensor | None, workspace: torch.Tensor, index: torch.Tensor, "
+                "dictionary: torch.Tensor | None, design: str, workspace: torch.Tensor, index: "
+                "torch.Tensor, "
                 "coef: torch.Tensor | None, count: torch.Tensor, residual: torch.Tensor, "
                 "status: torch.Tensor, stream: int) -> None"));
-  m.def("omp_workspace", &omp_workspace, "batch"_a, "n_atoms"_a, "budget_max"_a, "cuda"_a);
+  m.def("omp_workspace", &omp_workspace, "batch"_a, "n_atoms"_a, "budget_max"_a, "design"_a,
+        "cuda"_a);
   m.def("omp_plan", &omp_plan, "batch"_a, "n_atoms"_a, "budget_max"_a, "processors"_a,
-        "registers"_a, "threads"_a, "shared_per_block"_a, "shared_per_processor"_a);
+        "registers"_a, "threads"_a, "shared_per_block"_a, "shared_per_processor"_a, "design"_a);
 }

@@ -6,6 +6,9 @@ start from the signals, `support` leaves the coefficients out, `pursuit` starts 
 correlations and leaves them out, too. Baselines are scikit-learn (on the CPU), the progressive
 recursion in float32 torch, and the package orthogonal-matching-pursuit-gpu where it is installed.
 
+On CUDA `complete` and `pursuit` are also timed with each design of `DESIGNS` that takes the sizes,
+as rows such as `pursuit quad`: what one run says of all of them decides over the plan.
+
 A row carries the share of a sample of its signals whose support is that of float64: without it, a
 time says nothing.
 """
@@ -13,6 +16,7 @@ time says nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import warnings
@@ -26,6 +30,7 @@ from . import doctor, ops, reference, timing
 from .cases import PURSUIT_LOADS, PursuitCase
 
 VARIANTS = ("complete", "support", "pursuit")
+DESIGNS = ("quad", "ahead", "pair")  # raced on CUDA with the plan, where they fit
 QUICK = (PursuitCase("quick", batch=64, m=64, n_atoms=128, n_nonzero=8),)
 N_INPUTS = 2
 PACKAGE = "orthogonal_matching_pursuit_gpu"
@@ -51,7 +56,7 @@ def run(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the loads, one row for each load and variant.
+    """Measure the loads, one row for each load and variant, and on CUDA for each design.
 
     Args:
         loads: The problems; those of `cases.PURSUIT_LOADS` for the device if left out.
@@ -88,6 +93,18 @@ def run(
 def name_of(load: PursuitCase) -> str:
     """Give the name of a load in the results, such as ``omp m=256 n=1024 k=32 batch=5000``."""
     return f"omp m={load.m} n={load.n_atoms} k={load.n_nonzero} batch={load.batch}"
+
+
+def designs(load: PursuitCase) -> list[str]:
+    """Name the designs of `DESIGNS` that take a load on Hopper."""
+    fit = []
+    for design in DESIGNS:
+        try:
+            ops.omp_plan(load.batch, load.n_atoms, load.n_nonzero, design=design)
+        except ValueError:
+            continue
+        fit.append(design)
+    return fit
 
 
 def progressive(gram: Tensor, correlation: Tensor, count: int) -> Tensor:
@@ -142,19 +159,29 @@ def _measure(
     ]
     budget = torch.full((load.batch,), count, dtype=torch.int32, device=device)
 
-    def from_signals(i: int, *, coef: bool) -> ops.Pursuit:
+    def from_signals(i: int, *, coef: bool, design: str = "") -> ops.Pursuit:
         y = inputs[i].y
-        return ops.omp(gram, y @ atoms, y.square().sum(dim=1), budget, budget_max=count, coef=coef)
+        given = (gram, y @ atoms, y.square().sum(dim=1), budget)
+        return ops.omp(*given, budget_max=count, coef=coef, design=design)
 
-    def pursuit(i: int) -> ops.Pursuit:
-        given = inputs[i]
-        return ops.omp(gram, given.correlation, given.energy, budget, budget_max=count, coef=False)
+    def pursuit(i: int, *, design: str = "") -> ops.Pursuit:
+        given = (gram, inputs[i].correlation, inputs[i].energy, budget)
+        return ops.omp(*given, budget_max=count, coef=False, design=design)
 
     ours: dict[str, Callable[[int], ops.Pursuit]] = {
-        "complete": lambda i: from_signals(i, coef=True),
-        "support": lambda i: from_signals(i, coef=False),
+        "complete": functools.partial(from_signals, coef=True),
+        "support": functools.partial(from_signals, coef=False),
         "pursuit": pursuit,
     }
+    for design in designs(load) if device.type == "cuda" else ():
+        try:
+            pursuit(0, design=design)
+        except ValueError as error:  # it takes the sizes, but this device has no room for it
+            notes[f"{name_of(load)} {design}"] = str(error)
+            continue
+        ours[f"complete {design}"] = functools.partial(from_signals, coef=True, design=design)
+        ours[f"pursuit {design}"] = functools.partial(pursuit, design=design)
+    variants = [name for name in ours if name.partition(" ")[0] in variants]
     baselines, eager = _baselines(gram, atoms, inputs, count, notes)
     timings = timing.compare(
         {**{name: ours[name] for name in variants}, **baselines},

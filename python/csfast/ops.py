@@ -283,6 +283,7 @@ def omp(
     start_count: Tensor | None = None,
     dictionary: Tensor | None = None,
     coef: bool = True,
+    design: str = "",
 ) -> Pursuit:
     """Explain each signal by few atoms of a dictionary, chosen greedily.
 
@@ -321,6 +322,10 @@ def omp(
         dictionary: Which of several dictionaries, ``(batch,)``, int32. Given exactly if `gram` has
             three axes.
         coef: Whether coefficients are wanted. Without them it is faster.
+        design: Which of its kernels CUDA uses; empty: as suits the sizes and the machine. One of
+            general, flat, deep, wide, quad, ahead and pair, see docs/kernels.md; the last three
+            take one atom a step, budgets up to 32 and up to 1024 atoms, a multiple of 4. On the CPU
+            of no account.
 
     Returns:
         The pursuit, with the reason for its end. A signal that is not finite has count 0 and a
@@ -328,7 +333,7 @@ def omp(
 
     Raises:
         ValueError: The shapes do not fit together, or a budget, an atom to start with, a dictionary
-            or an option is out of range.
+            or an option is out of range, or the design is unknown or does not fit.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
 
@@ -353,6 +358,8 @@ def omp(
             raise TypeError(f"[omp] {name} is a {type(value).__name__}: want a float.")
     if not isinstance(coef, bool):
         raise TypeError(f"[omp] coef is a {type(coef).__name__}: want a bool.")
+    if not isinstance(design, str):
+        raise TypeError(f"[omp] design is a {type(design).__name__}: want a str.")
     return Pursuit(
         *torch.ops.csfast.omp.default(
             gram,
@@ -367,6 +374,7 @@ def omp(
             start_count,
             dictionary,
             coef,
+            design,
         )
     )
 
@@ -381,6 +389,7 @@ def omp_plan(
     threads: int = 2048,
     shared_per_block: int = 232448,
     shared_per_processor: int = 233472,
+    design: str = "",
 ) -> str:
     """Say how `omp` is launched on a CUDA device, without one.
 
@@ -394,9 +403,10 @@ def omp_plan(
         threads: That can be at work.
         shared_per_block: Bytes of shared memory that one block may ask for.
         shared_per_processor: Bytes of shared memory.
+        design: See `omp`.
 
     Raises:
-        ValueError: A size is out of range.
+        ValueError: A size is out of range, or the design is unknown or does not fit.
     """
     sizes = {
         "batch": batch,
@@ -409,7 +419,17 @@ def omp_plan(
         "shared_per_processor": shared_per_processor,
     }
     _check_ints("omp", **sizes)
-    return _native.omp_plan(*sizes.values())
+    return _native.omp_plan(
+        batch,
+        n_atoms,
+        budget_max,
+        processors,
+        registers,
+        threads,
+        shared_per_block,
+        shared_per_processor,
+        design,
+    )
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
@@ -1160,6 +1180,7 @@ def _omp(
     start_count: Tensor | None = None,
     dictionary: Tensor | None = None,
     coef: bool = True,
+    design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     limits = (tolerance, residual_max, correlation_min, gain_min)
     optional = (start, start_count, dictionary)
@@ -1168,7 +1189,7 @@ def _omp(
     )
     gram, correlation, energy = (t.detach() for t in (gram, correlation, energy))
     batch, n_atoms = correlation.shape
-    n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, gram.is_cuda)
+    n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, design, gram.is_cuda)
     index, values, count, residual, status = made
     _native.omp(
         gram,
@@ -1180,6 +1201,7 @@ def _omp(
         per_step,
         group,
         *optional,
+        design,
         _workspace(n_bytes, gram),
         index,
         values if coef else None,
@@ -1207,6 +1229,7 @@ def _fake_omp(
     start_count: Tensor | None = None,
     dictionary: Tensor | None = None,
     coef: bool = True,
+    design: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if correlation.dim() != 2:
         raise ValueError(f"[omp] correlation has {correlation.dim()} axes: want (batch, n_atoms).")
@@ -1599,7 +1622,8 @@ _register(
     "omp(Tensor gram, Tensor correlation, Tensor energy, Tensor budget, int budget_max,"
     " float tolerance=0.0, float residual_max=0.0, float correlation_min=0.0, float gain_min=0.0,"
     " int per_step=1, int group=1, Tensor? start=None, Tensor? start_count=None,"
-    " Tensor? dictionary=None, bool coef=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? dictionary=None, bool coef=True, str design='')"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _omp,
     _fake_omp,
 )

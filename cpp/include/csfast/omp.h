@@ -37,6 +37,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "csfast/types.h"
 
@@ -50,6 +51,21 @@ inline constexpr double kNothing = 0x1p-36;
 // how badly the atoms before it are conditioned: by 1 / the least share before it. With 2^6 of
 // them, the atom's coefficient has its sign.
 inline constexpr double kPivot = 0x1p-18;
+
+// Which kernel: where it keeps D, and how many atoms a thread has.
+enum class OmpKernel : int32_t {
+  kAuto,     // asked for: the cheapest of those that follow, up to wide
+  kGeneral,  // everything in memory
+  kFlat,     // 4 atoms a thread, 12 rows in registers, the rest in shared memory: least latency
+  kDeep,     // 8 atoms a thread, 16 rows in registers: fewest instructions
+  kWide,     // 8 atoms a thread, no rows in registers: most atoms
+  kQuad,     // 4 atoms a thread, all rows in registers, one atom a step: few problems at a time
+  kAhead,    // the same, and the row of gram that may come next is asked for early
+  kPair,     // the same as kQuad with 2 atoms a thread
+};
+
+// From its name, such as "flat"; kAuto from none. Throws std::invalid_argument for others.
+OmpKernel parse_omp_design(std::string_view name);
 
 struct OmpParams {
   const float* gram;           // (n_dictionaries, n_atoms, n_atoms), each symmetric
@@ -72,10 +88,12 @@ struct OmpParams {
   float residual_max;     // in the unit of the signals, at least 0
   float correlation_min;  // in [0, 1]
   float gain_min;         // in [0, 1]
+  OmpKernel design;       // on CUDA: which kernel; of no account on the CPU
 };
 
 // Bytes of workspace that omp wants on `device`.
-int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, Device device);
+int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKernel design,
+                      Device device);
 
 // Throws std::invalid_argument for sizes and values that make no sense (budgets, dictionaries and
 // starts are looked at on the CPU only; on CUDA budgets and start counts are clamped, and problems
@@ -123,13 +141,10 @@ inline constexpr int kOmpGeneralThreads = 256;  // eight blocks fill a processor
 inline constexpr int kOmpHeldFlat = 12;         // rows of D in registers: 48 of a thread's 128
 inline constexpr int kOmpHeldDeep = 16;         // 128 of 255
 
-// Which kernel: where it keeps D, and how many atoms a thread has.
-enum class OmpKernel {
-  kGeneral,  // everything in memory
-  kFlat,     // 4 atoms a thread, 12 rows in registers, the rest in shared memory: least latency
-  kDeep,     // 8 atoms a thread, 16 rows in registers: fewest instructions
-  kWide,     // 8 atoms a thread, no rows in registers: most atoms
-};
+inline constexpr int kOmpQuadAtoms = 1024;        // of a dictionary, at most
+inline constexpr int kOmpQuadBudget = 32;         // at most: 28 rows in registers, 112 of 255
+inline constexpr int kOmpQuadThreadsMax = 256;    // of 255 registers
+inline constexpr int64_t kOmpQuadShared = 13440;  // bytes beside D, see cuda/omp_quad.cuh
 
 // How a batch is launched.
 struct OmpPlan {
@@ -191,12 +206,14 @@ struct OmpChipLayout {
   }
 };
 
-// Chooses without looking at a device, so that every choice can be tested on any machine.
-OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device);
+// Chooses without looking at a device, so that every choice can be tested on any machine. Throws
+// std::invalid_argument if the kernel that was asked for does not take these sizes there.
+OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device,
+                   OmpKernel asked);
 std::string describe(const OmpPlan& plan);
 
 namespace cuda {
-int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max);
+int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKernel design);
 void omp(const OmpParams& p, Stream stream);
 }  // namespace cuda
 
