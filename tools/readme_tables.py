@@ -92,7 +92,8 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def place(machine: dict[str, Any]) -> str:
     """Name the machine in a table."""
-    return machine.get("gpu", f"{machine.get('cpu')}, {machine.get('threads')} threads")
+    isa = f", {machine['isa']}" if machine.get("isa") else ""
+    return machine.get("gpu", f"{machine.get('cpu')}, {machine.get('threads')} threads{isa}")
 
 
 def pick(
