@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blocks": set(),
     "calibrate": {"blocks", "models", "ops", "plan", "planes", "reference", "types"},
     "engine": {"models", "ops", "plan", "planes", "types"},
-    "quantize": set(),
+    "quantize": {"feedback"},
     "judge": {"models", "tasks", "types"},
     "rules": {"blocks", "judge", "models", "planes", "types"},
     "compressed": {"judge", "ops", "pursuit", "rules", "types"},

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from csfast import doctor
+
 HERE = pathlib.Path(__file__).resolve().parent
 SIZES = ("120m", "60m", "17m")  # longest first
 LARGEST = "120m"
@@ -146,13 +148,7 @@ def run(jobs: Sequence[Job], logs: pathlib.Path, gpus: int, seconds: float) -> d
 def head(path: pathlib.Path, command: Sequence[str], commit: str | None) -> None:
     """Add to a result where it comes from."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    properties = torch.cuda.get_device_properties(0)
-    found["machine"] = {
-        "device": "cuda",
-        "gpu": properties.name,
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-    }
+    found["machine"] = doctor.machine(torch.device("cuda"))
     # Without the folders of one machine: only the names of files.
     found["command"] = [pathlib.Path(word).name for word in command]
     found["commit"] = commit

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import feedback
+
 GROUP = 64  # weights of a row that share a scale
-DAMP = 0.01  # of the mean second moment, added to all: what the sample never showed stays bounded
 _CLIPS = (0.45, 0.55, 0.65, 0.75, 0.85, 1.0)  # fractions of a group's maximum, tried in turn
 
 
@@ -71,12 +72,12 @@ def gptq(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, float]:
     _check_bits("gptq", bits)
     n, d = weight.shape
     w = weight.detach().float()
-    damp = DAMP * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    damped = moment + damp * torch.eye(d, dtype=moment.dtype, device=moment.device)
-    importance = damped.diagonal().float()
+    diagonal = moment.diagonal()
+    damp = feedback.DAMP * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    importance = (diagonal + damp).float()
     orders = [torch.arange(d, device=w.device), importance.argsort(descending=True, stable=True)]
     # Everything below is for all variants at once: (n_orders, n_codes, n, columns).
-    feedback = torch.stack([_feedback(damped[order][:, order]) for order in orders])
+    factor = torch.stack([feedback.spread(moment[order][:, order]) for order in orders])
     grids = [_fit_grid(w, importance, bits, affine=affine) for affine in (False, True)]
     low = torch.stack([torch.stack([g[0][:, o] for g in grids]) for o in orders])
     step = torch.stack([torch.stack([g[1][:, o] for g in grids]) for o in orders])
@@ -92,10 +93,10 @@ def gptq(weight: Tensor, moment: Tensor, bits: int) -> tuple[Tensor, float]:
         for i in range(start, stop):
             column = left[..., i]
             rounded[..., i] = _on_grid(column, low[..., i], step[..., i], bits)
-            error[..., i - start] = (column - rounded[..., i]) / feedback[:, None, None, i, i]
-            row = feedback[:, None, None, i, i + 1 : stop]
+            error[..., i - start] = (column - rounded[..., i]) / factor[:, None, None, i, i]
+            row = factor[:, None, None, i, i + 1 : stop]
             left[..., i + 1 : stop] -= error[..., i - start, None] * row
-        left[..., stop:] -= error @ feedback[:, None, start:stop, stop:]
+        left[..., stop:] -= error @ factor[:, None, start:stop, stop:]
     best, least, scales = w, float("inf"), 0
     for order, of_order in zip(orders, rounded, strict=True):
         for code, found in enumerate(of_order):
@@ -147,13 +148,6 @@ def _affine(w: Tensor, bits: int) -> Tensor:
     code = torch.round((w - low) / torch.where(step > 0, step, torch.ones_like(step)))
     rounded: Tensor = code.clamp(0, 2**bits - 1) * step + low
     return rounded
-
-
-def _feedback(damped: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse, float32: row `i` says how an error spreads."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
 
 
 def _fit_grid(w: Tensor, importance: Tensor, bits: int, *, affine: bool) -> tuple[Tensor, Tensor]:
