@@ -21,6 +21,8 @@ constexpr int64_t kStepNeurons = 16;      // likewise, that are added at once
 constexpr int64_t kBatchWidth = 1 << 16;  // channels, what places in a row as int allow
 constexpr int64_t kRoomMax = 1 << 20;     // neurons of a block's list, far beyond what fits
 constexpr int kRingBytes = 192 << 10;     // likewise
+constexpr int kFewRows = 4;               // that share a list and go by kList or kRange
+constexpr int kFewBytes = 32 << 10;       // of shared memory more, for these
 
 const char* name_of(Path path) {
   switch (path) {
@@ -111,17 +113,22 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
                        .shares = 0,
                        .group_threads = 0,
                        .vectors = 0,
+                       .rows = 0,
                        .list_room = 0};
   if (asked.path == Path::kGeneral) return general;
 
   Chosen chosen = general;
-  const bool is_batch = p.shared && p.batch > 1;
+  const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  const int64_t loads = in_parts(p.d, kColumns);
+  chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
+  const bool is_few = p.shared && p.batch > 1 && p.batch <= kFewRows && chosen.vectors == 1 &&
+                      asked.loads != Loads::kBulk;
+  const bool is_batch = p.shared && p.batch > 1 && !is_few;
   chosen.path = asked.path != Path::kAuto ? asked.path : is_batch ? Path::kBatch : Path::kList;
   // A tile of more rows than there are is the only one.
   const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
   const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
   const int64_t most = std::min(chip.n_processors, kBlocksMax);
-  const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
   const auto list_blocks = [&] {
     return asked.blocks > 0 ? asked.blocks
                             : static_cast<int>(std::min(most, in_parts(places, kBlockNeurons)));
@@ -130,6 +137,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   int64_t bytes = kOtherBytes;
   bool fits = is_vectored(p);
   if (chosen.path == Path::kBatch) {
+    chosen.vectors = 0;
     const int64_t columns = in_parts(p.d, kCombineColumns);
     const int64_t wanted = std::max<int64_t>(most / columns, 1);
     chosen.blocks = list_blocks();
@@ -138,8 +146,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
     bytes = kRowsBytes;
     fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
-    const int64_t loads = in_parts(p.d, kColumns);
-    chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
+    chosen.rows = is_few ? kFewRows : 1;
     chosen.group_threads = kWarpThreads;
     while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
            chosen.group_threads < kThreads) {
@@ -148,6 +155,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
     fits = fits && loads <= kVectorsMax * kThreads;
     chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
     if (chosen.loads == Loads::kBulk) bytes += kRingBytes;
+    if (is_few) bytes += kFewBytes;
     if (chosen.path == Path::kRange) {
       Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
       if (asked.blocks > 0) runs.blocks = asked.blocks;
@@ -179,6 +187,7 @@ std::string to_string(const Chosen& chosen) {
   if (chosen.vectors > 0) {
     text += " group_threads=" + std::to_string(chosen.group_threads) +
             " vectors=" + std::to_string(chosen.vectors);
+    if (chosen.rows > 1) text += " rows=" + std::to_string(chosen.rows);
   }
   return text;
 }

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
 }
 
 struct RangeParams {
-  SelectParams selection;  // of one row
+  SelectParams selection;  // of one list
   ExecuteParams execution;
   Chosen chosen;
   Partials partials;
@@ -84,15 +84,18 @@ struct RangeParams {
 
 template <Code kCode>
 constexpr int64_t list_at(const RangeParams& p) {  // of dynamic shared memory; sums come first
-  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
+  const SelectParams& s = p.selection;
+  return kSumBytes<1> + padded(run_bytes<kCode>(s.batch, s.d, p.run_neurons));
 }
 
-template <Code kCode, typename T>
-__global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangeParams params) {
+// For one row of the batch, or for several that decide together.
+template <Code kCode, typename T, int kRows>
+__device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
   static_assert(kSenseThreads == kGatherThreads);
   struct Shared {
     RunShared run;
-    GatherShared<kRegisterNeurons<1>> gather;
+    GatherShared<kRegisterPairs<1, kRows>> gather;
+    typename OwnX<1, kRows>::Shared x;
     int tiles;  // kept
   };
   __shared__ Shared shared;
@@ -105,9 +108,15 @@ __global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangePara
   const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, nullptr, nullptr,
                                               shared.run, room + kSumBytes<1>);
 
+  Gather gather = gather_of<T>(params.execution, neurons, 0, params.chosen.group_threads);
+  const Place place(params.chosen.group_threads);
+  const auto rows = kRows == 1 ? 1 : static_cast<int>(p.batch);
+  OwnX<1, kRows> x{shared.x};
+  load_x(gather, place, p.x, rows, x);  // on its way while one warp decides
+
   // Keep
   if (threadIdx.x < kWarp) {
-    const Kept kept = keep_tiles(p, run, 0, shared.run.votes[0], [&](int64_t t, int rank, float) {
+    const Kept kept = keep_tiles(p, shared.run, run, 0, [&](int64_t t, int rank, float) {
       if (rank < 0) return;
       for (int i = 0; i < tile_rows; ++i) {
         const int64_t j = t * tile_rows + i;
@@ -124,37 +133,48 @@ __global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangePara
   __syncthreads();
 
   // Gather
-  const Gather gather = gather_of<T>(params.execution, neurons, shared.tiles * tile_rows,
-                                     params.chosen.group_threads);
-  const Place place(params.chosen.group_threads);
-  uint4 x[1];
-  load_x<1>(gather, place, p.x, x);
-  float sum[1][kLaneColumns] = {};
-  gather_register<T, 1>(gather, place, shared.gather, x, sum);
-  write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
-                   params.partials.sum + int64_t{block} * p.d);
+  gather.count = shared.tiles * tile_rows;
+  float sum[kRows][1][kLaneColumns] = {};
+  gather_register<T, 1, kRows>(gather, place, shared.gather, x, sum);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+    write_partial<1>(gather, place, sum[r], reinterpret_cast<float*>(room),
+                     params.partials.sum + (int64_t{r} * params.chosen.blocks + block) * p.d);
+  }
+}
+
+template <Code kCode, typename T>
+__global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
+  sense_and_gather<kCode, T, 1>(params);
+}
+
+template <Code kCode, typename T>
+__global__ void __launch_bounds__(kSenseThreads, 1) range_few_kernel(const RangeParams params) {
+  sense_and_gather<kCode, T, kGatherRows>(params);
 }
 
 // Whether one kernel does all but the sum; then `params` is complete.
 bool is_immediate(const RangeParams& params, const Chip& machine) {
   const Chosen& chosen = params.chosen;
   if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister || chosen.vectors != 1 ||
-      params.selection.batch != 1 || params.run_neurons > (1 << 20)) {
+      params.selection.batch > chosen.rows || params.run_neurons > (1 << 20)) {
     return false;
   }
   int64_t bytes = 0;
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
   });
-  constexpr int kStaticBytes = 8 << 10;
-  return bytes + kStaticBytes <= machine.shared_bytes;
+  const int64_t others = chosen.rows > 1 ? 40 << 10 : 8 << 10;
+  return bytes + others <= machine.shared_bytes;
 }
 
 void launch_range(const RangeParams& params, Stream stream) {
   const auto launch_code = [&]<Code kCode, typename T>() {
     const int64_t bytes =
         list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
-    launch("ffn", "range", range_kernel<kCode, T>,
+    launch("ffn", "range",
+           params.chosen.rows > 1 ? range_few_kernel<kCode, T> : range_kernel<kCode, T>,
            dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
            {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
   };

@@ -15,6 +15,7 @@ namespace csfast::cuda {
 
 struct RunShared {
   SenseShared sense;
+  float threshold[kSenseBatch];  // by list
   Votes votes[kSenseBatch];
 };
 
@@ -119,6 +120,8 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
   const auto quantize = [&] {
     const auto load_scales = [&] {
       for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
+      const int list = kSenseThreads - 1 - thread;  // by threads without a scale, mostly
+      if (list < (p.weight == nullptr ? batch : 1)) shared.threshold[list] = p.threshold[list];
     };
     const auto of_type = [&]<typename T>() {
       const T* x = static_cast<const T*>(p.x);
@@ -160,10 +163,11 @@ struct Kept {
 // Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is
 // -1 for the others. One warp, a lane a tile.
 template <typename Keep>
-__device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const SensedRun& run, int list,
-                                           Votes votes, Keep keep) {
+__device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const RunShared& shared,
+                                           const SensedRun& run, int list, Keep keep) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const float threshold = p.threshold[list];
+  const float threshold = shared.threshold[list];
+  const Votes votes = shared.votes[list];
   int count = 0;
   float missed = 0.0f;
   for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kWarp) {

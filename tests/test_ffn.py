@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import pytest
@@ -86,12 +87,15 @@ def test_equals_select_and_execute_in_every_design(case, form, path, dtype, devi
         assert stats.tolist() == [case.batch, executed]
 
 
+@pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("code", planes.CODES)
-def test_one_kernel_senses_and_executes_every_code(code, device):
-    p = made(WIDTHS[2], torch.bfloat16, device, bits=code)
-    threshold = middle_threshold(p)
-    got = run(p, threshold, design="range")
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=code)
+def test_one_kernel_senses_and_executes_every_code(code, batch, device):
+    """For one row, or for a few that decide together."""
+    p = made(dataclasses.replace(WIDTHS[2], batch=batch), torch.bfloat16, device, bits=code)
+    told = {"weight": torch.ones(batch, device=device) if batch > 1 else None}
+    threshold = middle_threshold(p, **told)
+    got = run(p, threshold, design="range", **told)
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=code, **told)
     want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design="range")
     assert torch.equal(got, want)
 

@@ -93,6 +93,7 @@ struct Chosen {
   int shares;         // of kBatch: of the list, for each 512 columns of the output
   int group_threads;  // of kList and kRange: threads that share a neuron, a power of two
   int vectors;        // likewise: loads of 16 bytes that a thread has of a row
+  int rows;           // likewise: of the batch, that a block takes at once
   int list_room;      // of all but kGeneral: neurons of a block, at most
 };
 
