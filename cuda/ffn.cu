@@ -82,20 +82,21 @@ struct RangeParams {
   bool counts;
 };
 
+// The list's place in dynamic shared memory; sums come first.
 template <Code kCode>
-constexpr int64_t list_at(const RangeParams& p) {  // of dynamic shared memory; sums come first
+constexpr int64_t list_at(const RangeParams& p) {
   const SelectParams& s = p.selection;
   return kSumBytes<1> + padded(run_bytes<kCode>(s.batch, s.d, p.run_neurons));
 }
 
 // For one row of the batch, or for several that decide together.
-template <Code kCode, typename T, int kRows>
+template <Code kCode, typename T, int kVectors, int kRows>
 __device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
   static_assert(kSenseThreads == kGatherThreads);
   struct Shared {
     RunShared run;
-    GatherShared<kRegisterPairs<1, kRows>> gather;
-    typename OwnX<1, kRows>::Shared x;
+    GatherShared<kRegisterPairs<kVectors, kRows>> gather;
+    typename OwnX<kVectors, kRows>::Shared x;
     int tiles;  // kept
   };
   __shared__ Shared shared;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
   Gather gather = gather_of<T>(params.execution, neurons, 0, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
   const auto rows = kRows == 1 ? 1 : static_cast<int>(p.batch);
-  OwnX<1, kRows> x{shared.x};
+  OwnX<kVectors, kRows> x{shared.x};
   load_x(gather, place, p.x, rows, x);  // on its way while one warp decides
 
   // Keep
@@ -134,30 +135,31 @@ __device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
 
   // Gather
   gather.count = shared.tiles * tile_rows;
-  float sum[kRows][1][kLaneColumns] = {};
-  gather_register<T, 1, kRows>(gather, place, shared.gather, x, sum);
+  float sum[kRows][kVectors][kLaneColumns] = {};
+  gather_register<T, kVectors, kRows>(gather, place, shared.gather, x, sum);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
-    write_partial<1>(gather, place, sum[r], reinterpret_cast<float*>(room),
-                     params.partials.sum + (int64_t{r} * params.chosen.blocks + block) * p.d);
+    write_partial<kVectors>(
+        gather, place, sum[r], reinterpret_cast<float*>(room),
+        params.partials.sum + (int64_t{r} * params.chosen.blocks + block) * p.d);
   }
 }
 
-template <Code kCode, typename T>
+template <Code kCode, typename T, int kVectors>
 __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
-  sense_and_gather<kCode, T, 1>(params);
+  sense_and_gather<kCode, T, kVectors, 1>(params);
 }
 
 template <Code kCode, typename T>
 __global__ void __launch_bounds__(kSenseThreads, 1) range_few_kernel(const RangeParams params) {
-  sense_and_gather<kCode, T, kGatherRows>(params);
+  sense_and_gather<kCode, T, 1, kGatherRows>(params);
 }
 
 // Whether one kernel does all but the sum; then `params` is complete.
 bool is_immediate(const RangeParams& params, const Chip& machine) {
   const Chosen& chosen = params.chosen;
-  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister || chosen.vectors != 1 ||
+  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister ||
       params.selection.batch > chosen.rows || params.run_neurons > (1 << 20)) {
     return false;
   }
@@ -165,7 +167,7 @@ bool is_immediate(const RangeParams& params, const Chip& machine) {
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
   });
-  const int64_t others = chosen.rows > 1 ? 40 << 10 : 8 << 10;
+  const int64_t others = (8 << 10) + (chosen.rows * chosen.vectors > 1 ? 32 << 10 : 0);
   return bytes + others <= machine.shared_bytes;
 }
 
@@ -173,9 +175,11 @@ void launch_range(const RangeParams& params, Stream stream) {
   const auto launch_code = [&]<Code kCode, typename T>() {
     const int64_t bytes =
         list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
-    launch("ffn", "range",
-           params.chosen.rows > 1 ? range_few_kernel<kCode, T> : range_kernel<kCode, T>,
-           dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
+    const auto kernel = params.chosen.rows > 1      ? range_few_kernel<kCode, T>
+                        : params.chosen.vectors > 1 ? range_kernel<kCode, T, kVectorsMax>
+                                                    : range_kernel<kCode, T, 1>;
+    launch("ffn", "range", kernel, dim3(static_cast<unsigned>(params.chosen.blocks)),
+           dim3(kSenseThreads), stream, params,
            {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
   };
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {

@@ -217,8 +217,8 @@ __device__ __forceinline__ void finish_dots(GatherShared<kPairs>& shared, const 
 template <int kVectors, int kRows>
 constexpr int kRegisterPairs = kRows * kRegisterNeurons<kVectors, kRows>;
 
-// What a thread has of the rows of the batch, packed as they lie in memory: of one row in
-// registers, of several in its own part of shared memory, for want of registers.
+// What a thread has of the rows of the batch, packed as they lie in memory: a single load in a
+// register, more in its own part of shared memory, for want of registers.
 template <int kVectors, int kRows>
 struct OwnX {
   struct Shared {
@@ -232,17 +232,14 @@ struct OwnX {
   }
   __device__ __forceinline__ uint4 get(int r, int k) const { return shared.at[r][k][threadIdx.x]; }
 };
-template <int kVectors>
-struct OwnX<kVectors, 1> {
+template <>
+struct OwnX<1, 1> {
   struct Shared {};
   Shared& shared;
-  uint4 at[kVectors];
+  uint4 at;
 
-  __device__ __forceinline__ void set(int, const uint4 (&x)[kVectors]) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) at[k] = x[k];
-  }
-  __device__ __forceinline__ uint4 get(int, int k) const { return at[k]; }
+  __device__ __forceinline__ void set(int, const uint4 (&x)[1]) { at = x[0]; }
+  __device__ __forceinline__ uint4 get(int, int) const { return at; }
 };
 
 // Adds to sum, the thread's columns, what the neurons contribute.
