@@ -65,7 +65,7 @@ Design parse_design(const char* op, std::string_view words) {
   const auto fail = [&](std::string_view word) {
     throw std::invalid_argument(std::string("[") + op + "] design has " + std::string(word) +
                                 ": want general, list, range or batch; register or bulk; blocks=N; "
-                                "eager; portable; each once.");
+                                "lazy; portable; each once.");
   };
   while (!words.empty()) {
     const size_t length = std::min(words.find(' '), words.size());
@@ -93,13 +93,13 @@ Design parse_design(const char* op, std::string_view words) {
           error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
     }
     if (word == "portable" && !design.portable) is_known = design.portable = true;
-    if (word == "eager" && !design.eager) is_known = design.eager = true;
+    if (word == "lazy" && !design.lazy) is_known = design.lazy = true;
     if (!is_known) fail(word);
   }
   return design;
 }
 
-Chosen choose(const ExecuteParams& p, const Chip& chip) {
+Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   const Design& asked = p.design;
   const bool is_new = chip.capability >= 90 && !asked.portable;
   if (asked.loads == Loads::kBulk && !is_new) {
@@ -124,7 +124,11 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   const bool is_few = p.shared && p.batch > 1 && p.batch <= kFewRows && chosen.vectors == 1 &&
                       asked.loads != Loads::kBulk;
   const bool is_batch = p.shared && p.batch > 1 && !is_few;
-  chosen.path = asked.path != Path::kAuto ? asked.path : is_batch ? Path::kBatch : Path::kList;
+  const bool is_range = senses && (p.batch == 1 || is_few) && asked.loads != Loads::kBulk;
+  chosen.path = asked.path != Path::kAuto ? asked.path
+                : is_batch                ? Path::kBatch
+                : is_range                ? Path::kRange
+                                          : Path::kList;
   // A tile of more rows than there are is the only one.
   const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
   const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
@@ -168,6 +172,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   }
   chosen.list_room = static_cast<int>(std::min(room, kRoomMax));
   if (fits && room <= kRoomMax && bytes + room * 4 <= chip.shared_bytes) return chosen;
+  if (asked.path == Path::kAuto && is_range) return choose(p, chip);
   if (asked.path == Path::kAuto) return general;
   refuse(
       "is " + to_string(chosen) +

@@ -569,6 +569,7 @@ void launch_gather(const GatherParams& params, Stream stream) {
               is_few ? 1u : static_cast<unsigned>(params.p.batch)),
          dim3(kGatherThreads), stream, params,
          {.shared_bytes = bytes + params.chosen.list_room * int{sizeof(int32_t)},
+          .static_bytes = is_few ? kFewBytes : 0,
           .overlaps = params.chosen.overlaps});
 }
 

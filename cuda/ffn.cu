@@ -167,7 +167,7 @@ bool is_immediate(const RangeParams& params, const Chip& machine) {
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
   });
-  const int64_t others = (8 << 10) + (chosen.rows * chosen.vectors > 1 ? 32 << 10 : 0);
+  const int64_t others = chosen.rows * chosen.vectors > 1 ? kFewBytes : 8 << 10;
   return bytes + others <= machine.shared_bytes;
 }
 
@@ -180,7 +180,9 @@ void launch_range(const RangeParams& params, Stream stream) {
                                                     : range_kernel<kCode, T, 1>;
     launch("ffn", "range", kernel, dim3(static_cast<unsigned>(params.chosen.blocks)),
            dim3(kSenseThreads), stream, params,
-           {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
+           {.shared_bytes = static_cast<int>(bytes),
+            .static_bytes = params.chosen.rows > 1 ? kFewBytes : 0,
+            .overlaps = params.chosen.overlaps});
   };
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     params.selection.dtype == DType::kF16 ? launch_code.template operator()<kCode, __half>()
@@ -240,22 +242,23 @@ void ffn(const FfnParams& p, Stream stream) {
                                 .activation = p.activation,
                                 .design = p.design};
   const Chip machine = chip("ffn");
-  const Chosen chosen = choose(execution, machine);
-  const bool is_general = chosen.path == Path::kGeneral;
-  Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
-  const bool is_piecewise = !is_general && p.cap == nullptr && is_one_pass(selection, machine);
+  const bool is_one = p.cap == nullptr && is_one_pass(selection, machine);
   const Runs runs = runs_of(selection, machine);
   const RangeParams range{
       .selection = selection,
       .execution = execution,
-      .chosen = chosen,
+      .chosen = choose(execution, machine, is_one),
       .partials = partials_of(execution),
       .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
       .counts = p.stats != nullptr};
-  if (is_piecewise && is_immediate(range, machine)) {
+  if (is_one && is_immediate(range, machine)) {
     launch_range(range, stream);
-    return sum_partials(execution, chosen, p.stats, stream);
+    return sum_partials(execution, range.chosen, p.stats, stream);
   }
+  const Chosen chosen = choose(execution, machine);
+  const bool is_general = chosen.path == Path::kGeneral;
+  const bool is_piecewise = is_one && !is_general;
+  Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
   if (is_piecewise) {
     listing.segments = select_segments(selection, machine, stream);
   } else {

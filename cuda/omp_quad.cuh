@@ -206,8 +206,8 @@ class OnQuads {
     least_ = fminf(least_, share);
     const float scale = reciprocal_root(pivot);
     const float along = correlation * scale;
-    left = is_taken ? fmaxf(left - along * along, 0.0f) : left;
-    gained = is_taken ? along * along : gained;
+    left = is_taken ? fmaxf(__fmaf_rn(-along, along, left), 0.0f) : left;
+    gained = is_taken ? __fmul_rn(along, along) : gained;
 
     float sum[kAtoms] = {};
     if (quads_ > 0) add_closed(atom, closed, sum);

@@ -298,7 +298,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, p.design.eager && is_overlapping(p, chip), stream);
+  if (is_quantized) quantize_all(p, layout, !p.design.lazy && is_overlapping(p, chip), stream);
   RunParams params{.p = p,
                    .segments = segments,
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,

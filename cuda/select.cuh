@@ -104,7 +104,7 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
 
   const auto n = static_cast<int>(run.end - run.first);
   const auto thread = static_cast<int>(threadIdx.x);
-  const bool is_eager = p.design.eager;
+  const bool is_eager = !p.design.lazy && !p.design.portable;
   const float2* row_scales = reinterpret_cast<const float2*>(p.row_scale) + run.first;  // (n)
 
   launch_dependents();

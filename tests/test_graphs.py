@@ -284,7 +284,7 @@ def test_a_replayed_projection_follows_x(dtype):
         assert torch.equal(y, ops.project(phi, x, rows=33))
 
 
-DESIGNS = ("list eager", "list bulk", "list portable", "range", "range eager", "batch", "general")
+DESIGNS = ("list lazy", "list bulk", "list portable", "range", "range lazy", "batch", "general")
 
 
 @pytest.mark.parametrize("design", DESIGNS)

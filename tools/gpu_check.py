@@ -355,7 +355,7 @@ def sanitize_target() -> int:
                 continue
             rows = (gate, up, down_t, x)
             want = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
-            for more in ("", " eager", " portable")[: 2 if "bulk" in path else 3]:
+            for more in ("", " lazy", " portable")[: 2 if "bulk" in path else 3]:
                 told = {"bits": bits, "tile_rows": tile_rows, "design": path + more}
                 got = ops.ffn(*given, *rows, **told, **recovery, **biases)
                 assert torch.equal(got.cpu(), want.cpu()), (case, path, more)

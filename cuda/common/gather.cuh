@@ -232,6 +232,10 @@ struct OwnX {
   }
   __device__ __forceinline__ uint4 get(int r, int k) const { return shared.at[r][k][threadIdx.x]; }
 };
+// Of static shared memory in a kernel for several rows, at most.
+inline constexpr int kFewBytes = 40 << 10;
+static_assert(sizeof(OwnX<1, kGatherRows>::Shared) < kFewBytes);
+
 template <>
 struct OwnX<1, 1> {
   struct Shared {};

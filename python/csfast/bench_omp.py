@@ -55,6 +55,7 @@ def run(
     variants: Sequence[str] = VARIANTS,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    found: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the loads, one row for each load and variant, and on CUDA for each design.
 
@@ -65,6 +66,7 @@ def run(
         variants: Which of `VARIANTS`.
         seed: Of the problems.
         progress: Told the case that is about to be measured.
+        found: Given the results so far, after every case.
 
     Returns:
         ``{"machine": {...}, "rows": [...]}``. Times in microseconds, of the whole batch;
@@ -81,13 +83,16 @@ def run(
     doctor.require(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    machine = doctor.machine(device)
+    machine["notes"] = notes
+    results = {"machine": machine, "rows": rows}
     for load in PURSUIT_LOADS[device.type] if loads is None else loads:
         if progress is not None:
             progress(name_of(load))
         rows += _measure(load, device, runs, variants, seed, notes)
-    machine = doctor.machine(device)
-    machine["notes"] = notes
-    return {"machine": machine, "rows": rows}
+        if found is not None:
+            found(results)
+    return results
 
 
 def name_of(load: PursuitCase) -> str:

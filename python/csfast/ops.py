@@ -537,6 +537,7 @@ def choose(
     *,
     tile_rows: int = 1,
     shared: bool = False,
+    senses: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     design: str = "",
     capability: int = 90,
@@ -551,6 +552,7 @@ def choose(
         n_neurons: Neurons of the layer.
         tile_rows: Neurons a tile.
         shared: Whether all rows have one list.
+        senses: Whether the list is still to be made, as `ffn` does.
         dtype: T, of tensors that begin at multiples of 16 bytes.
         design: What is asked for, see `ffn`.
         capability: Compute capability of the machine, times ten.
@@ -574,6 +576,7 @@ def choose(
         n_neurons,
         tile_rows,
         shared,
+        senses,
         dtype.itemsize,
         design,
         capability,
@@ -695,8 +698,8 @@ def ffn(
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
-            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``eager``, for a selection
-            that fetches its constants before the kernel before has ended; ``portable``, for what
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``lazy``, for a selection
+            that fetches its constants when the kernel before has ended; ``portable``, for what
             runs at compute capability 8.0. Another path adds up in another order. Of no account on
             the CPU.
         cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.
