@@ -70,6 +70,7 @@ SANITIZED = (
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
     Case(batch=1, d=200, n_neurons=150, bits="ternary", tile_rows=1, dtype=torch.float16),
     Case(batch=19, d=64, n_neurons=70, bits=2, tile_rows=1, dtype=torch.float16, is_joint=True),
+    Case(batch=4, d=264, n_neurons=100, bits=2, tile_rows=1, dtype=torch.bfloat16, is_joint=True),
 )
 
 # Every width, whole groups of a batch and single rows, half a chunk and more than a warp has in
@@ -310,7 +311,10 @@ def sanitize_target() -> int:
         column = row_scale[:, :1].contiguous()
         ops.recover(floats, scale, column, threshold=threshold[:1].repeat(case.batch))
         tiles = ops.TileList(support.index, support.count, tile_rows)
-        out = ops.execute(gate, up, down_t, x, tiles, activation=activation, **biases)
+        sizes = {"tile_rows": tile_rows, "shared": case.is_joint, "dtype": case.dtype}
+        path = ops.choose(case.batch, case.d, case.n_neurons, senses=True, **sizes).split()[0]
+        rows = (gate, up, down_t, x)
+        out = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
         index = torch.arange(case.n_neurons, dtype=torch.int32).repeat(case.batch, 1)
         count = torch.arange(case.batch, dtype=torch.int32) * 5 % (case.n_neurons + 1)
         held = ops.tile(index.cuda(), count.cuda(), tile_rows=tile_rows)
