@@ -21,8 +21,6 @@ constexpr int64_t kStepNeurons = 16;      // likewise, that are added at once
 constexpr int64_t kBatchWidth = 1 << 16;  // channels, what places in a row as int allow
 constexpr int64_t kRoomMax = 1 << 20;     // neurons of a block's list, far beyond what fits
 constexpr int kRingBytes = 192 << 10;     // likewise
-constexpr int kFewRows = 4;               // that share a list and go by kList or kRange
-constexpr int kFewBytes = 32 << 10;       // of shared memory more, for these
 
 const char* name_of(Path path) {
   switch (path) {
@@ -65,7 +63,7 @@ Design parse_design(const char* op, std::string_view words) {
   const auto fail = [&](std::string_view word) {
     throw std::invalid_argument(std::string("[") + op + "] design has " + std::string(word) +
                                 ": want general, list, range or batch; register or bulk; blocks=N; "
-                                "lazy; portable; each once.");
+                                "portable; each once.");
   };
   while (!words.empty()) {
     const size_t length = std::min(words.find(' '), words.size());
@@ -93,7 +91,6 @@ Design parse_design(const char* op, std::string_view words) {
           error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
     }
     if (word == "portable" && !design.portable) is_known = design.portable = true;
-    if (word == "lazy" && !design.lazy) is_known = design.lazy = true;
     if (!is_known) fail(word);
   }
   return design;
@@ -113,7 +110,6 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
                        .shares = 0,
                        .group_threads = 0,
                        .vectors = 0,
-                       .rows = 0,
                        .list_room = 0};
   if (asked.path == Path::kGeneral) return general;
 
@@ -121,10 +117,8 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
   const int64_t loads = in_parts(p.d, kColumns);
   chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
-  const bool is_few = p.shared && p.batch > 1 && p.batch <= kFewRows && chosen.vectors == 1 &&
-                      asked.loads != Loads::kBulk;
-  const bool is_batch = p.shared && p.batch > 1 && !is_few;
-  const bool is_range = senses && (p.batch == 1 || is_few) && asked.loads != Loads::kBulk;
+  const bool is_batch = p.shared && p.batch > 1;
+  const bool is_range = senses && chosen.vectors == 1 && asked.loads != Loads::kBulk;
   chosen.path = asked.path != Path::kAuto ? asked.path
                 : is_batch                ? Path::kBatch
                 : is_range                ? Path::kRange
@@ -150,7 +144,6 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
     bytes = kRowsBytes;
     fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
-    chosen.rows = is_few ? kFewRows : 1;
     chosen.group_threads = kWarpThreads;
     while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
            chosen.group_threads < kThreads) {
@@ -159,7 +152,6 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
     fits = fits && loads <= kVectorsMax * kThreads;
     chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
     if (chosen.loads == Loads::kBulk) bytes += kRingBytes;
-    if (is_few) bytes += kFewBytes;
     if (chosen.path == Path::kRange) {
       Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
       if (asked.blocks > 0) runs.blocks = asked.blocks;
@@ -192,7 +184,6 @@ std::string to_string(const Chosen& chosen) {
   if (chosen.vectors > 0) {
     text += " group_threads=" + std::to_string(chosen.group_threads) +
             " vectors=" + std::to_string(chosen.vectors);
-    if (chosen.rows > 1) text += " rows=" + std::to_string(chosen.rows);
   }
   return text;
 }

@@ -493,13 +493,12 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
 template <int kVectors, bool kBulk>
 constexpr int kGatherBytes = kBulk ? kRingBytes<kVectors> : kSumBytes<kVectors>;
 
-// For one row of the batch in each block, or for kRows that share a list.
-template <typename T, int kVectors, bool kBulk, int kRows>
-__device__ __forceinline__ void gather_share(const GatherParams& params) {
-  constexpr int kPairs = kBulk ? kBulkNeurons<kVectors> : kRegisterPairs<kVectors, kRows>;
+template <typename T, int kVectors, bool kBulk>
+__global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams params) {
+  constexpr int kAtOnce = kBulk ? kBulkNeurons<kVectors> : kRegisterNeurons<kVectors>;
   struct Shared {
-    GatherShared<kPairs> gather;
-    typename OwnX<kVectors, kRows>::Shared x;
+    GatherShared<kAtOnce> gather;
+    typename OwnX<kVectors>::Shared x;
     ShareShared share;
     alignas(8) Arrival arrival[kSlots];
   };
@@ -529,47 +528,28 @@ __device__ __forceinline__ void gather_share(const GatherParams& params) {
   // Gather
   const Gather gather = gather_of<T>(p, neurons, count, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
-  const auto rows = kRows == 1 ? 1 : static_cast<int>(p.batch);
-  OwnX<kVectors, kRows> x{shared.x};
-  load_x(gather, place, static_cast<const T*>(p.x) + b * p.d, rows, x);
-  float sum[kRows][kVectors][kLaneColumns] = {};
+  OwnX<kVectors> x{shared.x};
+  load_x(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
+  float sum[kVectors][kLaneColumns] = {};
   if constexpr (kBulk) {
-    gather_bulk<T, kVectors>(gather, place, shared.gather, shared.arrival, ring, x, sum[0]);
+    gather_bulk<T, kVectors>(gather, place, shared.gather, shared.arrival, ring, x, sum);
   } else {
-    gather_register<T, kVectors, kRows>(gather, place, shared.gather, x, sum);
+    gather_register<T, kVectors>(gather, place, shared.gather, x, sum);
   }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= rows) break;
-    write_partial<kVectors>(gather, place, sum[r], reinterpret_cast<float*>(ring),
-                            params.partial + ((b + r) * params.chosen.blocks + block) * p.d);
-  }
-}
-
-template <typename T, int kVectors, bool kBulk>
-__global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams params) {
-  gather_share<T, kVectors, kBulk, 1>(params);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kGatherThreads, 1) gather_few_kernel(const GatherParams params) {
-  gather_share<T, 1, false, kGatherRows>(params);
+  write_partial<kVectors>(gather, place, sum, reinterpret_cast<float*>(ring),
+                          params.partial + (b * params.chosen.blocks + block) * p.d);
 }
 
 template <typename T, int kVectors>
 void launch_gather(const GatherParams& params, Stream stream) {
   const bool is_bulk = params.chosen.loads == Loads::kBulk;
-  const bool is_few = kVectors == 1 && params.chosen.rows > 1;
-  const auto kernel = is_few    ? gather_few_kernel<T>
-                      : is_bulk ? gather_kernel<T, kVectors, true>
-                                : gather_kernel<T, kVectors, false>;
+  const auto kernel =
+      is_bulk ? gather_kernel<T, kVectors, true> : gather_kernel<T, kVectors, false>;
   const int bytes = is_bulk ? kGatherBytes<kVectors, true> : kGatherBytes<kVectors, false>;
   launch("execute", "gather", kernel,
-         dim3(static_cast<unsigned>(params.chosen.blocks),
-              is_few ? 1u : static_cast<unsigned>(params.p.batch)),
+         dim3(static_cast<unsigned>(params.chosen.blocks), static_cast<unsigned>(params.p.batch)),
          dim3(kGatherThreads), stream, params,
          {.shared_bytes = bytes + params.chosen.list_room * int{sizeof(int32_t)},
-          .static_bytes = is_few ? kFewBytes : 0,
           .overlaps = params.chosen.overlaps});
 }
 

@@ -89,14 +89,13 @@ constexpr int64_t list_at(const RangeParams& p) {
   return kSumBytes<1> + padded(run_bytes<kCode>(s.batch, s.d, p.run_neurons));
 }
 
-// For one row of the batch, or for several that decide together.
-template <Code kCode, typename T, int kVectors, int kRows>
-__device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
+template <Code kCode, typename T>
+__global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
   static_assert(kSenseThreads == kGatherThreads);
   struct Shared {
     RunShared run;
-    GatherShared<kRegisterPairs<kVectors, kRows>> gather;
-    typename OwnX<kVectors, kRows>::Shared x;
+    GatherShared<kRegisterNeurons<1>> gather;
+    OwnX<1>::Shared x;
     int tiles;  // kept
   };
   __shared__ Shared shared;
@@ -111,9 +110,8 @@ __device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
 
   Gather gather = gather_of<T>(params.execution, neurons, 0, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
-  const auto rows = kRows == 1 ? 1 : static_cast<int>(p.batch);
-  OwnX<kVectors, kRows> x{shared.x};
-  load_x(gather, place, p.x, rows, x);  // on its way while one warp decides
+  OwnX<1> x{shared.x};
+  load_x(gather, place, p.x, x);  // on its way while one warp decides
 
   // Keep
   if (threadIdx.x < kWarp) {
@@ -135,54 +133,34 @@ __device__ __forceinline__ void sense_and_gather(const RangeParams& params) {
 
   // Gather
   gather.count = shared.tiles * tile_rows;
-  float sum[kRows][kVectors][kLaneColumns] = {};
-  gather_register<T, kVectors, kRows>(gather, place, shared.gather, x, sum);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (r >= rows) break;
-    write_partial<kVectors>(
-        gather, place, sum[r], reinterpret_cast<float*>(room),
-        params.partials.sum + (int64_t{r} * params.chosen.blocks + block) * p.d);
-  }
-}
-
-template <Code kCode, typename T, int kVectors>
-__global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
-  sense_and_gather<kCode, T, kVectors, 1>(params);
-}
-
-template <Code kCode, typename T>
-__global__ void __launch_bounds__(kSenseThreads, 1) range_few_kernel(const RangeParams params) {
-  sense_and_gather<kCode, T, 1, kGatherRows>(params);
+  float sum[1][kLaneColumns] = {};
+  gather_register<T, 1>(gather, place, shared.gather, x, sum);
+  write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
+                   params.partials.sum + int64_t{block} * p.d);
 }
 
 // Whether one kernel does all but the sum; then `params` is complete.
 bool is_immediate(const RangeParams& params, const Chip& machine) {
   const Chosen& chosen = params.chosen;
-  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister ||
-      params.selection.batch > chosen.rows || params.run_neurons > (1 << 20)) {
+  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister || chosen.vectors != 1 ||
+      params.selection.batch != 1 || params.run_neurons > (1 << 20)) {
     return false;
   }
   int64_t bytes = 0;
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
   });
-  const int64_t others = chosen.rows * chosen.vectors > 1 ? kFewBytes : 8 << 10;
-  return bytes + others <= machine.shared_bytes;
+  constexpr int kStaticBytes = 8 << 10;
+  return bytes + kStaticBytes <= machine.shared_bytes;
 }
 
 void launch_range(const RangeParams& params, Stream stream) {
   const auto launch_code = [&]<Code kCode, typename T>() {
     const int64_t bytes =
         list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
-    const auto kernel = params.chosen.rows > 1      ? range_few_kernel<kCode, T>
-                        : params.chosen.vectors > 1 ? range_kernel<kCode, T, kVectorsMax>
-                                                    : range_kernel<kCode, T, 1>;
-    launch("ffn", "range", kernel, dim3(static_cast<unsigned>(params.chosen.blocks)),
-           dim3(kSenseThreads), stream, params,
-           {.shared_bytes = static_cast<int>(bytes),
-            .static_bytes = params.chosen.rows > 1 ? kFewBytes : 0,
-            .overlaps = params.chosen.overlaps});
+    launch("ffn", "range", range_kernel<kCode, T>,
+           dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
+           {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
   };
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     params.selection.dtype == DType::kF16 ? launch_code.template operator()<kCode, __half>()
@@ -247,7 +225,7 @@ void ffn(const FfnParams& p, Stream stream) {
   const RangeParams range{
       .selection = selection,
       .execution = execution,
-      .chosen = choose(execution, machine, is_one),
+      .chosen = choose(execution, machine, true),
       .partials = partials_of(execution),
       .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
       .counts = p.stats != nullptr};
@@ -255,7 +233,7 @@ void ffn(const FfnParams& p, Stream stream) {
     launch_range(range, stream);
     return sum_partials(execution, range.chosen, p.stats, stream);
   }
-  const Chosen chosen = choose(execution, machine);
+  const Chosen& chosen = range.chosen;
   const bool is_general = chosen.path == Path::kGeneral;
   const bool is_piecewise = is_one && !is_general;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};

@@ -21,12 +21,12 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         (
             (1, 8192, 28672),
             {"senses": True},
-            "range register overlapping blocks=132 group_threads=512 vectors=2",
+            "list register overlapping blocks=132 group_threads=512 vectors=2",
         ),
         (
             (4, 4096, 14336),
             {"senses": True, "shared": True},
-            "range register overlapping blocks=132 group_threads=512 vectors=1 rows=4",
+            "batch overlapping blocks=132 shares=16",
         ),
         (
             (4, 4096, 14336),
@@ -50,21 +50,10 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         ((1, 4100, 14336), {}, "general overlapping"),
         ((1, 8200, 28672), {}, "general overlapping"),
         ((1, 64, 40_000_000), {}, "general overlapping"),
-        (
-            (4, 4096, 14336),
-            {"shared": True},
-            "list register overlapping blocks=132 group_threads=512 vectors=1 rows=4",
-        ),
-        ((5, 4096, 14336), {"shared": True}, "batch overlapping blocks=132 shares=16"),
-        (
-            (4, 4096, 14336),
-            {"shared": True, "design": "batch"},
-            "batch overlapping blocks=132 shares=16",
-        ),
-        ((4, 8192, 28672), {"shared": True}, "batch overlapping blocks=132 shares=8"),
+        ((4, 4096, 14336), {"shared": True}, "batch overlapping blocks=132 shares=16"),
         ((16, 8192, 28672), {"shared": True}, "batch overlapping blocks=132 shares=8"),
         ((4, 16384, 53248), {"shared": True}, "batch overlapping blocks=132 shares=4"),
-        ((5, 64, 20), {"shared": True}, "batch overlapping blocks=3 shares=2"),
+        ((4, 64, 20), {"shared": True}, "batch overlapping blocks=3 shares=2"),
         (
             (1, 4096, 14336),
             {"shared": True, **AMPERE},

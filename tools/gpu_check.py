@@ -70,7 +70,6 @@ SANITIZED = (
     Case(batch=5, d=2700, n_neurons=37, bits="ternary", tile_rows=1, dtype=torch.bfloat16),
     Case(batch=1, d=200, n_neurons=150, bits="ternary", tile_rows=1, dtype=torch.float16),
     Case(batch=19, d=64, n_neurons=70, bits=2, tile_rows=1, dtype=torch.float16, is_joint=True),
-    Case(batch=4, d=264, n_neurons=100, bits=2, tile_rows=1, dtype=torch.bfloat16, is_joint=True),
 )
 
 # Every width, whole groups of a batch and single rows, half a chunk and more than a warp has in
@@ -359,7 +358,7 @@ def sanitize_target() -> int:
                 continue
             rows = (gate, up, down_t, x)
             want = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
-            for more in ("", " lazy", " portable")[: 2 if "bulk" in path else 3]:
+            for more in ("", " portable")[: 1 if "bulk" in path else 2]:
                 told = {"bits": bits, "tile_rows": tile_rows, "design": path + more}
                 got = ops.ffn(*given, *rows, **told, **recovery, **biases)
                 assert torch.equal(got.cpu(), want.cpu()), (case, path, more)

@@ -1,6 +1,5 @@
 // What one block makes of the neurons that it is given: their activations, and the sum of their
-// down rows times these. The loop of execute that reads weights for one row of the batch, or for a
-// few that share a list.
+// down rows times these. The one loop of execute that reads weights for a single row of the batch.
 //
 // The threads of a group share a neuron, each with the same columns of its three rows, so that the
 // sum of a column never leaves its thread. Down rows do not wait for activations: all three rows of
@@ -29,13 +28,11 @@ inline constexpr int kVectorsMax = 2;   // loads of a row by one thread: what re
 inline constexpr int kGatherWidth =
     kVectorsMax * kGatherThreads * kLaneColumns;  // columns, at most
 
-inline constexpr int kGatherRows = 4;  // of a batch that share a list, at most
-
 // Neurons of a group between two barriers. From registers, 12 loads of 16 bytes a thread: 98 KB on
 // the way to a processor, of which a third at least while others are used; 26 KB keep memory busy
-// (4.3 TB/s for .8 us over 132 processors). Several rows of the batch leave room for half of that.
-template <int kVectors, int kRows>
-constexpr int kRegisterNeurons = kRows == 1 ? 4 / kVectors : 2 / kVectors;
+// (4.3 TB/s for .8 us over 132 processors).
+template <int kVectors>
+constexpr int kRegisterNeurons = 4 / kVectors;
 template <int kVectors>
 constexpr int kBulkNeurons = kVectors == 1 ? 2 : 1;
 
@@ -66,11 +63,10 @@ struct Gather {
   Activation activation;
 };
 
-// Of kPairs gate and up products: those of kAtOnce neurons, for each row of the batch. Padded by
-// four, so that the lanes that read it find their words in different banks.
-template <int kPairs>
+// Padded by four, so that the lanes that read it find their words in different banks.
+template <int kAtOnce>
 struct GatherShared {
-  float dot[2][2 * kPairs][kGatherWarps + 4];  // in turns; by dot product and warp
+  float dot[2][2 * kAtOnce][kGatherWarps + 4];  // in turns; by dot product and warp
 };
 
 template <typename T>
@@ -161,23 +157,22 @@ __device__ __forceinline__ int neuron_at(const Gather& g, int position) {
 }
 
 // The bias that the calling lane adds to the dot product that it ends up with, in finish_dots().
-template <typename T, int kAtOnce, int kPairs = kAtOnce>
+template <typename T, int kAtOnce>
 __device__ __forceinline__ float lane_bias(const Gather& g, const Place& place, int s) {
   if (g.gate_bias == nullptr && g.up_bias == nullptr) return 0.0f;
-  const int value = static_cast<int>(threadIdx.x) % kWarp / (kWarp / (2 * kPairs));
-  const int j = neuron_at(g, place.position<kAtOnce>(s, value / 2 % kAtOnce));
+  const int value = static_cast<int>(threadIdx.x) % kWarp / (kWarp / (2 * kAtOnce));
+  const int j = neuron_at(g, place.position<kAtOnce>(s, value / 2));
   const void* bias = value % 2 == 0 ? g.gate_bias : g.up_bias;
   return j < 0 || bias == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(bias)[j]);
 }
 
-// From the lanes' shares of the gate and up products of kPairs pairs, v[2 i] and v[2 i + 1], to
-// their activations, in every thread of the group; pair i is neuron i % kAtOnce of the step, for
-// row i / kAtOnce of the batch. One barrier.
-template <int kAtOnce, int kPairs>
-__device__ __forceinline__ void finish_dots(GatherShared<kPairs>& shared, const Gather& g,
+// From the lanes' shares of the gate and up products of kAtOnce neurons, v[2 i] and v[2 i + 1], to
+// their activations, in every thread of the group. One barrier.
+template <int kAtOnce>
+__device__ __forceinline__ void finish_dots(GatherShared<kAtOnce>& shared, const Gather& g,
                                             const Place& place, int s, float bias,
-                                            float (&v)[2 * kPairs], float (&a)[kPairs]) {
-  constexpr int kSpan = kWarp / (2 * kPairs);  // lanes that have one product
+                                            float (&v)[2 * kAtOnce], float (&a)[kAtOnce]) {
+  constexpr int kSpan = kWarp / (2 * kAtOnce);  // lanes that have one product
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int value = lane / kSpan;
@@ -187,7 +182,7 @@ __device__ __forceinline__ void finish_dots(GatherShared<kPairs>& shared, const 
   // 1, or copied into its place in the ring from here on.
   __syncthreads();
 
-  // Warps w and w + 8, then 4, 2 and 1 apart, whatever kPairs is.
+  // Warps w and w + 8, then 4, 2 and 1 apart, whatever kAtOnce is.
   float part[kGatherWarps / kSpan];
 #pragma unroll
   for (int k = 0; k < kGatherWarps / kSpan; ++k) {
@@ -208,51 +203,41 @@ __device__ __forceinline__ void finish_dots(GatherShared<kPairs>& shared, const 
   const float other = __shfl_xor_sync(kFull, z, kSpan);
   const float gate = value % 2 == 0 ? z : other;
   const float up = value % 2 == 0 ? other : z;
-  const bool is_there = neuron_at(g, place.position<kAtOnce>(s, value / 2 % kAtOnce)) >= 0;
+  const bool is_there = neuron_at(g, place.position<kAtOnce>(s, value / 2)) >= 0;
   const float activation = is_there ? activate(g.activation, gate) * up : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) a[i] = __shfl_sync(kFull, activation, 2 * i * kSpan);
+  for (int i = 0; i < kAtOnce; ++i) a[i] = __shfl_sync(kFull, activation, 2 * i * kSpan);
 }
 
-template <int kVectors, int kRows>
-constexpr int kRegisterPairs = kRows * kRegisterNeurons<kVectors, kRows>;
-
-// What a thread has of the rows of the batch, packed as they lie in memory: a single load in a
-// register, more in its own part of shared memory, for want of registers.
-template <int kVectors, int kRows>
+// What a thread has of x, packed as it lies in memory: a single load in a register, more in its own
+// part of shared memory, for want of registers.
+template <int kVectors>
 struct OwnX {
   struct Shared {
-    uint4 at[kRows][kVectors][kGatherThreads];
+    uint4 at[kVectors][kGatherThreads];
   };
   Shared& shared;
 
-  __device__ __forceinline__ void set(int r, const uint4 (&x)[kVectors]) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) shared.at[r][k][threadIdx.x] = x[k];
-  }
-  __device__ __forceinline__ uint4 get(int r, int k) const { return shared.at[r][k][threadIdx.x]; }
+  __device__ __forceinline__ void set(int k, const uint4& v) { shared.at[k][threadIdx.x] = v; }
+  __device__ __forceinline__ uint4 get(int k) const { return shared.at[k][threadIdx.x]; }
 };
-// Of static shared memory in a kernel for several rows, at most.
-inline constexpr int kFewBytes = 40 << 10;
-static_assert(sizeof(OwnX<1, kGatherRows>::Shared) < kFewBytes);
-
 template <>
-struct OwnX<1, 1> {
+struct OwnX<1> {
   struct Shared {};
   Shared& shared;
   uint4 at;
 
-  __device__ __forceinline__ void set(int, const uint4 (&x)[1]) { at = x[0]; }
-  __device__ __forceinline__ uint4 get(int, int) const { return at; }
+  __device__ __forceinline__ void set(int, const uint4& v) { at = v; }
+  __device__ __forceinline__ uint4 get(int) const { return at; }
 };
 
 // Adds to sum, the thread's columns, what the neurons contribute.
-template <typename T, int kVectors, int kRows>
-__device__ __forceinline__ void gather_register(
-    const Gather& g, const Place& place, GatherShared<kRegisterPairs<kVectors, kRows>>& shared,
-    const OwnX<kVectors, kRows>& x, float (&sum)[kRows][kVectors][kLaneColumns]) {
-  constexpr int kAtOnce = kRegisterNeurons<kVectors, kRows>;
-  constexpr int kPairs = kRegisterPairs<kVectors, kRows>;
+template <typename T, int kVectors>
+__device__ __forceinline__ void gather_register(const Gather& g, const Place& place,
+                                                GatherShared<kRegisterNeurons<kVectors>>& shared,
+                                                const OwnX<kVectors>& x,
+                                                float (&sum)[kVectors][kLaneColumns]) {
+  constexpr int kAtOnce = kRegisterNeurons<kVectors>;
   const uint64_t policy = read_once();
   const int steps = (g.count + place.groups * kAtOnce - 1) / (place.groups * kAtOnce);
   uint4 gates[kAtOnce][kVectors];
@@ -278,35 +263,28 @@ __device__ __forceinline__ void gather_register(
     load(g.down_t, 0, downs);
   }
   for (int s = 0; s < steps; ++s) {
-    const float bias = lane_bias<T, kAtOnce, kPairs>(g, place, s);
-    float v[2 * kPairs] = {};
+    const float bias = lane_bias<T, kAtOnce>(g, place, s);
+    float v[2 * kAtOnce] = {};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
+      float xs[kLaneColumns];
+      unpack_all<T>(x.get(k), xs);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        float xs[kLaneColumns];
-        unpack_all<T>(x.get(r, k), xs);
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          float* pair = v + 2 * (r * kAtOnce + i);
-          pair[0] = dot<T>(gates[i][k], xs, pair[0]);
-          pair[1] = dot<T>(ups[i][k], xs, pair[1]);
-        }
+      for (int i = 0; i < kAtOnce; ++i) {
+        v[2 * i] = dot<T>(gates[i][k], xs, v[2 * i]);
+        v[2 * i + 1] = dot<T>(ups[i][k], xs, v[2 * i + 1]);
       }
     }
     if (s + 1 < steps) {
       load(g.gate, s + 1, gates);
       load(g.up, s + 1, ups);
     }
-    float a[kPairs];
+    float a[kAtOnce];
     finish_dots<kAtOnce>(shared, g, place, s, bias, v, a);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) add_row<T>(downs[i][k], a[r * kAtOnce + i], sum[r][k]);
-      }
+      for (int k = 0; k < kVectors; ++k) add_row<T>(downs[i][k], a[i], sum[k]);
     }
     if (s + 1 < steps) load(g.down_t, s + 1, downs);
   }
@@ -317,8 +295,7 @@ __device__ __forceinline__ void gather_register(
 template <typename T, int kVectors>
 __device__ __forceinline__ void gather_bulk(const Gather& g, const Place& place,
                                             GatherShared<kBulkNeurons<kVectors>>& shared,
-                                            Arrival* arrival, char* ring,
-                                            const OwnX<kVectors, 1>& x,
+                                            Arrival* arrival, char* ring, const OwnX<kVectors>& x,
                                             float (&sum)[kVectors][kLaneColumns]) {
   constexpr int kAtOnce = kBulkNeurons<kVectors>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -367,7 +344,7 @@ __device__ __forceinline__ void gather_bulk(const Gather& g, const Place& place,
         const int at = 16 * (k * g.group_threads + place.thread);
         if (at >= g.row_bytes) continue;
         float xs[kLaneColumns];
-        unpack_all<T>(x.get(0, k), xs);
+        unpack_all<T>(x.get(k), xs);
         const char* rows = row_of(s, of_step, 0) + at;
         v[2 * i] = dot<T>(*reinterpret_cast<const uint4*>(rows), xs, v[2 * i]);
         v[2 * i + 1] =
@@ -425,24 +402,19 @@ __device__ __forceinline__ void write_partial(const Gather& g, const Place& plac
   }
 }
 
-// The thread's columns of `rows` rows of x (rows, row_bytes); zeros beyond.
-template <int kVectors, int kRows>
-__device__ __forceinline__ void load_x(const Gather& g, const Place& place, const void* x, int rows,
-                                       OwnX<kVectors, kRows>& to) {
-  uint4 own[kRows][kVectors];
+// The thread's columns of x, packed; zeros beyond the row.
+template <int kVectors>
+__device__ __forceinline__ void load_x(const Gather& g, const Place& place, const void* x,
+                                       OwnX<kVectors>& to) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = 16 * (v * g.group_threads + place.thread);
-      own[r][v] = make_uint4(0, 0, 0, 0);
-      if (r >= rows || at >= g.row_bytes) continue;
-      const char* row = static_cast<const char*>(x) + int64_t{r} * g.row_bytes;
-      own[r][v] = *reinterpret_cast<const uint4*>(row + at);
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = 16 * (v * g.group_threads + place.thread);
+    uint4 own = make_uint4(0, 0, 0, 0);
+    if (at < g.row_bytes) {
+      own = *reinterpret_cast<const uint4*>(static_cast<const char*>(x) + at);
     }
+    to.set(v, own);
   }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) to.set(r, own[r]);
 }
 
 }  // namespace csfast::cuda

@@ -35,7 +35,6 @@ inline constexpr int kSharedUnasked = 48 << 10;  // bytes that a block has witho
 // What a launch has beside its grid.
 struct Launch {
   int shared_bytes = 0;   // of dynamic_shared()
-  int static_bytes = 0;   // of other shared memory, where that is much
   bool overlaps = false;  // may begin before the kernel before it has ended, see async.cuh
 };
 
@@ -44,7 +43,7 @@ struct Launch {
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
             Stream stream, const Params& params, const Launch& more = {}) {
-  if (more.shared_bytes + more.static_bytes > kSharedUnasked) {
+  if (more.shared_bytes > kSharedUnasked) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                more.shared_bytes),
           op, name, "cudaFuncSetAttribute");

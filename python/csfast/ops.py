@@ -698,8 +698,7 @@ def ffn(
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
-            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``lazy``, for a selection
-            that fetches its constants when the kernel before has ended; ``portable``, for what
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what
             runs at compute capability 8.0. Another path adds up in another order. Of no account on
             the CPU.
         cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.

@@ -33,12 +33,11 @@ struct Design {
   Path path = Path::kAuto;
   Loads loads = Loads::kAuto;
   int blocks = 0;         // of kList and kRange; 0: as many as fit the machine
-  bool lazy = false;      // of select: constants are fetched when the kernel before has ended
   bool portable = false;  // only what capability 8.0 has: no bulk copies, no programmatic launches
 };
 
 // From words, each at most once, in any order: general, list, range, batch; register, bulk;
-// blocks=N; lazy; portable. None are the default. Throws std::invalid_argument for others.
+// blocks=N; portable. None are the default. Throws std::invalid_argument for others.
 Design parse_design(const char* op, std::string_view words);
 
 // The machine, as far as a choice depends on it.
@@ -93,7 +92,6 @@ struct Chosen {
   int shares;         // of kBatch: of the list, for each 512 columns of the output
   int group_threads;  // of kList and kRange: threads that share a neuron, a power of two
   int vectors;        // likewise: loads of 16 bytes that a thread has of a row
-  int rows;           // likewise: of the batch, that a block takes at once
   int list_room;      // of all but kGeneral: neurons of a block, at most
 };
 
