@@ -37,27 +37,51 @@ int64_t segments_of(int64_t n_tiles, int tile_rows) {
   return std::min({kSegments, wanted, n_tiles});
 }
 
-// The contribution of tiles [begin, end) of one list to rows of the batch.
-void sum_segment(const ExecuteParams& p, const Rows& rows, const int32_t* tile, int64_t begin,
-                 int64_t end) {
+// Neurons of a list that the loops are shown at a time, and those of the next segment among them.
+constexpr int64_t kShown = 256;
+constexpr int64_t kAhead = 4;
+
+// A run of tiles of one list.
+struct Segment {
+  const int32_t* tile;
+  int64_t n_tiles;
+};
+
+// The number q of the neurons of a segment, in the order in which they are added up; may lie beyond
+// the last neuron. Of a tile four rows are read together, each of which goes on in the next one:
+// the processor's own prefetch goes on too, and rows that end on another page than they begin have
+// a use for it.
+int64_t neuron_at(const ExecuteParams& p, const Segment& segment, int64_t q) {
+  const int64_t row = q % p.tile_rows;
+  const int64_t apart = p.tile_rows / 4;
+  const int64_t at = p.tile_rows % 4 == 0 ? row % 4 * apart + row / 4 : row;
+  return int64_t{segment.tile[q / p.tile_rows]} * p.tile_rows + at;
+}
+
+// The contribution of a segment to rows of the batch, while the start of the next is asked for.
+void sum_segment(const ExecuteParams& p, const Rows& rows, const Segment& segment,
+                 const Segment& next) {
   const Loops& loop = loops();
-  if (p.tile_rows == 1) return loop.gather(p, rows, tile + begin, end - begin, true);
-  int32_t neuron[kBlock];
+  int32_t neuron[kShown];
   int64_t n = 0;
   bool first = true;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t from = int64_t{tile[t]} * p.tile_rows;
-    const int64_t to = std::min(from + p.tile_rows, p.n_neurons);
-    for (int64_t j = from; j < to; ++j) {
-      neuron[n++] = static_cast<int32_t>(j);
-      if (n == kBlock) {
-        loop.gather(p, rows, neuron, n, first);
-        first = false;
-        n = 0;
-      }
-    }
+  const auto gather = [&](int64_t n_ahead) {
+    loop.gather(p, rows, neuron, n - n_ahead, n_ahead, first);
+    first = false;
+    std::copy(neuron + n - n_ahead, neuron + n, neuron);
+    n = n_ahead;
+  };
+  const auto show = [&](const Segment& of, int64_t q) {
+    const int64_t j = neuron_at(p, of, q);
+    if (j < p.n_neurons) neuron[n++] = static_cast<int32_t>(j);
+  };
+  for (int64_t q = 0; q < segment.n_tiles * p.tile_rows; ++q) {
+    if (n == kShown - kAhead) gather(kAhead);
+    show(segment, q);
   }
-  if (n > 0 || first) loop.gather(p, rows, neuron, n, first);
+  const int64_t own = n;
+  for (int64_t q = 0; q < std::min(next.n_tiles * p.tile_rows, kAhead); ++q) show(next, q);
+  gather(n - own);
 }
 
 }  // namespace
@@ -86,29 +110,42 @@ void host::execute(const ExecuteParams& p) {
 
   // Segments outside, batch inside: rows of a batch want much the same neurons, and find them in
   // the cache when they come at the same time.
-#pragma omp parallel for schedule(dynamic) if (n_rows * 3 * p.d * size > kBytesAlone)
-  for (int64_t item = 0; item < kSegments * n_groups; ++item) {
-    const int64_t s = item / n_groups;
-    const int64_t group = item % n_groups;
-    const int64_t n_tiles = p.n_tiles[list_of(group)];
-    const int64_t n_segments = segments_of(n_tiles, p.tile_rows);
-    if (s >= std::max<int64_t>(n_segments, 1)) continue;
-    const int64_t first = group * group_rows;
+  struct Work {
+    int64_t group = 0;
+    int64_t s = 0;
+    int64_t n_segments = 0;
+    Segment segment = {};
+  };
+  std::atomic<int64_t> n_taken = 0;
+  const auto take = [&]() -> Work {
+    for (;;) {
+      const int64_t item = n_taken.fetch_add(1, std::memory_order_relaxed);
+      if (item >= kSegments * n_groups) return {.group = n_groups};
+      const int64_t s = item / n_groups;
+      const int64_t group = item % n_groups;
+      const int64_t n_tiles = p.n_tiles[list_of(group)];
+      const int64_t n_segments = std::max<int64_t>(segments_of(n_tiles, p.tile_rows), 1);
+      if (s >= n_segments) continue;
+      const int64_t begin = n_tiles * s / n_segments;
+      const int64_t end = n_tiles * (s + 1) / n_segments;
+      return {group, s, n_segments, {p.tile + list_of(group) * width + begin, end - begin}};
+    }
+  };
+#pragma omp parallel if (n_rows * 3 * p.d * size > kBytesAlone)
+  for (Work now = take(), next; now.group < n_groups; now = next) {
+    next = take();
+    const int64_t first = now.group * group_rows;
     const int64_t end = std::min(first + group_rows, p.batch);
-    if (s < n_segments) {
-      const Rows rows{.x = static_cast<const char*>(p.x) + first * p.d * size,
-                      .sum = sums + (first * kSegments + s) * p.d,
-                      .sum_stride = kSegments * p.d,
-                      .n = end - first};
-      sum_segment(p, rows, p.tile + list_of(group) * width, n_tiles * s / n_segments,
-                  n_tiles * (s + 1) / n_segments);
-    }
+    const Rows rows{.x = static_cast<const char*>(p.x) + first * p.d * size,
+                    .sum = sums + (first * kSegments + now.s) * p.d,
+                    .sum_stride = kSegments * p.d,
+                    .n = end - first};
+    sum_segment(p, rows, now.segment, next.segment);
     // Whoever finishes the last segment adds them all up: nobody waits for anybody.
-    if (std::atomic_ref(n_done[group]).fetch_add(1, std::memory_order_acq_rel) + 1 < n_segments) {
-      continue;
-    }
+    std::atomic_ref n_finished(n_done[now.group]);
+    if (n_finished.fetch_add(1, std::memory_order_acq_rel) + 1 < now.n_segments) continue;
     for (int64_t b = first; b < end; ++b) {
-      loop.finish(sums + b * kSegments * p.d, n_segments, p.d, p.dtype, p.down_bias,
+      loop.finish(sums + b * kSegments * p.d, now.n_segments, p.d, p.dtype, p.down_bias,
                   static_cast<char*>(p.out) + b * p.d * size);
     }
   }

@@ -68,9 +68,10 @@ struct Loops {
   Kept (*keep)(const float* usage, int64_t n, float threshold) noexcept;
 
   // Adds to the sum of every row, zeroed before if this is the `first` call for them, what `n`
-  // neurons contribute to its output. A row's result does not depend on the others.
+  // neurons contribute to its output. A row's result does not depend on the others. The n_ahead
+  // neurons that follow in the list come in the caller's next call, and are asked for meanwhile.
   void (*gather)(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-                 bool first) noexcept;
+                 int64_t n_ahead, bool first) noexcept;
 
   // c (n) -= sum_i step[i] * gram[row[i], :] over `rows` rows of gram (n, n), see omp.h. Returns
   // the bits of the largest |c[j] * weight[j]|, what is not a number on top.
@@ -94,7 +95,7 @@ void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            bool first) noexcept;
+            int64_t n_ahead, bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
 int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
@@ -113,7 +114,7 @@ void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            bool first) noexcept;
+            int64_t n_ahead, bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
 int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
@@ -132,7 +133,7 @@ void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
 void usage(const Measured& m, int64_t n, float* usage) noexcept;
 Kept keep(const float* usage, int64_t n, float threshold) noexcept;
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            bool first) noexcept;
+            int64_t n_ahead, bool first) noexcept;
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
             void* out) noexcept;
 int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,

@@ -158,14 +158,16 @@ void add_to_rows(const ExecuteParams& p, const Rows& rows, const int32_t* now,
 }
 
 template <typename T>
-void gather_rows(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n) {
+void gather_rows(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
+                 int64_t n_ahead) {
+  const int64_t last = n + n_ahead - 1;
   int64_t i = 0;
   for (; i + kTogether <= n; i += kTogether) {
     int32_t next[kTogether];
-    for (int k = 0; k < kTogether; ++k) next[k] = neuron[std::min(i + kTogether + k, n - 1)];
+    for (int k = 0; k < kTogether; ++k) next[k] = neuron[std::min(i + kTogether + k, last)];
     add_to_rows<T, kTogether>(p, rows, neuron + i, next);
   }
-  for (; i < n; ++i) add_to_rows<T, 1>(p, rows, neuron + i, neuron + std::min(i + 1, n - 1));
+  for (; i < n; ++i) add_to_rows<T, 1>(p, rows, neuron + i, neuron + std::min(i + 1, last));
 }
 
 template <typename T>
@@ -184,11 +186,11 @@ void finish_row(const float* sums, int64_t n_segments, int64_t d, const char* bi
 }  // namespace
 
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            bool first) noexcept {
+            int64_t n_ahead, bool first) noexcept {
   for (int64_t r = 0; first && r < rows.n; ++r) {
     std::fill_n(rows.sum + r * rows.sum_stride, p.d, 0.0f);
   }
-  dispatch(p.dtype, [&]<typename T>() { gather_rows<T>(p, rows, neuron, n); });
+  dispatch(p.dtype, [&]<typename T>() { gather_rows<T>(p, rows, neuron, n, n_ahead); });
 }
 
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,

@@ -19,7 +19,6 @@ constexpr int64_t kAhead =
 template <typename T, int kRows>
 void project_row(const char* phi, const char* x, int64_t d, float* y, int64_t y_stride) {
   constexpr int64_t kLine = 64 / T::kSize;
-  constexpr auto kAll = static_cast<typename T::Mask>(-1);
   __m512 sum[kRows][2] = {};  // two chains of additions each, to wait less for either
   const auto add = [&](int64_t c, typename T::Mask mask, int chain) {
     _mm_prefetch(phi + c * T::kSize + kAhead, _MM_HINT_T0);
@@ -31,11 +30,11 @@ void project_row(const char* phi, const char* x, int64_t d, float* y, int64_t y_
   };
   int64_t c = 0;
   for (; c + 2 * kLine <= d; c += 2 * kLine) {
-    add(c, kAll, 0);
-    add(c + kLine, kAll, 1);
+    add(c, T::kAll, 0);
+    add(c + kLine, T::kAll, 1);
   }
   if (c + kLine <= d) {
-    add(c, kAll, 0);
+    add(c, T::kAll, 0);
     c += kLine;
   }
   if (c < d) add(c, static_cast<typename T::Mask>((uint64_t{1} << (d - c)) - 1), 1);

@@ -9,7 +9,7 @@
 
 namespace csfast::base {
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            bool first) noexcept {
+            int64_t /*n_ahead*/, bool first) noexcept {
   dispatch(p.dtype, [&]<typename T>() {
     const auto bias = [](const void* of, int64_t j, float v) {
       return of == nullptr ? v : v + to_float(static_cast<const T*>(of)[j]);
