@@ -31,7 +31,7 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         (
             (4, 4096, 14336),
             {"senses": True},
-            "list register overlapping blocks=132 group_threads=512 vectors=1",
+            "range register overlapping blocks=132 group_threads=512 vectors=1",
         ),
         (
             (16, 4096, 14336),
