@@ -106,11 +106,11 @@ SANITIZED_PURSUITS = tuple(
     for options in ({}, {"per_step": 2}, {"group": 2, "per_step": 2})
     if n_atoms % options.get("group", 1) == 0
 )
-# The designs that are raced: less than a warp, threads without atoms, whole quads of rows and parts
-# of them, more problems than blocks.
+# What is chosen for one atom a step and what is raced with it: less than a warp, threads without
+# atoms, whole quads of rows and parts of them, more problems than blocks.
 SANITIZED_DESIGNS = tuple(
     (cases.PursuitCase(f"{design} {n_atoms}", batch, m, n_atoms, n_nonzero), {"design": design})
-    for design in bench_omp.DESIGNS
+    for design in ("quad", *bench_omp.DESIGNS)
     for batch, m, n_atoms, n_nonzero in ((3, 12, 20, 4), (4, 80, 300, 21), (300, 24, 64, 5))
 )
 

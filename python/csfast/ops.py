@@ -323,9 +323,9 @@ def omp(
             three axes.
         coef: Whether coefficients are wanted. Without them it is faster.
         design: Which of its kernels CUDA uses; empty: as suits the sizes and the machine. One of
-            general, flat, deep, wide, quad, ahead and pair, see docs/kernels.md; the last three
-            take one atom a step, budgets up to 32 and up to 1024 atoms, a multiple of 4. On the CPU
-            of no account.
+            general, flat, deep, wide and quad, see docs/kernels.md; quad takes one atom a step,
+            budgets up to 32, up to 1024 atoms, a multiple of 4, and `gram` and `correlation` at
+            multiples of 16 bytes. On the CPU of no account.
 
     Returns:
         The pursuit, with the reason for its end. A signal that is not finite has count 0 and a
@@ -384,6 +384,7 @@ def omp_plan(
     n_atoms: int,
     budget_max: int,
     *,
+    single: bool = True,
     processors: int = 132,
     registers: int = 65536,
     threads: int = 2048,
@@ -397,6 +398,8 @@ def omp_plan(
         batch: Signals.
         n_atoms: Atoms of the dictionary.
         budget_max: Atoms to make room for.
+        single: Whether a step takes one atom, as with ``per_step = group = 1``, and `gram` and
+            `correlation` begin at multiples of 16 bytes. Of no account beside a design.
         processors: Streaming multiprocessors of the device; what follows is of each. Left out, all
             are those of Hopper.
         registers: Of four bytes.
@@ -407,6 +410,7 @@ def omp_plan(
 
     Raises:
         ValueError: A size is out of range, or the design is unknown or does not fit.
+        TypeError: A size is not an int, or `single` not a bool.
     """
     sizes = {
         "batch": batch,
@@ -419,10 +423,13 @@ def omp_plan(
         "shared_per_processor": shared_per_processor,
     }
     _check_ints("omp", **sizes)
+    if not isinstance(single, bool):
+        raise TypeError(f"[omp] single is a {type(single).__name__}: want a bool.")
     return _native.omp_plan(
         batch,
         n_atoms,
         budget_max,
+        single,
         processors,
         registers,
         threads,
