@@ -584,10 +584,9 @@ __global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const 
     const int there = neurons_of(neurons, listed.count);
     if (threadIdx.x == 0) params.executed[block] = there;
   }
-  const Gather gather = gather_of<T>(p, neurons, listed.count, 0);
-  activate_rows<T, kProducts>(gather, p.x, static_cast<int>(p.batch), shared.rows,
-                              params.activation + listed.first * kActivationStride,
-                              [&] { prefetch_down(gather, params.chosen.blocks); });
+  activate_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0), p.x,
+                              static_cast<int>(p.batch), shared.rows,
+                              params.activation + listed.first * kActivationStride);
 }
 
 template <typename T, int kProducts>

@@ -33,7 +33,6 @@ inline constexpr int kStepNeurons = 16;  // that are added at once
 // On their way, 48 or 32 KB a processor: what registers allow beside the sums.
 template <int kProducts>
 constexpr int kStepsAhead = kProducts == 1 ? 3 : 2;
-inline constexpr int64_t kDownBytes = 24 << 20;  // of the L2 cache: half of what there is
 // Of activations in memory from one neuron of the list to the next: rows of the batch.
 inline constexpr int kActivationStride = kProductRows * kProductsMax;
 
@@ -43,23 +42,11 @@ struct RowsShared {
   float2 dot[2][kGatherWarps][kProducts][2][kUnitNeurons][kProductRows / 2];
 };
 
-// Brings the neurons' down rows to the L2 cache, so that who reads them next finds them there: as
-// many as kDownBytes of it have room for when all `blocks` do so.
-__device__ __forceinline__ void prefetch_down(const Gather& gather, int blocks) {
-  const auto room = static_cast<int>(kDownBytes / (int64_t{blocks} * gather.row_bytes));
-  for (int i = static_cast<int>(threadIdx.x); i < min(gather.count, room); i += kGatherThreads) {
-    const int j = gather.neurons[i];
-    if (j >= 0) prefetch(gather.down_t + int64_t{j} * gather.row_bytes, gather.row_bytes);
-  }
-}
-
 // Writes the activations of the neurons for every row of x (batch, d) to `activation`
-// (count, kActivationStride), zeros where there is no neuron. A block of kGatherThreads. Calls
-// meanwhile() when the first loads are on their way.
-template <typename T, int kProducts, typename Meanwhile>
+// (count, kActivationStride), zeros where there is no neuron. A block of kGatherThreads.
+template <typename T, int kProducts>
 __device__ __forceinline__ void activate_rows(const Gather& gather, const void* x, int batch,
-                                              RowsShared<kProducts>& shared, float* activation,
-                                              Meanwhile meanwhile) {
+                                              RowsShared<kProducts>& shared, float* activation) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int g = thread % kWarp / 4;
@@ -94,7 +81,6 @@ __device__ __forceinline__ void activate_rows(const Gather& gather, const void* 
 #pragma unroll
     for (int i = 0; i < kSlotsOfStage; ++i) load(0, 0, i);
   }
-  meanwhile();
   for (int unit = 0; unit < units; ++unit) {
     float c[kProducts][4] = {};
     for (int stage = 0; stage < stages; ++stage) {
