@@ -63,7 +63,7 @@ Design parse_design(const char* op, std::string_view words) {
   const auto fail = [&](std::string_view word) {
     throw std::invalid_argument(std::string("[") + op + "] design has " + std::string(word) +
                                 ": want general, list, range or batch; register or bulk; blocks=N; "
-                                "eager; portable; each once.");
+                                "portable; each once.");
   };
   while (!words.empty()) {
     const size_t length = std::min(words.find(' '), words.size());
@@ -91,13 +91,12 @@ Design parse_design(const char* op, std::string_view words) {
           error == std::errc{} && stop == end && design.blocks >= 1 && design.blocks <= kBlocksMax;
     }
     if (word == "portable" && !design.portable) is_known = design.portable = true;
-    if (word == "eager" && !design.eager) is_known = design.eager = true;
     if (!is_known) fail(word);
   }
   return design;
 }
 
-Chosen choose(const ExecuteParams& p, const Chip& chip) {
+Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   const Design& asked = p.design;
   const bool is_new = chip.capability >= 90 && !asked.portable;
   if (asked.loads == Loads::kBulk && !is_new) {
@@ -115,13 +114,19 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   if (asked.path == Path::kGeneral) return general;
 
   Chosen chosen = general;
+  const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  const int64_t loads = in_parts(p.d, kColumns);
+  chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
   const bool is_batch = p.shared && p.batch > 1;
-  chosen.path = asked.path != Path::kAuto ? asked.path : is_batch ? Path::kBatch : Path::kList;
+  const bool is_range = senses && chosen.vectors == 1 && asked.loads != Loads::kBulk;
+  chosen.path = asked.path != Path::kAuto ? asked.path
+                : is_batch                ? Path::kBatch
+                : is_range                ? Path::kRange
+                                          : Path::kList;
   // A tile of more rows than there are is the only one.
   const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
   const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
   const int64_t most = std::min(chip.n_processors, kBlocksMax);
-  const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
   const auto list_blocks = [&] {
     return asked.blocks > 0 ? asked.blocks
                             : static_cast<int>(std::min(most, in_parts(places, kBlockNeurons)));
@@ -130,6 +135,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   int64_t bytes = kOtherBytes;
   bool fits = is_vectored(p);
   if (chosen.path == Path::kBatch) {
+    chosen.vectors = 0;
     const int64_t columns = in_parts(p.d, kCombineColumns);
     const int64_t wanted = std::max<int64_t>(most / columns, 1);
     chosen.blocks = list_blocks();
@@ -138,8 +144,6 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
     bytes = kRowsBytes;
     fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
-    const int64_t loads = in_parts(p.d, kColumns);
-    chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
     chosen.group_threads = kWarpThreads;
     while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
            chosen.group_threads < kThreads) {
@@ -160,6 +164,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip) {
   }
   chosen.list_room = static_cast<int>(std::min(room, kRoomMax));
   if (fits && room <= kRoomMax && bytes + room * 4 <= chip.shared_bytes) return chosen;
+  if (asked.path == Path::kAuto && is_range) return choose(p, chip);
   if (asked.path == Path::kAuto) return general;
   refuse(
       "is " + to_string(chosen) +

@@ -359,26 +359,20 @@ struct Shape {
   bool spills;
 };
 constexpr Shape kShapes[] = {
+    // All rows in registers, and once more in shared memory: the first wherever it fits, as on an
+    // H100 it was at every size of docs/kernels.md.
+    {OmpKernel::kQuad, 4, kOmpQuadBudget, 255, kOmpQuadThreadsMax, false},
     // Of two that cost the same, the first.
     {OmpKernel::kFlat, 4, kOmpHeldFlat, 128, 512, false},
     {OmpKernel::kDeep, 8, kOmpHeldDeep, 255, 256, true},
     {OmpKernel::kWide, 8, 0, 128, 512, true},
-    // The rest only if asked for: all rows are in registers, and once more in shared memory.
-    {OmpKernel::kQuad, 4, kOmpQuadBudget, 255, kOmpQuadThreadsMax, false},
-    {OmpKernel::kAhead, 4, kOmpQuadBudget, 255, kOmpQuadThreadsMax, false},
-    {OmpKernel::kPair, 2, kOmpQuadBudget, 255, kOmpQuadThreadsMax, false},
 };
 
 // In the order of OmpKernel.
-constexpr std::string_view kNames[] = {"",     "general", "flat",  "deep",
-                                       "wide", "quad",    "ahead", "pair"};
+constexpr std::string_view kNames[] = {"", "general", "flat", "deep", "wide", "quad"};
 
 std::string_view name_of(OmpKernel kernel) {
   return kNames[static_cast<int>(kernel)];
-}
-
-bool is_quad(OmpKernel kernel) {
-  return kernel >= OmpKernel::kQuad;
 }
 
 // The mean over t in [0, n) of how many of the rows [first, first + count) lie below t.
@@ -416,12 +410,11 @@ OmpKernel parse_omp_design(std::string_view name) {
   for (size_t i = 0; i < std::size(kNames); ++i) {
     if (name == kNames[i]) return static_cast<OmpKernel>(i);
   }
-  refuse("design '" + std::string(name) + "'",
-         "general, flat, deep, wide, quad, ahead, pair or nothing");
+  refuse("design '" + std::string(name) + "'", "general, flat, deep, wide, quad or nothing");
 }
 
-OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device,
-                   OmpKernel asked) {
+OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, bool single,
+                   const OmpDevice& device, OmpKernel asked) {
   constexpr int64_t kReserved = 1024;  // bytes that a processor keeps of every block's share
   constexpr int64_t kFactorShared = 16 << 10;  // bytes: two rows of 2048 atoms
   constexpr int64_t kBlocksMax = 32;           // a processor
@@ -435,10 +428,10 @@ OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const Omp
   OmpPlan best{};
   double least = std::numeric_limits<double>::infinity();
   for (const Shape& shape : kShapes) {
-    const bool is_auto = asked == OmpKernel::kAuto && !is_quad(shape.kernel);
+    const bool is_quad = shape.kernel == OmpKernel::kQuad;
+    const bool is_auto = asked == OmpKernel::kAuto && (single || !is_quad);
     if (!is_auto && asked != shape.kernel) continue;
-    if (is_quad(shape.kernel) &&
-        (n_atoms > kOmpQuadAtoms || n_atoms % 4 != 0 || budget_max > kOmpQuadBudget)) {
+    if (is_quad && (n_atoms > kOmpQuadAtoms || n_atoms % 4 != 0 || budget_max > kOmpQuadBudget)) {
       continue;
     }
     const int64_t per_warp = 32 * shape.atoms;
@@ -450,10 +443,9 @@ OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const Omp
     plan.threads = static_cast<int>(threads);
     plan.atoms = shape.atoms;
     plan.held = shape.held;
-    plan.factor_shared =
-        !is_quad(shape.kernel) && OmpChipLayout::factor_bytes(budget_max) <= kFactorShared;
+    plan.factor_shared = !is_quad && OmpChipLayout::factor_bytes(budget_max) <= kFactorShared;
     const int64_t rows = std::max<int64_t>(budget_max - shape.held, 0);
-    const int64_t beside = is_quad(shape.kernel)
+    const int64_t beside = is_quad
                                ? kOmpQuadShared + kOmpQuadBudget * OmpChipLayout::row_bytes(plan)
                                : OmpChipLayout(plan, budget_max).shared;
     const int64_t room = device.shared_per_block - beside;
@@ -462,13 +454,14 @@ OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const Omp
     plan.rows_spilled = static_cast<int>(rows - plan.rows_shared);
     if (plan.rows_spilled > 0 && !shape.spills) continue;
     const OmpChipLayout layout(plan, budget_max);
-    plan.shared = is_quad(shape.kernel) ? beside : layout.shared;
+    plan.shared = is_quad ? beside : layout.shared;
     plan.resident = static_cast<int>(std::min(
         {device.shared_per_processor / (plan.shared + kReserved),
          device.registers / (threads * shape.registers), device.threads / threads, kBlocksMax}));
     if (plan.resident == 0) continue;
     plan.blocks = static_cast<int>(std::min<int64_t>(batch, plan.resident * device.processors));
-    plan.workspace = is_quad(shape.kernel) ? 0 : plan.blocks * layout.workspace;
+    plan.workspace = is_quad ? 0 : plan.blocks * layout.workspace;
+    if (is_quad) return plan;
     const int64_t at_work = std::max<int64_t>(std::min<int64_t>(plan.resident, waves), 1);
     if (cost(plan, budget_max, at_work) >= least) continue;
     least = cost(plan, budget_max, at_work);
@@ -478,9 +471,8 @@ OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const Omp
   if (asked != OmpKernel::kAuto && asked != OmpKernel::kGeneral) {
     refuse("design " + std::string(name_of(asked)) + " for " + std::to_string(n_atoms) +
                " atoms and budget_max = " + std::to_string(budget_max),
-           is_quad(asked)
-               ? "a multiple of 4 of at most " +
-                     std::to_string(kOmpQuadThreadsMax * (asked == OmpKernel::kPair ? 2 : 4)) +
+           asked == OmpKernel::kQuad
+               ? "a multiple of 4 of at most " + std::to_string(kOmpQuadAtoms) +
                      " atoms, a budget of at most " + std::to_string(kOmpQuadBudget) +
                      ", and a device with room for both"
                : "what fits the registers and shared memory of a processor");
@@ -502,9 +494,9 @@ std::string describe(const OmpPlan& plan) {
     text += "rows: " + std::to_string(plan.held) + " in registers, " +
             std::to_string(plan.rows_shared) + " in shared memory, " +
             std::to_string(plan.rows_spilled) + " in the workspace; " +
-            (is_quad(plan.kernel) ? "all once more in shared memory"
-             : plan.factor_shared ? "R in shared memory"
-                                  : "R in the workspace") +
+            (plan.kernel == OmpKernel::kQuad ? "all once more in shared memory"
+             : plan.factor_shared            ? "R in shared memory"
+                                             : "R in the workspace") +
             "; " + std::to_string(plan.shared) + " bytes of shared memory; ";
   }
   return text + std::to_string(plan.workspace) + " bytes of workspace";
@@ -519,7 +511,7 @@ int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKer
 
 void omp(const OmpParams& p, Device device, Stream stream) {
   check_options(p);
-  if (is_quad(p.design) && (p.per_step != 1 || p.group != 1)) {
+  if (p.design == OmpKernel::kQuad && (p.per_step != 1 || p.group != 1)) {
     refuse("design " + std::string(name_of(p.design)) + " with per_step = " +
                std::to_string(p.per_step) + " and group = " + std::to_string(p.group),
            "one atom a step for it, or another design");

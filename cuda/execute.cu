@@ -29,7 +29,7 @@ namespace {
 constexpr int kActivateWarps = 4;      // a block: small ones, so that a short list has many
 constexpr int kActivateBlocks = 4096;  // at most, of all rows; those beyond a list end at once
 constexpr int kCombineWarps = 8;       // a block: 256 threads, eight blocks fill an SM of 2048
-constexpr int kSumWarps = 16;          // a block, of 32 columns: few shares for each
+constexpr int kSumWarps = kOverlapThreads / kWarp;                    // a block, of 32 columns
 constexpr int kSumShares = (kBlocksMax + kSumWarps - 1) / kSumWarps;  // of a warp, at most
 constexpr int kRowsAtOnce = 16;  // of the batch, in one launch of gather: the workspace has room
 constexpr int kUnroll = 4;       // loads of 16 bytes that a lane has in flight, a matrix
@@ -302,7 +302,7 @@ __device__ __forceinline__ void count(const SumParams& p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const SumParams p) {
+__global__ void __launch_bounds__(kOverlapThreads, kOverlapBlocks) sum_kernel(const SumParams p) {
   struct Shared {
     float sum[kSumWarps][kWarp];
   };
@@ -339,8 +339,8 @@ __global__ void __launch_bounds__(kSumWarps* kWarp) sum_kernel(const SumParams p
 template <typename T>
 void launch_sum(const SumParams& p, bool overlaps, Stream stream) {
   launch("execute", "sum", sum_kernel<T>,
-         dim3(blocks_of(p.d, kWarp), static_cast<unsigned>(p.batch)), dim3(kSumWarps * kWarp),
-         stream, p, {.overlaps = overlaps});
+         dim3(blocks_of(p.d, kWarp), static_cast<unsigned>(p.batch)), dim3(kOverlapThreads), stream,
+         p, {.overlaps = overlaps});
 }
 
 struct GatherParams {
@@ -355,12 +355,13 @@ struct GatherParams {
 struct Share {
   Path path;
   int block, blocks;
-  int room;  // neurons
+  int room;         // neurons
+  bool is_strided;  // of kList: every blocks-th position, from `block` on; else neighbours
 };
 
 struct Listed {
   int64_t first;  // place in the list
-  int count;      // of places
+  int count;      // of places, that follow unless they are strided
 };
 
 struct ShareShared {
@@ -399,6 +400,18 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   const int32_t* tile = (pieces > 0 ? segments.tile : p.tile) + list * most;
   const int32_t* piece_tiles = segments.count + list * pieces;  // (pieces), if there are any
   const auto rows = static_cast<unsigned>(p.tile_rows);
+
+  // Where to look does not depend on how many there are, if places are strided: what is there may
+  // come at the same time.
+  const auto place_of = [&](int64_t from, int i) {
+    return share.is_strided ? share.block + int64_t{i} * share.blocks : from + i;
+  };
+  int32_t tile_ahead = 0;
+  const bool is_ahead = share.is_strided && pieces == 0 && thread < share.room;
+  if (is_ahead) {
+    const auto at = static_cast<unsigned>(place_of(0, thread)) / rows;
+    if (at < most) tile_ahead = tile[at];
+  }
 
   int64_t first = 0;  // position in the list
   int64_t end = 0;
@@ -448,14 +461,19 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
     } else {
       n = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most);
     }
-    first = n * p.tile_rows * share.block / share.blocks;
-    end = n * p.tile_rows * (share.block + 1) / share.blocks;
+    const int64_t places = n * p.tile_rows;
+    if (share.is_strided) {
+      end = max((places - share.block + share.blocks - 1) / share.blocks, int64_t{0});
+    } else {
+      first = places * share.block / share.blocks;
+      end = places * (share.block + 1) / share.blocks;
+    }
   }
 
   const auto count = static_cast<int>(end - first);
   const Runs runs = Runs::of(p.n_neurons, p.tile_rows, max(pieces, 1));
   for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
-    const auto position = static_cast<unsigned>(first + i);
+    const auto position = static_cast<unsigned>(place_of(first, i));
     int64_t at = position / rows;
     if (pieces > 0 && share.path != Path::kRange) {
       int piece = 0;  // the last one that begins at or before `at`
@@ -464,7 +482,8 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
       }
       at += runs.begin(piece) - shared.before[piece];
     }
-    const int64_t j = int64_t{tile[at]} * p.tile_rows + position % rows;
+    const int32_t t = is_ahead && i == thread ? tile_ahead : tile[at];
+    const int64_t j = int64_t{t} * p.tile_rows + position % rows;
     neurons[i] = j < 0 || j >= p.n_neurons ? -1 : static_cast<int32_t>(j);
   }
   __syncthreads();
@@ -475,10 +494,11 @@ template <int kVectors, bool kBulk>
 constexpr int kGatherBytes = kBulk ? kRingBytes<kVectors> : kSumBytes<kVectors>;
 
 template <typename T, int kVectors, bool kBulk>
-__global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherParams params) {
+__global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams params) {
   constexpr int kAtOnce = kBulk ? kBulkNeurons<kVectors> : kRegisterNeurons<kVectors>;
   struct Shared {
     GatherShared<kAtOnce> gather;
+    typename OwnX<kVectors>::Shared x;
     ShareShared share;
     alignas(8) Arrival arrival[kSlots];
   };
@@ -496,7 +516,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherP
   const Share share{.path = params.chosen.path,
                     .block = static_cast<int>(blockIdx.x),
                     .blocks = params.chosen.blocks,
-                    .room = params.chosen.list_room};
+                    .room = params.chosen.list_room,
+                    .is_strided = params.chosen.path == Path::kList};
   const int count = list_share(p, params.segments, share, shared.share, neurons).count;
   const int64_t list = p.shared ? 0 : b;
   if (params.executed != nullptr && threadIdx.x < kWarp && b == list) {
@@ -507,8 +528,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1) gather_kernel(const GatherP
   // Gather
   const Gather gather = gather_of<T>(p, neurons, count, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
-  uint4 x[kVectors];
-  load_x<kVectors>(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
+  OwnX<kVectors> x{shared.x};
+  load_x(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
   float sum[kVectors][kLaneColumns] = {};
   if constexpr (kBulk) {
     gather_bulk<T, kVectors>(gather, place, shared.gather, shared.arrival, ring, x, sum);
@@ -556,7 +577,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const 
   const Share share{.path = Path::kList,
                     .block = block,
                     .blocks = params.chosen.blocks,
-                    .room = params.chosen.list_room};
+                    .room = params.chosen.list_room,
+                    .is_strided = false};
   const Listed listed = list_share(p, params.segments, share, shared.share, neurons);
   if (params.executed != nullptr && threadIdx.x < kWarp) {
     const int there = neurons_of(neurons, listed.count);
@@ -578,7 +600,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_rows_kernel(const 
   const Share share{.path = Path::kList,
                     .block = static_cast<int>(block),
                     .blocks = params.chosen.shares,
-                    .room = params.chosen.list_room};
+                    .room = params.chosen.list_room,
+                    .is_strided = false};
   const Listed listed = list_share(p, params.segments, share, shared, neurons);
   combine_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0),
                              params.activation + listed.first * kActivationStride,
@@ -730,7 +753,7 @@ void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, 
                          .executed = partials.executed,
                          .out = p.out,
                          .stats = stats,
-                         .batch = 1,
+                         .batch = p.batch,
                          .d = p.d,
                          .shares = chosen.blocks,
                          .n_counts = chosen.blocks,

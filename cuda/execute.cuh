@@ -40,15 +40,16 @@ struct Listing {
 void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
                     Stream stream);
 
-// In the workspace: what blocks leave of one row of the batch, and how many neurons they executed.
+// In the workspace: what blocks leave of rows that share a list, and how many neurons they
+// executed.
 struct Partials {
-  float* sum;         // (blocks, d)
+  float* sum;         // (batch, blocks, d)
   int32_t* executed;  // (blocks), if someone counts
 };
 Partials partials_of(const ExecuteParams& p);
 
-// The end of execute() for a single row: adds up what chosen.blocks blocks have left in
-// partials_of(p). 16-bit types.
+// The end of execute() for p.batch rows with one list: adds up what chosen.blocks blocks have left
+// in partials_of(p). 16-bit types.
 void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream);
 
 }  // namespace csfast::cuda

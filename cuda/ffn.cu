@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
 }
 
 struct RangeParams {
-  SelectParams selection;  // of one row
+  SelectParams selection;  // of one list
   ExecuteParams execution;
   Chosen chosen;
   Partials partials;
@@ -82,17 +82,20 @@ struct RangeParams {
   bool counts;
 };
 
+// The list's place in dynamic shared memory; sums come first.
 template <Code kCode>
-constexpr int64_t list_at(const RangeParams& p) {  // of dynamic shared memory; sums come first
-  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
+constexpr int64_t list_at(const RangeParams& p) {
+  const SelectParams& s = p.selection;
+  return kSumBytes<1> + padded(run_bytes<kCode>(s.batch, s.d, p.run_neurons));
 }
 
 template <Code kCode, typename T>
-__global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangeParams params) {
+__global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
   static_assert(kSenseThreads == kGatherThreads);
   struct Shared {
     RunShared run;
     GatherShared<kRegisterNeurons<1>> gather;
+    OwnX<1>::Shared x;
     int tiles;  // kept
   };
   __shared__ Shared shared;
@@ -105,9 +108,14 @@ __global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangePara
   const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, nullptr, nullptr,
                                               shared.run, room + kSumBytes<1>);
 
+  Gather gather = gather_of<T>(params.execution, neurons, 0, params.chosen.group_threads);
+  const Place place(params.chosen.group_threads);
+  OwnX<1> x{shared.x};
+  load_x(gather, place, p.x, x);  // on its way while one warp decides
+
   // Keep
   if (threadIdx.x < kWarp) {
-    const Kept kept = keep_tiles(p, run, 0, shared.run.votes[0], [&](int64_t t, int rank, float) {
+    const Kept kept = keep_tiles(p, shared.run, run, 0, [&](int64_t t, int rank, float) {
       if (rank < 0) return;
       for (int i = 0; i < tile_rows; ++i) {
         const int64_t j = t * tile_rows + i;
@@ -124,11 +132,7 @@ __global__ void __launch_bounds__(kSenseThreads, 1) range_kernel(const RangePara
   __syncthreads();
 
   // Gather
-  const Gather gather = gather_of<T>(params.execution, neurons, shared.tiles * tile_rows,
-                                     params.chosen.group_threads);
-  const Place place(params.chosen.group_threads);
-  uint4 x[1];
-  load_x<1>(gather, place, p.x, x);
+  gather.count = shared.tiles * tile_rows;
   float sum[1][kLaneColumns] = {};
   gather_register<T, 1>(gather, place, shared.gather, x, sum);
   write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
@@ -216,22 +220,23 @@ void ffn(const FfnParams& p, Stream stream) {
                                 .activation = p.activation,
                                 .design = p.design};
   const Chip machine = chip("ffn");
-  const Chosen chosen = choose(execution, machine);
-  const bool is_general = chosen.path == Path::kGeneral;
-  Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
-  const bool is_piecewise = !is_general && p.cap == nullptr && is_one_pass(selection, machine);
+  const bool is_one = p.cap == nullptr && is_one_pass(selection, machine);
   const Runs runs = runs_of(selection, machine);
   const RangeParams range{
       .selection = selection,
       .execution = execution,
-      .chosen = chosen,
+      .chosen = choose(execution, machine, true),
       .partials = partials_of(execution),
       .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
       .counts = p.stats != nullptr};
-  if (is_piecewise && is_immediate(range, machine)) {
+  if (is_one && is_immediate(range, machine)) {
     launch_range(range, stream);
-    return sum_partials(execution, chosen, p.stats, stream);
+    return sum_partials(execution, range.chosen, p.stats, stream);
   }
+  const Chosen& chosen = range.chosen;
+  const bool is_general = chosen.path == Path::kGeneral;
+  const bool is_piecewise = is_one && !is_general;
+  Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
   if (is_piecewise) {
     listing.segments = select_segments(selection, machine, stream);
   } else {

@@ -33,13 +33,16 @@ void dispatch_bool(bool v, F&& f) {
 }  // namespace
 
 int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKernel design) {
-  return choose_omp(batch, n_atoms, budget_max, current_device(), design).workspace;
+  // Where kQuad may be chosen, it wants none: what is chosen where it may not be decides.
+  return choose_omp(batch, n_atoms, budget_max, false, current_device(), design).workspace;
 }
 
 void omp(const OmpParams& p, Stream stream) {
-  const OmpPlan plan = choose_omp(p.batch, p.n_atoms, p.budget_max, current_device(), p.design);
   const bool aligned = p.n_atoms % 4 == 0 && is_aligned(p.gram) && is_aligned(p.correlation);
-  if (plan.kernel >= OmpKernel::kQuad) {
+  const bool single = p.per_step == 1 && p.group == 1;
+  const OmpPlan plan =
+      choose_omp(p.batch, p.n_atoms, p.budget_max, single && aligned, current_device(), p.design);
+  if (plan.kernel == OmpKernel::kQuad) {
     want_aligned(p.gram, 16, "omp", "gram");
     want_aligned(p.correlation, 16, "omp", "correlation");
   }
@@ -49,7 +52,7 @@ void omp(const OmpParams& p, Stream stream) {
            dim3(static_cast<unsigned>(plan.threads)), stream, job,
            {.shared_bytes = static_cast<int>(plan.shared)});
   };
-  dispatch_bool(p.per_step == 1 && p.group == 1, [&]<bool kOne>() {
+  dispatch_bool(single, [&]<bool kOne>() {
     dispatch_bool(plan.rows_spilled > 0, [&]<bool kSpills>() {
       switch (plan.kernel) {
         case OmpKernel::kAuto:  // which no plan is
@@ -62,11 +65,7 @@ void omp(const OmpParams& p, Stream stream) {
         case OmpKernel::kWide:
           return run("omp_wide", omp_wide_kernel<kOne, kSpills>);
         case OmpKernel::kQuad:
-          return run("omp_quad", omp_quad_kernel<false>);
-        case OmpKernel::kAhead:
-          return run("omp_ahead", omp_quad_kernel<true>);
-        case OmpKernel::kPair:
-          return run("omp_pair", omp_pair_kernel);
+          return run("omp_quad", omp_quad_kernel);
       }
     });
   });

@@ -142,8 +142,8 @@ class OnChip {
       scales()[count] = scale;
       indices()[count] = atom;
     }
-    left = fmaxf(left - along * along, 0.0f);
-    gained = kSingle ? along * along : gained + along * along;
+    left = fmaxf(__fmaf_rn(-along, along, left), 0.0f);
+    gained = __fmaf_rn(along, along, kSingle ? 0.0f : gained);
     ++count;
     return Taken::kTaken;
   }

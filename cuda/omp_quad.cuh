@@ -1,4 +1,4 @@
-// Omp for few problems at a time: the shortest chain from one atom to the next.
+// Omp of one atom a step, all on the chip: the shortest chain from one atom to the next.
 //
 // As on_chip (eq. 16), but every row of D is in registers, four rows a quad. Shared memory has them
 // once more, atom after atom, so that what an atom taken has of all rows is a few loads of 16 bytes
@@ -6,9 +6,6 @@
 // atom's entries of the rows since the last whole quad. What does not decide over the next atom is
 // done while a row of gram is on its way from the L2 cache. Bound by that chain: two steps of an
 // arg-max, one barrier, one load from L2, one of shared memory.
-//
-// With kAhead, a row is asked for one atom early: that of the second best of all warps, which comes
-// next in six of ten steps. It changes when rows arrive and nothing else.
 #pragma once
 
 #include <cstddef>
@@ -37,17 +34,16 @@ struct OmpQuadShared {
   float along[kOmpQuadBudget];  // z
   float scale[kOmpQuadBudget];  // 1 / the diagonal of R
   int32_t index[kOmpQuadBudget];
-  float square[kOmpQuadAtoms];    // the diagonal of gram
-  float ahead[2][kOmpQuadAtoms];  // rows of gram; a thread touches its own atoms only
+  float square[kOmpQuadAtoms];  // the diagonal of gram; a thread touches its own atoms only
   // (pitch, budget / 4): D, atom after atom. Quad q is at place q ^ x, see place_of().
   float4 direction[1];
 };
 static_assert(offsetof(OmpQuadShared, direction) == kOmpQuadShared);
 
 // A thread has kAtoms neighbouring atoms.
-template <int kAtoms, bool kAhead>
 class OnQuads {
  public:
+  static constexpr int kAtoms = 4;
   static constexpr bool kSingle = true;
 
   __device__ explicit OnQuads(const OmpJob& job)
@@ -60,7 +56,7 @@ class OnQuads {
     const float signal = p.energy[b];
     const int dictionary = p.dictionary == nullptr ? 0 : p.dictionary[b];
     count = quads_ = 0;
-    asked_ = ahead_[0] = ahead_[1] = -1;
+    asked_ = -1;
     if (dictionary < 0 || dictionary >= p.n_dictionaries) return false;
     const float* gram = p.gram + int64_t{dictionary} * n() * n();
     float square[kAtoms] = {};
@@ -89,7 +85,6 @@ class OnQuads {
     if (worst >= kInfinity) peak = kInfinity;
     peak = best_of(peak, __reduce_max_sync(kFull, peak), first_, {}, {});
     asked_ = -1;  // it was not about what is known of atoms
-    said_ = 0;
     if (peak >= kInfinity) return false;
 
     exponent = peak > 0 ? exponent_of(peak) : 0;
@@ -146,7 +141,6 @@ class OnQuads {
       if (count > 4 * quads_) store_quad();
       __syncthreads();  // orders D
     }
-    if constexpr (kAhead) wait_copies();
     if (threadIdx.x >= kWarp) return;
     const int lane = static_cast<int>(threadIdx.x);
     const int width = static_cast<int>(p.budget_max);
@@ -181,11 +175,10 @@ class OnQuads {
     asked_ = -1;  // what the slot says holds until an atom is taken
     // The row of gram is under way while everything else goes on.
     float row[kAtoms], known[4], open[4], closed[4];
-    load_row(atom, row);
+    load_early(own_of_row(atom), row);
     load_shared(chosen_ + kKnown, known);
     load_shared(chosen_ + kOpen, open);
     if (quads_ > 0) load_shared(place_of(atom, 0), closed);
-    if constexpr (kAhead) look_ahead();
     const float correlation = known[0], pivot = known[1], weight = known[2];
     const float share = pivot * weight * weight;
     const bool is_finite = isfinite(pivot) && isfinite(correlation);
@@ -206,8 +199,8 @@ class OnQuads {
     least_ = fminf(least_, share);
     const float scale = reciprocal_root(pivot);
     const float along = correlation * scale;
-    left = is_taken ? fmaxf(left - along * along, 0.0f) : left;
-    gained = is_taken ? along * along : gained;
+    left = is_taken ? fmaxf(__fmaf_rn(-along, along, left), 0.0f) : left;
+    gained = is_taken ? __fmul_rn(along, along) : gained;
 
     float sum[kAtoms] = {};
     if (quads_ > 0) add_closed(atom, closed, sum);
@@ -240,17 +233,12 @@ class OnQuads {
   static constexpr unsigned kDirection = offsetof(OmpQuadShared, direction);
   static_assert(kPitch == 128 && kDirection % kPitch == 0, "places are told apart by bits");
   static constexpr unsigned kSlot = sizeof(OmpQuadSlot);
-  static_assert(kAtoms == 2 || kAtoms == 4);
 
   __device__ int n() const { return static_cast<int>(job_.asked.n_atoms); }
   __device__ unsigned warps() const { return static_cast<unsigned>(job_.plan.threads) / kWarp; }
   __device__ static unsigned at_square(int atom) {
     return static_cast<unsigned>(offsetof(OmpQuadShared, square)) +
            4u * static_cast<unsigned>(atom);
-  }
-  __device__ static unsigned at_ahead(int place, int atom) {
-    return static_cast<unsigned>(offsetof(OmpQuadShared, ahead)) +
-           4u * static_cast<unsigned>(place * kOmpQuadAtoms + atom);
   }
   __device__ static unsigned at_word(size_t array, int i) {
     return static_cast<unsigned>(array) + 4u * static_cast<unsigned>(i);
@@ -270,31 +258,6 @@ class OnQuads {
   __device__ __forceinline__ const float* own_of_row(int atom) const {
     return reinterpret_cast<const float*>(column_ + uint64_t{static_cast<unsigned>(atom)} *
                                                         static_cast<unsigned>(4 * n()));
-  }
-
-  __device__ __forceinline__ void load_row(int atom, float (&row)[kAtoms]) const {
-    if constexpr (kAhead) {
-      wait_copies();  // those of the step before are long there
-      if (atom == ahead_[0] || atom == ahead_[1]) {
-        load_shared(shared_ + at_ahead(atom == ahead_[1] ? 1 : 0, first_), row);
-        return;
-      }
-    }
-    load_early(own_of_row(atom), row);
-  }
-
-  // Asks for the row of the best atom of another warp than that of found_, if there is one. The
-  // older row makes room; if that is the one that was just read, the copy comes behind.
-  __device__ __forceinline__ void look_ahead() {
-    const unsigned other = about_ == found_ ? 0 : said_;
-    const unsigned second = __reduce_max_sync(kFull, other);
-    const int atom =
-        __reduce_min_sync(kFull, other == second && about_ != found_ ? about_ : INT32_MAX);
-    if (second == 0 || atom == ahead_[0] || atom == ahead_[1]) return;
-    copy_async<4 * kAtoms>(shared_ + at_ahead(turn_, first_), own_of_row(atom));
-    ahead_[0] = turn_ == 0 ? atom : ahead_[0];
-    ahead_[1] = turn_ == 1 ? atom : ahead_[1];
-    turn_ ^= 1;
   }
 
   __device__ __forceinline__ void forbid(int atom) {
@@ -384,11 +347,11 @@ class OnQuads {
     publish(is_first, slot(threadIdx.x / kWarp), score, atom, known, open);
     __syncthreads();  // these slots were read last before the barrier of the last best_of() or
                       // ask()
-    said_ = 0;
-    about_ = INT32_MAX;
-    if (lane < warps()) load_shared(slot(lane), said_, about_);
-    const unsigned best = __reduce_max_sync(kFull, said_);
-    found_ = __reduce_min_sync(kFull, said_ == best ? about_ : INT32_MAX);
+    unsigned said = 0;
+    int about = INT32_MAX;
+    if (lane < warps()) load_shared(slot(lane), said, about);
+    const unsigned best = __reduce_max_sync(kFull, said);
+    found_ = __reduce_min_sync(kFull, said == best ? about : INT32_MAX);
     chosen_ = slot(static_cast<unsigned>(found_) / (kAtoms * kWarp));
     asked_ = found_;
     parity_ ^= 1;
@@ -415,7 +378,6 @@ class OnQuads {
     __syncthreads();  // as in best_of()
     chosen_ = first;
     asked_ = atom;
-    said_ = 0;
     parity_ ^= 1;
   }
 
@@ -430,10 +392,6 @@ class OnQuads {
   int found_ = 0;
   int asked_ = -1;             // the atom that chosen_ is about, if any
   unsigned parity_ = 0;        // of the slots that are written next
-  unsigned said_ = 0;          // what lane i read in the slot of warp i: its best score
-  int about_ = INT32_MAX;      // and of which atom
-  int ahead_[2] = {-1, -1};    // of which atoms ahead has rows
-  int turn_ = 0;               // the row of ahead that is written next
   float weight_[kAtoms];       // as in OmpQuadSlot
   float pivot_[kAtoms];        // as in OmpQuadSlot
   float correlation_[kAtoms];  // <a, r>
@@ -441,24 +399,14 @@ class OnQuads {
   float closed_[kQuads][4][kAtoms];
 };
 
-template <int kAtoms, bool kAhead>
-__device__ __forceinline__ void pursue_on_quads(const OmpJob& job) {
-  OnQuads<kAtoms, kAhead> engine(job);
+// A thread has 65,536 registers over the threads of the largest block: cpp/omp.cc counts on that.
+__global__ void __launch_bounds__(kOmpQuadThreadsMax, 1) omp_quad_kernel(const OmpJob job) {
+  OnQuads engine(job);
   const int batch = static_cast<int>(job.asked.batch);
   for (int b = static_cast<int>(blockIdx.x); b < batch; b += static_cast<int>(gridDim.x)) {
     const OmpStatus status = pursue_one_by_one(engine, job.asked, b);
     engine.write(job.asked, b, status);
   }
-}
-
-// A thread has 65,536 registers over the threads of the largest block: cpp/omp.cc counts on that.
-template <bool kAhead>
-__global__ void __launch_bounds__(kOmpQuadThreadsMax, 1) omp_quad_kernel(const OmpJob job) {
-  pursue_on_quads<4, kAhead>(job);
-}
-
-__global__ void __launch_bounds__(kOmpQuadThreadsMax, 1) omp_pair_kernel(const OmpJob job) {
-  pursue_on_quads<2, false>(job);
 }
 
 }  // namespace csfast::cuda

@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kListThreads = kRankThreads;
 constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there may be few of them
+constexpr int kJoinWarps = kOverlapThreads / kWarp;
 constexpr int kOwnRows = 4;  // that every block quantises itself: .2 us each, a launch is 2 us
 
 // Where the parts of the workspace begin, and its size.
@@ -74,7 +75,7 @@ struct RunParams {
 };
 
 template <Code kCode, int kProducts>
-__global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams params) {
+__global__ void __maxnreg__(kOverlapRegisters) run_kernel(const RunParams params) {
   __shared__ RunShared shared;
   const SelectParams& p = params.p;
   const int blocks = params.segments.blocks;
@@ -91,11 +92,10 @@ __global__ void __launch_bounds__(kSenseThreads, 1) run_kernel(const RunParams p
   const int lists = p.weight == nullptr ? static_cast<int>(p.batch) : 1;
   for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
     int32_t* tile = params.segments.tile + list * runs.n_tiles + run.first_tile;
-    const Kept kept =
-        keep_tiles(p, run, list, shared.votes[list], [&](int64_t t, int rank, float usage) {
-          if (rank >= 0) tile[rank] = static_cast<int32_t>(t);
-          if (params.usage != nullptr) params.usage[list * runs.n_tiles + t] = usage;
-        });
+    const Kept kept = keep_tiles(p, shared, run, list, [&](int64_t t, int rank, float usage) {
+      if (rank >= 0) tile[rank] = static_cast<int32_t>(t);
+      if (params.usage != nullptr) params.usage[list * runs.n_tiles + t] = usage;
+    });
     if (threadIdx.x % kWarp == 0) {
       params.segments.count[list * blocks + block] = kept.count;
       params.missed[list * blocks + block] = kept.missed;
@@ -109,8 +109,8 @@ struct JoinParams {
   const float* missed;  // (lists, blocks)
 };
 
-// One block a list, or several that share its pieces.
-__global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams params) {
+// A warp for every piece: several blocks share a list.
+__global__ void __launch_bounds__(kOverlapThreads) join_kernel(const JoinParams params) {
   struct Shared {
     int before[kBlocksMax];  // tiles of the pieces before
     int count[kBlocksMax];
@@ -168,13 +168,13 @@ __global__ void __launch_bounds__(kListThreads) join_kernel(const JoinParams par
   }
   __syncthreads();
 
-  for (int s = part * kCompactWarps + warp; s < blocks; s += parts * kCompactWarps) {
+  for (int s = part * kJoinWarps + warp; s < blocks; s += parts * kJoinWarps) {
     const int32_t* from = piece + runs.begin(s);
     for (int i = lane; i < shared.count[s]; i += kWarp) tile[shared.before[s] + i] = from[i];
   }
   const auto n_tiles = static_cast<int>(runs.n_tiles);
-  const int first = shared.total + part * kListThreads + static_cast<int>(threadIdx.x);
-  for (int i = first; i < n_tiles; i += parts * kListThreads) tile[i] = 0;
+  const int first = shared.total + part * kOverlapThreads + static_cast<int>(threadIdx.x);
+  for (int i = first; i < n_tiles; i += parts * kOverlapThreads) tile[i] = 0;
 }
 
 template <Code kCode>
@@ -273,7 +273,7 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.weight == nullptr ? p.batch : 1);
 }
 
-void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
+void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
   dispatch(p.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
                 {.equal = p.equal,
@@ -281,7 +281,7 @@ void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, St
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
                  .d = p.d},
-                p.batch, stream, overlaps);
+                p.batch, stream);
   });
 }
 
@@ -298,7 +298,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, p.design.eager && is_overlapping(p, chip), stream);
+  if (is_quantized) quantize_all(p, layout, stream);
   RunParams params{.p = p,
                    .segments = segments,
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
@@ -363,12 +363,13 @@ void select(const SelectParams& p, Stream stream) {
     const Segments segments = launch_runs(p, machine, stream);
     if (p.cap != nullptr) return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
     return launch(
-        "select", "join", join_kernel, dim3(lists), dim3(kListThreads), stream,
+        "select", "join", join_kernel, dim3(lists, blocks_of(segments.blocks, kJoinWarps)),
+        dim3(kOverlapThreads), stream,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
         {.overlaps = is_overlapping(p, machine)});
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    quantize_all(p, layout, false, stream);
+    quantize_all(p, layout, stream);
     dispatch_code(p.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),

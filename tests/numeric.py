@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from csfast import nested, reference
+from csfast import nested, ops, reference
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
@@ -220,6 +220,12 @@ def assert_same_support(got: torch.Tensor, want: torch.Tensor, distance, margin)
     """Masks agree, except where the decision was closer than the margin of error."""
     differ = got != want
     assert not (differ & (distance > margin)).any(), f"{int(differ.sum())} neurons differ"
+
+
+def ffn_path(x: torch.Tensor, n_neurons: int, *, is_joint: bool = False) -> str:
+    """The path of `ops.execute` that adds up as `ops.ffn` does; of no account on the CPU."""
+    sizes = (*x.shape, n_neurons)
+    return ops.choose(*sizes, shared=is_joint, senses=True, dtype=x.dtype).split()[0]
 
 
 def mask_of(tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, n_neurons: int):

@@ -56,14 +56,15 @@ def test_one_variant_alone():
 @pytest.mark.parametrize(
     ("sizes", "want"),
     [
-        ((132, 256, 1024, 32), ["quad", "ahead"]),
-        ((32, 112, 448, 16), ["quad", "ahead", "pair"]),
-        ((5000, 512, 2048, 64), []),
-        ((6, 40, 60, 5), ["quad", "ahead", "pair"]),
-        ((6, 40, 58, 5), []),
+        ((132, 256, 1024, 32), ["flat", "deep"]),
+        ((32, 112, 448, 16), ["flat", "deep"]),
+        ((5000, 256, 1024, 64), ["deep"]),  # the plan is flat
+        ((5000, 512, 2048, 64), []),  # the plan is deep, flat has no room
+        ((5000, 512, 3000, 8), []),
+        ((6, 40, 58, 5), ["deep"]),
     ],
 )
-def test_designs_are_those_that_take_the_load(sizes, want):
+def test_designs_are_those_that_take_the_load_beside_the_plan(sizes, want):
     assert bench_omp.designs(PursuitCase("load", *sizes)) == want
 
 

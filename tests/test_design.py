@@ -13,6 +13,37 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         ((1, 4096, 14336), {}, "list register overlapping blocks=132 group_threads=512 vectors=1"),
         ((3, 4096, 14336), {}, "list register overlapping blocks=132 group_threads=512 vectors=1"),
         ((1, 8192, 28672), {}, "list register overlapping blocks=132 group_threads=512 vectors=2"),
+        (
+            (1, 4096, 14336),
+            {"senses": True},
+            "range register overlapping blocks=132 group_threads=512 vectors=1",
+        ),
+        (
+            (1, 8192, 28672),
+            {"senses": True},
+            "list register overlapping blocks=132 group_threads=512 vectors=2",
+        ),
+        (
+            (4, 4096, 14336),
+            {"senses": True, "shared": True},
+            "batch overlapping blocks=132 shares=16",
+        ),
+        (
+            (4, 4096, 14336),
+            {"senses": True},
+            "range register overlapping blocks=132 group_threads=512 vectors=1",
+        ),
+        (
+            (16, 4096, 14336),
+            {"senses": True, "shared": True},
+            "batch overlapping blocks=132 shares=16",
+        ),
+        ((1, 8200, 28672), {"senses": True}, "general overlapping"),
+        (
+            (1, 64, 40_000_000),
+            {"senses": True, "n_processors": 160},
+            "general overlapping",
+        ),
         ((1, 896, 4864), {}, "list register overlapping blocks=132 group_threads=128 vectors=1"),
         ((1, 8, 7), {}, "list register overlapping blocks=1 group_threads=32 vectors=1"),
         ((1, 4096, 14336), {"dtype": torch.float32}, "general overlapping"),

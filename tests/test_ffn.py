@@ -5,7 +5,15 @@ import torch
 
 from csfast import ops, planes, reference
 from csfast.cases import CASES, Case
-from numeric import assert_within, execute_tolerance, made, mask_of, middle_threshold, split_tiles
+from numeric import (
+    assert_within,
+    execute_tolerance,
+    ffn_path,
+    made,
+    mask_of,
+    middle_threshold,
+    split_tiles,
+)
 
 
 def layer(p, threshold):
@@ -24,7 +32,7 @@ def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
     tiles, _ = ops.select(
         p.codes, p.equal, p.row_scale, threshold, p.x, bits=bits, tile_rows=tile_rows
     )
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=ffn_path(p.x, case.n_neurons))
     assert torch.equal(run(p, threshold, tile_rows=tile_rows), want)
 
 
@@ -41,9 +49,8 @@ def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtyp
     tiles, _ = ops.select(
         p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, offset=biases.offset, **told
     )
-    want = ops.execute(
-        p.gate, p.up, p.down_t, p.x, tiles, activation=activation, **biases.of_execute()
-    )
+    more = {"activation": activation, "design": ffn_path(p.x, case.n_neurons, is_joint=is_joint)}
+    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **more, **biases.of_execute())
     got = run(p, threshold, offset=biases.offset, **biases.of_execute(), **told)
     assert torch.equal(got, want)
 
@@ -77,7 +84,7 @@ def test_equals_select_and_execute_in_every_design(case, form, path, dtype, devi
     want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path + blocks, **biases)
     mask = mask_of(tiles.tile, tiles.n_tiles, tile_rows, case.n_neurons)
     executed = int(mask.sum()) * (case.batch if is_joint else 1)
-    for more in ("", " register", " bulk", " portable", " eager"):
+    for more in ("", " register", " bulk", " portable"):
         if more == " bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue  # refused
         stats = torch.zeros(2, dtype=torch.int64, device=device)
@@ -110,7 +117,8 @@ def test_caps_what_it_executes_and_counts_the_rest(case, is_joint, dtype, device
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     dropped = torch.full((1,), 100, dtype=torch.int64, device=device)
     got = run(p, threshold, weight=weight, cap=cap, stats=stats, dropped=dropped)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles))
+    path = ffn_path(p.x, case.n_neurons, is_joint=is_joint)
+    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path))
     assert torch.equal(got, run(p, threshold, weight=weight, cap=cap))
     assert int(dropped) == 100 + int(tiles.dropped.sum())
     executed = int(tiles.n_tiles.sum()) * (case.batch if is_joint else 1)

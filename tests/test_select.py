@@ -235,7 +235,7 @@ def test_every_design_selects_alike(case, form, tile_rows, device):
     threshold = middle_threshold(p, tile_rows=tile_rows, **told)
     options["tile_rows"] = tile_rows
     want, missed = select(p, threshold, **options)
-    for design in ("eager", "portable", "eager portable", "general", "eager blocks=3", "blocks=70"):
+    for design in ("portable", "general", "blocks=3", "blocks=70"):
         got, missed_so = select(p, threshold, design=design, **options)
         assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile), design
         allowed = 2.5 * case.n_neurons * UNIT * missed.double() + 2.0**-120
@@ -243,14 +243,15 @@ def test_every_design_selects_alike(case, form, tile_rows, device):
 
 
 @pytest.mark.parametrize("d", [384, 8192, 8256])
-def test_an_eager_selection_of_every_code_and_dtype(d, dtype, bits, device):
-    p = made(Case("eager", 1, d, 24), dtype, device, bits=bits)
+def test_one_pass_selects_as_several_for_every_code_and_dtype(d, dtype, bits, device):
+    p = made(Case("one_row", 1, d, 24), dtype, device, bits=bits)
     threshold = middle_threshold(p)
     for x in (p.x, torch.zeros_like(p.x), p.x * NAN, p.x * 1e-38):
         want, missed = select(p, threshold, x)
-        got, missed_so = select(p, threshold, x, design="eager")
+        got, missed_so = select(p, threshold, x, design="general")
         assert torch.equal(got.n_tiles, want.n_tiles) and torch.equal(got.tile, want.tile)
-        assert torch.equal(missed_so, missed)
+        allowed = 2.5 * 24 * UNIT * missed.double() + 2.0**-120
+        assert_within(missed_so, missed.double(), allowed)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,6 +11,12 @@
 
 namespace csfast::cuda {
 
+// Registers of a thread in a block of 512, one a processor, that leave room beside it for a block
+// of the kernel behind: of 256 threads with 48 each, which so is there already when this one ends.
+inline constexpr int kOverlapRegisters = 104;
+inline constexpr int kOverlapThreads = 256;
+inline constexpr int kOverlapBlocks = 5;  // of these, to a processor: a bound of 48 registers
+
 // The next kernel of the stream may begin once every block has said so or ended. It still waits,
 // in wait_for_prior(), before it touches what this one writes.
 __device__ __forceinline__ void launch_dependents() {

@@ -209,11 +209,33 @@ __device__ __forceinline__ void finish_dots(GatherShared<kAtOnce>& shared, const
   for (int i = 0; i < kAtOnce; ++i) a[i] = __shfl_sync(kFull, activation, 2 * i * kSpan);
 }
 
-// Adds to sum, the thread's columns, what the neurons contribute. x is packed as it lies in memory.
+// What a thread has of x, packed as it lies in memory: a single load in a register, more in its own
+// part of shared memory, for want of registers.
+template <int kVectors>
+struct OwnX {
+  struct Shared {
+    uint4 at[kVectors][kGatherThreads];
+  };
+  Shared& shared;
+
+  __device__ __forceinline__ void set(int k, const uint4& v) { shared.at[k][threadIdx.x] = v; }
+  __device__ __forceinline__ uint4 get(int k) const { return shared.at[k][threadIdx.x]; }
+};
+template <>
+struct OwnX<1> {
+  struct Shared {};
+  Shared& shared;
+  uint4 at;
+
+  __device__ __forceinline__ void set(int, const uint4& v) { at = v; }
+  __device__ __forceinline__ uint4 get(int) const { return at; }
+};
+
+// Adds to sum, the thread's columns, what the neurons contribute.
 template <typename T, int kVectors>
 __device__ __forceinline__ void gather_register(const Gather& g, const Place& place,
                                                 GatherShared<kRegisterNeurons<kVectors>>& shared,
-                                                const uint4 (&x)[kVectors],
+                                                const OwnX<kVectors>& x,
                                                 float (&sum)[kVectors][kLaneColumns]) {
   constexpr int kAtOnce = kRegisterNeurons<kVectors>;
   const uint64_t policy = read_once();
@@ -246,7 +268,7 @@ __device__ __forceinline__ void gather_register(const Gather& g, const Place& pl
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       float xs[kLaneColumns];
-      unpack_all<T>(x[k], xs);
+      unpack_all<T>(x.get(k), xs);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         v[2 * i] = dot<T>(gates[i][k], xs, v[2 * i]);
@@ -273,8 +295,7 @@ __device__ __forceinline__ void gather_register(const Gather& g, const Place& pl
 template <typename T, int kVectors>
 __device__ __forceinline__ void gather_bulk(const Gather& g, const Place& place,
                                             GatherShared<kBulkNeurons<kVectors>>& shared,
-                                            Arrival* arrival, char* ring,
-                                            const uint4 (&x)[kVectors],
+                                            Arrival* arrival, char* ring, const OwnX<kVectors>& x,
                                             float (&sum)[kVectors][kLaneColumns]) {
   constexpr int kAtOnce = kBulkNeurons<kVectors>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -323,7 +344,7 @@ __device__ __forceinline__ void gather_bulk(const Gather& g, const Place& place,
         const int at = 16 * (k * g.group_threads + place.thread);
         if (at >= g.row_bytes) continue;
         float xs[kLaneColumns];
-        unpack_all<T>(x[k], xs);
+        unpack_all<T>(x.get(k), xs);
         const char* rows = row_of(s, of_step, 0) + at;
         v[2 * i] = dot<T>(*reinterpret_cast<const uint4*>(rows), xs, v[2 * i]);
         v[2 * i + 1] =
@@ -384,14 +405,15 @@ __device__ __forceinline__ void write_partial(const Gather& g, const Place& plac
 // The thread's columns of x, packed; zeros beyond the row.
 template <int kVectors>
 __device__ __forceinline__ void load_x(const Gather& g, const Place& place, const void* x,
-                                       uint4 (&to)[kVectors]) {
+                                       OwnX<kVectors>& to) {
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int at = 16 * (v * g.group_threads + place.thread);
-    to[v] = make_uint4(0, 0, 0, 0);
+    uint4 own = make_uint4(0, 0, 0, 0);
     if (at < g.row_bytes) {
-      to[v] = *reinterpret_cast<const uint4*>(static_cast<const char*>(x) + at);
+      own = *reinterpret_cast<const uint4*>(static_cast<const char*>(x) + at);
     }
+    to.set(v, own);
   }
 }
 

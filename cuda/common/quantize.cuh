@@ -64,10 +64,9 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
 }
 
 template <typename T>
-void quantize(const char* op, const QuantizeParams& p, int64_t batch, Stream stream,
-              bool overlaps = false) {
+void quantize(const char* op, const QuantizeParams& p, int64_t batch, Stream stream) {
   launch(op, "quantize", quantize_kernel<T>, dim3(static_cast<unsigned>(batch)),
-         dim3(kQuantizeWarps * kWarp), stream, p, {.overlaps = overlaps});
+         dim3(kQuantizeWarps * kWarp), stream, p);
 }
 
 }  // namespace csfast::cuda

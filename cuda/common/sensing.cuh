@@ -398,7 +398,7 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
                                           Quantize quantize, Write write) {
   constexpr int kLoads = kCode == Code::kBits3 || kCode == Code::kBits4 ? 2 : 1;  // of a piece
   // In flight, as many again while they are multiplied; what registers allow.
-  constexpr int kUnits = (kCode == Code::kTernary && kProducts > 1 ? 2 : 4) / kLoads;
+  constexpr int kUnits = kLoads > 1 ? 1 : kCode == Code::kTernary && kProducts > 1 ? 2 : 3;
   struct Stage {
     Piece<kCode> gate[kUnits];
     Piece<kCode> up[kUnits];

@@ -29,10 +29,6 @@ __device__ __forceinline__ void load_shared(SharedAddress from, float& v) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
 }
 
-__device__ __forceinline__ void load_shared(SharedAddress from, float (&v)[2]) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v[0]), "=f"(v[1]) : "r"(from) : "memory");
-}
-
 __device__ __forceinline__ void load_shared(SharedAddress from, float (&v)[4]) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
@@ -51,10 +47,6 @@ __device__ __forceinline__ void store_shared(SharedAddress to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
 }
 
-__device__ __forceinline__ void store_shared(SharedAddress to, const float (&v)[2]) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(v[0]), "f"(v[1]) : "memory");
-}
-
 __device__ __forceinline__ void store_shared(SharedAddress to, const float (&v)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
                "f"(v[2]), "f"(v[3])
@@ -71,20 +63,6 @@ __device__ __forceinline__ void store_shared_if(bool when, SharedAddress to, con
       "}" ::"r"(to),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(static_cast<unsigned>(when))
       : "memory");
-}
-
-// Begins to copy kBytes of memory, both addresses multiples of them. Only this thread may count on
-// them, and only behind wait_copies().
-template <int kBytes>
-__device__ __forceinline__ void copy_async(SharedAddress to, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
-               : "memory");
-}
-
-// Returns when what this thread has begun to copy has come.
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 }  // namespace csfast::cuda

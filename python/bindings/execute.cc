@@ -49,8 +49,8 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, bool cuda
 }
 
 std::string choose(int64_t batch, int64_t d, int64_t n_neurons, int tile_rows, bool shared,
-                   int element_bytes, const char* design, int capability, int n_processors,
-                   int shared_bytes) {
+                   bool senses, int element_bytes, const char* design, int capability,
+                   int n_processors, int shared_bytes) {
   csfast::ExecuteParams p{};
   p.batch = batch;
   p.d = d;
@@ -60,7 +60,8 @@ std::string choose(int64_t batch, int64_t d, int64_t n_neurons, int tile_rows, b
   p.dtype = element_bytes == 4 ? csfast::DType::kF32 : csfast::DType::kBF16;
   p.design = csfast::parse_design("execute", design);
   return to_string(csfast::choose(
-      p, {.capability = capability, .n_processors = n_processors, .shared_bytes = shared_bytes}));
+      p, {.capability = capability, .n_processors = n_processors, .shared_bytes = shared_bytes},
+      senses));
 }
 
 }  // namespace
@@ -76,7 +77,7 @@ void bind_execute(nb::module_& m) {
           "gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, "
           "down_bias: torch.Tensor | None, activation: str, design: str, workspace: torch.Tensor, "
           "out: torch.Tensor, stream: int) -> None"));
-  m.def("choose", &choose, "batch"_a, "d"_a, "n_neurons"_a, "tile_rows"_a, "shared"_a,
+  m.def("choose", &choose, "batch"_a, "d"_a, "n_neurons"_a, "tile_rows"_a, "shared"_a, "senses"_a,
         "element_bytes"_a, "design"_a, "capability"_a, "n_processors"_a, "shared_bytes"_a);
   m.def("execute_workspace", &execute_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

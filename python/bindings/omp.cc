@@ -62,11 +62,11 @@ int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, const 
                                cuda ? csfast::Device::kCuda : csfast::Device::kCpu);
 }
 
-std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, int processors,
-                     int registers, int threads, int64_t shared_per_block,
+std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, bool single,
+                     int processors, int registers, int threads, int64_t shared_per_block,
                      int64_t shared_per_processor, const char* design) {
   return csfast::describe(
-      csfast::choose_omp(batch, n_atoms, budget_max,
+      csfast::choose_omp(batch, n_atoms, budget_max, single,
                          {processors, registers, threads, shared_per_block, shared_per_processor},
                          csfast::parse_omp_design(design)));
 }
@@ -88,6 +88,6 @@ void bind_omp(nb::module_& m) {
                 "status: torch.Tensor, stream: int) -> None"));
   m.def("omp_workspace", &omp_workspace, "batch"_a, "n_atoms"_a, "budget_max"_a, "design"_a,
         "cuda"_a);
-  m.def("omp_plan", &omp_plan, "batch"_a, "n_atoms"_a, "budget_max"_a, "processors"_a,
+  m.def("omp_plan", &omp_plan, "batch"_a, "n_atoms"_a, "budget_max"_a, "single"_a, "processors"_a,
         "registers"_a, "threads"_a, "shared_per_block"_a, "shared_per_processor"_a, "design"_a);
 }

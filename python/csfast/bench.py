@@ -102,6 +102,7 @@ def run(
     compiled: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    found: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the settings, one row for each setting and variant.
 
@@ -114,6 +115,7 @@ def run(
         compiled: Whether ``torch.compile`` is among the baselines.
         seed: Of the random weights.
         progress: Told the case that is about to be measured.
+        found: Given the results so far, after every case.
 
     Returns:
         ``{"machine": {...}, "rows": [...]}``. Times in microseconds; ``bytes`` is what a call has
@@ -143,6 +145,10 @@ def run(
     bandwidth = read_bandwidth(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    machine = doctor.machine(device)
+    machine["read_bandwidth"] = bandwidth  # bytes per second
+    machine["notes"] = notes
+    results = {"machine": machine, "rows": rows}
     compiler = _Compiler(device) if compiled else None
     layers: list[_Layer] = []
     dense: dict[str, Callable[[int], Tensor]] = {}
@@ -158,12 +164,11 @@ def run(
             layers = [_random_layer(setting, generator, device) for _ in range(count)]
             dense = _dense_baselines(layers, device, compiler, notes)
         rows += _measure(setting, layers, dense, device, runs, variants, bandwidth, notes)
-    machine = doctor.machine(device)
-    machine["read_bandwidth"] = bandwidth  # bytes per second
-    machine["notes"] = notes
-    if compiler is not None:
-        machine["compile_seconds"] = compiler.seconds
-    return {"machine": machine, "rows": rows}
+        if compiler is not None:
+            machine["compile_seconds"] = compiler.seconds
+        if found is not None:
+            found(results)
+    return results
 
 
 def n_layers_of(setting: Setting, device: torch.device) -> int:

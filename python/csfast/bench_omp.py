@@ -6,8 +6,9 @@ start from the signals, `support` leaves the coefficients out, `pursuit` starts 
 correlations and leaves them out, too. Baselines are scikit-learn (on the CPU), the progressive
 recursion in float32 torch, and the package orthogonal-matching-pursuit-gpu where it is installed.
 
-On CUDA `complete` and `pursuit` are also timed with each design of `DESIGNS` that takes the sizes,
-as rows such as `pursuit quad`: what one run says of all of them decides over the plan.
+On CUDA `complete` and `pursuit` are also timed with each design of `DESIGNS` that takes the sizes
+and is not what `ops.omp_plan` names, as rows such as `pursuit flat`: what one run says of all of
+them decides over the plan.
 
 A row carries the share of a sample of its signals whose support is that of float64: without it, a
 time says nothing.
@@ -30,7 +31,7 @@ from . import doctor, ops, reference, timing
 from .cases import PURSUIT_LOADS, PursuitCase
 
 VARIANTS = ("complete", "support", "pursuit")
-DESIGNS = ("quad", "ahead", "pair")  # raced on CUDA with the plan, where they fit
+DESIGNS = ("flat", "deep")  # raced on CUDA with the plan, where they fit and are not the plan
 QUICK = (PursuitCase("quick", batch=64, m=64, n_atoms=128, n_nonzero=8),)
 N_INPUTS = 2
 PACKAGE = "orthogonal_matching_pursuit_gpu"
@@ -55,6 +56,7 @@ def run(
     variants: Sequence[str] = VARIANTS,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    found: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the loads, one row for each load and variant, and on CUDA for each design.
 
@@ -65,6 +67,7 @@ def run(
         variants: Which of `VARIANTS`.
         seed: Of the problems.
         progress: Told the case that is about to be measured.
+        found: Given the results so far, after every case.
 
     Returns:
         ``{"machine": {...}, "rows": [...]}``. Times in microseconds, of the whole batch;
@@ -81,13 +84,16 @@ def run(
     doctor.require(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
+    machine = doctor.machine(device)
+    machine["notes"] = notes
+    results = {"machine": machine, "rows": rows}
     for load in PURSUIT_LOADS[device.type] if loads is None else loads:
         if progress is not None:
             progress(name_of(load))
         rows += _measure(load, device, runs, variants, seed, notes)
-    machine = doctor.machine(device)
-    machine["notes"] = notes
-    return {"machine": machine, "rows": rows}
+        if found is not None:
+            found(results)
+    return results
 
 
 def name_of(load: PursuitCase) -> str:
@@ -96,14 +102,17 @@ def name_of(load: PursuitCase) -> str:
 
 
 def designs(load: PursuitCase) -> list[str]:
-    """Name the designs of `DESIGNS` that take a load on Hopper."""
+    """Name the designs of `DESIGNS` that take a load on Hopper, beside the one of the plan."""
+    sizes = (load.batch, load.n_atoms, load.n_nonzero)
+    chosen = ops.omp_plan(*sizes).partition(":")[0]
     fit = []
     for design in DESIGNS:
         try:
-            ops.omp_plan(load.batch, load.n_atoms, load.n_nonzero, design=design)
+            ops.omp_plan(*sizes, design=design)
         except ValueError:
             continue
-        fit.append(design)
+        if design != chosen:
+            fit.append(design)
     return fit
 
 

@@ -381,9 +381,16 @@ def bench(
             variants=names[operation] if operation in names else (str(operation),),
             compiled=not quick,
             progress=status.update,
+            found=lambda results: _write_bench(json_file, results, commit),
         )
-    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
     Console().print(tables.speed(results))
+
+
+def _write_bench(
+    json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
+) -> None:
+    """Write what was measured so far."""
+    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
     _write_json(json_file, results)
 
 
@@ -398,10 +405,9 @@ def _bench_omp(
             device=where,
             runs=3 if quick else 20,
             progress=status.update,
+            found=lambda results: _write_bench(json_file, results, commit),
         )
-    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
     Console().print(tables.pursuits(results))
-    _write_json(json_file, results)
 
 
 @app.command()

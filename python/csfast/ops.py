@@ -323,9 +323,9 @@ def omp(
             three axes.
         coef: Whether coefficients are wanted. Without them it is faster.
         design: Which of its kernels CUDA uses; empty: as suits the sizes and the machine. One of
-            general, flat, deep, wide, quad, ahead and pair, see docs/kernels.md; the last three
-            take one atom a step, budgets up to 32 and up to 1024 atoms, a multiple of 4. On the CPU
-            of no account.
+            general, flat, deep, wide and quad, see docs/kernels.md; quad takes one atom a step,
+            budgets up to 32, up to 1024 atoms, a multiple of 4, and `gram` and `correlation` at
+            multiples of 16 bytes. On the CPU of no account.
 
     Returns:
         The pursuit, with the reason for its end. A signal that is not finite has count 0 and a
@@ -384,6 +384,7 @@ def omp_plan(
     n_atoms: int,
     budget_max: int,
     *,
+    single: bool = True,
     processors: int = 132,
     registers: int = 65536,
     threads: int = 2048,
@@ -397,6 +398,8 @@ def omp_plan(
         batch: Signals.
         n_atoms: Atoms of the dictionary.
         budget_max: Atoms to make room for.
+        single: Whether a step takes one atom, as with ``per_step = group = 1``, and `gram` and
+            `correlation` begin at multiples of 16 bytes. Of no account beside a design.
         processors: Streaming multiprocessors of the device; what follows is of each. Left out, all
             are those of Hopper.
         registers: Of four bytes.
@@ -407,6 +410,7 @@ def omp_plan(
 
     Raises:
         ValueError: A size is out of range, or the design is unknown or does not fit.
+        TypeError: A size is not an int, or `single` not a bool.
     """
     sizes = {
         "batch": batch,
@@ -419,10 +423,13 @@ def omp_plan(
         "shared_per_processor": shared_per_processor,
     }
     _check_ints("omp", **sizes)
+    if not isinstance(single, bool):
+        raise TypeError(f"[omp] single is a {type(single).__name__}: want a bool.")
     return _native.omp_plan(
         batch,
         n_atoms,
         budget_max,
+        single,
         processors,
         registers,
         threads,
@@ -537,6 +544,7 @@ def choose(
     *,
     tile_rows: int = 1,
     shared: bool = False,
+    senses: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     design: str = "",
     capability: int = 90,
@@ -551,6 +559,7 @@ def choose(
         n_neurons: Neurons of the layer.
         tile_rows: Neurons a tile.
         shared: Whether all rows have one list.
+        senses: Whether the list is still to be made, as `ffn` does.
         dtype: T, of tensors that begin at multiples of 16 bytes.
         design: What is asked for, see `ffn`.
         capability: Compute capability of the machine, times ten.
@@ -574,6 +583,7 @@ def choose(
         n_neurons,
         tile_rows,
         shared,
+        senses,
         dtype.itemsize,
         design,
         capability,
@@ -695,8 +705,7 @@ def ffn(
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
-            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``eager``, for a selection
-            that fetches its constants before the kernel before has ended; ``portable``, for what
+            loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what
             runs at compute capability 8.0. Another path adds up in another order. Of no account on
             the CPU.
         cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.

@@ -33,12 +33,11 @@ struct Design {
   Path path = Path::kAuto;
   Loads loads = Loads::kAuto;
   int blocks = 0;         // of kList and kRange; 0: as many as fit the machine
-  bool eager = false;     // of select: constants are fetched before the kernel before has ended
   bool portable = false;  // only what capability 8.0 has: no bulk copies, no programmatic launches
 };
 
 // From words, each at most once, in any order: general, list, range, batch; register, bulk;
-// blocks=N; eager; portable. None are the default. Throws std::invalid_argument for others.
+// blocks=N; portable. None are the default. Throws std::invalid_argument for others.
 Design parse_design(const char* op, std::string_view words);
 
 // The machine, as far as a choice depends on it.

@@ -43,8 +43,9 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device de
 // fit; BackendError if the device fails. Asynchronous on CUDA.
 void execute(const ExecuteParams& p, Device device, Stream stream);
 
-// How CUDA goes about it on `chip`. Looks at sizes and addresses, not at memory.
-Chosen choose(const ExecuteParams& p, const Chip& chip);
+// How CUDA goes about it on `chip`. Looks at sizes and addresses, not at memory. `senses`: the list
+// is one that select makes just before, run by run.
+Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses = false);
 
 namespace cuda {
 int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons);

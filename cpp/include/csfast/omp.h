@@ -54,14 +54,12 @@ inline constexpr double kPivot = 0x1p-18;
 
 // Which kernel: where it keeps D, and how many atoms a thread has.
 enum class OmpKernel : int32_t {
-  kAuto,     // asked for: the cheapest of those that follow, up to wide
+  kAuto,     // asked for: kQuad where it fits, else the cheapest of the others
   kGeneral,  // everything in memory
   kFlat,     // 4 atoms a thread, 12 rows in registers, the rest in shared memory: least latency
   kDeep,     // 8 atoms a thread, 16 rows in registers: fewest instructions
   kWide,     // 8 atoms a thread, no rows in registers: most atoms
-  kQuad,     // 4 atoms a thread, all rows in registers, one atom a step: few problems at a time
-  kAhead,    // the same, and the row of gram that may come next is asked for early
-  kPair,     // the same as kQuad with 2 atoms a thread
+  kQuad,     // 4 atoms a thread, all rows in registers, one atom a step: the shortest chain
 };
 
 // From its name, such as "flat"; kAuto from none. Throws std::invalid_argument for others.
@@ -141,10 +139,10 @@ inline constexpr int kOmpGeneralThreads = 256;  // eight blocks fill a processor
 inline constexpr int kOmpHeldFlat = 12;         // rows of D in registers: 48 of a thread's 128
 inline constexpr int kOmpHeldDeep = 16;         // 128 of 255
 
-inline constexpr int kOmpQuadAtoms = 1024;        // of a dictionary, at most
-inline constexpr int kOmpQuadBudget = 32;         // at most: 28 rows in registers, 112 of 255
-inline constexpr int kOmpQuadThreadsMax = 256;    // of 255 registers
-inline constexpr int64_t kOmpQuadShared = 13440;  // bytes beside D, see cuda/omp_quad.cuh
+inline constexpr int kOmpQuadAtoms = 1024;       // of a dictionary, at most
+inline constexpr int kOmpQuadBudget = 32;        // at most: 28 rows in registers, 112 of 255
+inline constexpr int kOmpQuadThreadsMax = 256;   // of 255 registers
+inline constexpr int64_t kOmpQuadShared = 5248;  // bytes beside D, see cuda/omp_quad.cuh
 
 // How a batch is launched.
 struct OmpPlan {
@@ -206,10 +204,12 @@ struct OmpChipLayout {
   }
 };
 
-// Chooses without looking at a device, so that every choice can be tested on any machine. Throws
-// std::invalid_argument if the kernel that was asked for does not take these sizes there.
-OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, const OmpDevice& device,
-                   OmpKernel asked);
+// Chooses without looking at a device, so that every choice can be tested on any machine. `single`
+// says that a step takes one atom and that gram and correlation begin at multiples of 16 bytes:
+// without it kQuad is not chosen by itself. Throws std::invalid_argument if the kernel that was
+// asked for does not take these sizes there.
+OmpPlan choose_omp(int64_t batch, int64_t n_atoms, int64_t budget_max, bool single,
+                   const OmpDevice& device, OmpKernel asked);
 std::string describe(const OmpPlan& plan);
 
 namespace cuda {
