@@ -137,3 +137,14 @@ def test_a_size_curve_of_nothing_says_so(curve, tmp_path, monkeypatch):
     words = ["measure", "--data", tmp_path, "--runs", tmp_path / "runs", "--json", tmp_path / "o"]
     with pytest.raises(SystemExit, match="no models in runs"):
         curve.measure(curve.arguments([str(word) for word in words]))
+
+
+def test_results_are_json_with_a_row_a_line(study):
+    rows = [{"delta": 1 / 3, "ci95": [0.123456789123, 2.0]}, {"delta": None, "name": "x"}]
+    text = study.text_of({"tokens": 7, "dense": {"math": 2.34567890123}, "rows": rows})
+    assert len(text.splitlines()) == 4
+    assert json.loads(text) == {
+        "tokens": 7,
+        "dense": {"math": 2.3456789},
+        "rows": [{"delta": 0.33333333, "ci95": [0.12345679, 2.0]}, {"delta": None, "name": "x"}],
+    }

@@ -154,7 +154,27 @@ def head(path: pathlib.Path, command: Sequence[str], commit: str | None) -> None
     found["commit"] = commit
     about = {"demo": "demo model", LARGEST: f"model of {LARGEST}"}
     found["about"] = about.get(path.stem.rpartition("-")[2], "all models of the curve")
-    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(text_of(found), encoding="utf-8")
+
+
+def text_of(found: dict[str, Any]) -> str:
+    """Give a result as JSON: a line for each of its rows, numbers to eight digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.8g}")
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        if isinstance(value, dict):
+            return {key: rounded(item) for key, item in value.items()}
+        return value
+
+    def line(value: Any) -> str:
+        return json.dumps(rounded(value), allow_nan=False, separators=(",", ":"))
+
+    rest = {key: value for key, value in found.items() if key != "rows"}
+    rows = ",\n".join(line(row) for row in found["rows"])
+    return f'{line(rest)[:-1]},"rows":[\n{rows}\n]}}\n'
 
 
 def main() -> int:

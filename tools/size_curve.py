@@ -31,6 +31,7 @@ import train_demo
 
 # Widths like those of the demo model: heads of 64 channels, three neurons a channel, one key and
 # value head for three to five of the query.
+NOT_KEPT = ("density_per_layer", "density_per_task", "density_per_task_layer", "per_task_ci95")
 SIZES: dict[str, dict[str, int]] = {
     "17m": {"d": 384, "layers": 8, "heads": 6, "groups": 2},
     "60m": {"d": 640, "layers": 12, "heads": 10, "groups": 2},
@@ -262,7 +263,7 @@ def measure(args: argparse.Namespace) -> None:
         result["models"].append({**about, "dense": table["dense"], "documents": table["documents"]})
         rows += [
             {
-                **row,
+                **{key: row[key] for key in row if key not in NOT_KEPT},
                 "size": about["size"],
                 "params": about["parameters"],
                 "tokens": about["tokens"],
