@@ -337,7 +337,7 @@ Runs runs_of(const SelectParams& p, const Chip& chip) {
 
 bool is_one_pass(const SelectParams& p, const Chip& chip) {
   if (p.design.path == Path::kGeneral) return false;
-  if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > (1 << 20)) return false;
+  if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > kSenseWidth) return false;
   if (!is_aligned(p.x) || !is_aligned(p.equal)) return false;
   const Runs runs = runs_of(p, chip);
   int64_t bytes = 0;

@@ -6,8 +6,8 @@
 // neighbouring bytes of codes and uses all of them: half a chunk of planes, or 16 bytes of ternary
 // codes. Four lanes read 64 neighbouring bytes of a row: a unit, 256 channels of 2-bit codes.
 //
-// Of 16 bytes of 2-bit codes 28 operations make 16 words, which are operands of 4 products for each
-// 8 rows of the batch: at one row or eight the codes come from memory no faster than they are used.
+// Of 16 bytes of 2-bit codes 16 operations make 16 words, which are operands of 4 products for each
+// 8 rows of the batch: bits stay where they are in their bytes, and sums are as much too large.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -323,9 +323,24 @@ struct Trits {
   }
 };
 
-// Sums that products are added to in turns: a product waits some 30 cycles for the one before.
-template <int kProducts>
-constexpr int kChains = kProducts == 1 ? 2 : 1;
+// Sums of a product, a chain of additions each: a product waits some 30 cycles for the one before.
+// 2-bit codes have one for each pair of bits of a byte, 4^s times too large for pair s; the last
+// has room for rows of 2^18 channels.
+template <Code kCode, int kProducts>
+constexpr int kSums = kCode == Code::kBits2 ? 4
+                      : kProducts == 1      ? 2
+                                            : 1;
+inline constexpr int64_t kSenseWidth = 1 << 18;
+
+// The whole of a sum, from its parts; those of 2-bit codes are multiples of what they are shifted
+// by.
+template <Code kCode, int kParts>
+__device__ __forceinline__ int whole(const int (&part)[kParts]) {
+  int total = 0;
+#pragma unroll
+  for (int s = 0; s < kParts; ++s) total += kCode == Code::kBits2 ? part[s] >> (2 * s) : part[s];
+  return total;
+}
 
 // Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
 // rows of the batch; `width` the bytes of a row of ternary codes.
@@ -333,8 +348,8 @@ template <Code kCode, int kProducts>
 __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const Piece<kCode>& up,
                                                const int8_t* const (&q)[kProducts], int offset,
                                                int width,
-                                               int (&y)[kProducts * kChains<kProducts>][4]) {
-  constexpr int kTurns = kChains<kProducts>;
+                                               int (&y)[kProducts][kSums<kCode, kProducts>][4]) {
+  constexpr int kTurns = kSums<kCode, kProducts>;
   if constexpr (kCode == Code::kTernary) {
     Trits gates(gate.codes);
     Trits ups(up.codes);
@@ -354,7 +369,26 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = ups.next(k + 1);
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n][k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
+      }
+    }
+  } else if constexpr (kCode == Code::kBits2) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t pair = 0x03030303u << (2 * s);
+      uint4 x[kProducts];
+#pragma unroll
+      for (int n = 0; n < kProducts; ++n) {
+        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + 64 * s);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        const uint32_t a[4] = {word(gate.codes.low, k) & pair, word(up.codes.low, k) & pair,
+                               word(gate.codes.low, k + 1) & pair,
+                               word(up.codes.low, k + 1) & pair};
+#pragma unroll
+        for (int n = 0; n < kProducts; ++n)
+          multiply_bytes(y[n][s], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   } else {
@@ -376,7 +410,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
         a[3] = static_cast<uint32_t>(four_codes<kBits>(up.codes, half, s, k + 1));
 #pragma unroll
         for (int n = 0; n < kProducts; ++n)
-          multiply_bytes(y[n * kTurns + k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
+          multiply_bytes(y[n][k / 2 % kTurns], a, word(x[n], k), word(x[n], k + 1));
       }
     }
   }
@@ -398,7 +432,8 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
                                           Quantize quantize, Write write) {
   constexpr int kLoads = kCode == Code::kBits3 || kCode == Code::kBits4 ? 2 : 1;  // of a piece
   // In flight, as many again while they are multiplied; what registers allow.
-  constexpr int kUnits = kLoads > 1 ? 1 : kCode == Code::kTernary && kProducts > 1 ? 2 : 3;
+  constexpr bool kIsTight = kProducts > 1 && (kCode == Code::kTernary || kCode == Code::kBits2);
+  constexpr int kUnits = kLoads > 1 ? 1 : kIsTight ? 2 : 3;
   struct Stage {
     Piece<kCode> gate[kUnits];
     Piece<kCode> up[kUnits];
@@ -447,8 +482,8 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     }
   }
 
-  constexpr int kTurns = kChains<kProducts>;
-  int y[kProducts * kTurns][4] = {};
+  constexpr int kTurns = kSums<kCode, kProducts>;
+  int y[kProducts][kTurns][4] = {};
   const auto multiply = [&](const Stage& stage) {  // and moves on
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -466,8 +501,10 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
       int total[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        total[i] = y[n * kTurns][i];
-        if constexpr (kTurns > 1) total[i] += y[n * kTurns + 1][i];
+        int part[kTurns];
+#pragma unroll
+        for (int s = 0; s < kTurns; ++s) part[s] = y[n][s][i];
+        total[i] = whole<kCode>(part);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -479,9 +516,12 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
       }
     }
 #pragma unroll
-    for (auto& part : y) {
+    for (auto& sums : y) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) part[i] = 0;
+      for (auto& part : sums) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[i] = 0;
+      }
     }
     unit = 0;
     task += kSenseWarps * kTaskNeurons;
