@@ -264,7 +264,7 @@ def test_blocks_are_kept_whole(built, fit, ffns, inputs, method):
     rule, x = built[method], inputs[0]
     thresholds = thresholds_of(rule, 0, fit, 0.3)
     with torch.no_grad():
-        gate, a = rules.activations(ffns[0], x)
+        gate, a = ffns[0].activations(x)
         keep = rule.keep(0, x, gate, a, thresholds, WHERE)
     layout = rule.layouts[0]
     assert sum(len(part) for part in layout.perm.split(layout.block)) == 160
@@ -460,7 +460,7 @@ def test_static_task_keeps_what_each_task_uses(built, fit, ffns, inputs):
     (threshold,) = thresholds_of(built["static-task"], 0, fit, 0.25)
     keep = ~(built["static-task"].score(0, inputs[0], None, None, WHERE) < threshold)
     with torch.no_grad():
-        usage = rules.activations(ffns[0], inputs[0])[1].abs() * rules.down_norm(ffns[0])
+        usage = ffns[0].activations(inputs[0])[1].abs() * ffns[0].down_norm()
     for row in range(4):
         mine = WHERE.row == row
         most = usage[mine].double().square().mean(dim=0).topk(40).indices
@@ -472,9 +472,9 @@ def test_static_task_keeps_what_each_task_uses(built, fit, ffns, inputs):
 def test_previous_keeps_what_the_position_before_used(built, fit, ffns, inputs):
     (threshold,) = thresholds_of(built["previous"], 0, fit, 0.3)
     with torch.no_grad():
-        gate, a = rules.activations(ffns[0], inputs[0])
+        gate, a = ffns[0].activations(inputs[0])
         keep = built["previous"].keep(0, inputs[0], gate, a, (threshold,), WHERE)
-        usage = a.abs() * rules.down_norm(ffns[0])
+        usage = a.abs() * ffns[0].down_norm()
     for i in range(200):
         expected = torch.ones(160, dtype=torch.bool) if i % 50 == 0 else usage[i - 1] >= threshold
         assert torch.equal(keep[i], expected)

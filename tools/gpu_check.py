@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from csfast import bench, bench_omp, cases, ops, planes, reference, timing, types
+from csfast import bench, bench_omp, cases, doctor, ops, planes, reference, timing, types
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "omp", "timings")
@@ -164,7 +164,7 @@ def main() -> int:
         # Without the folders of one machine: only the names of files.
         "command": ["python", "tools/gpu_check.py", *(pathlib.Path(a).name for a in sys.argv[1:])],
         "commit": arguments.commit,
-        "machine": machine(),
+        "machine": doctor.machine(torch.device("cuda")),
     }
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": tests,
@@ -184,22 +184,6 @@ def main() -> int:
     failed = [name for name in arguments.only if document[name].get("passed") is False]
     print("failed: " + ", ".join(failed) if failed else "passed", flush=True)
     return 1 if failed else 0
-
-
-def machine() -> dict[str, str]:
-    """What the figures were taken on."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = "unknown"
-    if shutil.which(asked[0]):
-        driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": sys.version.split()[0],
-    }
 
 
 def tests() -> dict[str, Any]:

@@ -26,8 +26,6 @@ from .rules import (
     BlockRule,
     Fit,
     NeuronRule,
-    activate,
-    activations,
     channel_bytes,
     channel_density,
     cuts,
@@ -76,7 +74,7 @@ class Planes(NeuronRule):
         z = scale[:, None, None] * codes.row_scale.T * y
         if codes.offset is not None:
             z = z + codes.offset.T
-        usage: Tensor = (activate(self.ffns[layer], z[:, 0]) * z[:, 1]).abs()
+        usage: Tensor = (self.ffns[layer].act(z[:, 0]) * z[:, 1]).abs()
         return usage
 
     def sensor_bytes(self, shape: LayerShape) -> float:
@@ -211,7 +209,7 @@ class LowRank(NeuronRule):
                 self._factors[layer], (ffn.gate.bias, ffn.up.bias), strict=True
             )
         )
-        return (activate(ffn, z_gate) * z_up).abs() * self.norm[layer]
+        return (ffn.act(z_gate) * z_up).abs() * self.norm[layer]
 
     def sensor_bytes(self, shape: LayerShape) -> float:
         """Give two pairs of factors at 16 bits."""
@@ -268,7 +266,7 @@ class Previous(NeuronRule):
 
     def sample_score(self, layer: int, x: Tensor, where: Where) -> Tensor:
         """Give the usage of the positions themselves: evenly spaced, they have no neighbours."""
-        return self.usage(layer, activations(self.ffns[layer], x)[1])
+        return self.usage(layer, self.ffns[layer].activations(x)[1])
 
 
 class Linear(NeuronRule):
@@ -365,7 +363,7 @@ class Griffin(RankedRule):
 
     def observe(self, layer: int, x: Tensor, where: Where) -> None:
         """Rank the neurons of one layer by what every prompt did with them."""
-        _, a = activations(self.ffns[layer], x)
+        _, a = self.ffns[layer].activations(x)
         a = a.float()
         tiny = torch.finfo(torch.float32).tiny
         square = (a / a.norm(dim=1, keepdim=True).clamp_min(tiny)).square()
@@ -416,7 +414,7 @@ class Teal(Rule):
 
     def inner(self, layer: int, x: Tensor, kept: Tensor) -> Tensor:
         """Give the intermediate activation of an input of which some channels were kept."""
-        return activations(self.ffns[layer], kept)[1]
+        return self.ffns[layer].activations(kept)[1]
 
     def outer(self, layer: int, a: Tensor, kept: Tensor) -> Tensor:
         """Give the output of an intermediate activation of which some neurons were kept."""
@@ -460,7 +458,7 @@ class RSparse(Teal):
         gate, up, _ = self._factors[layer]
         rest = x - kept
         a: Tensor = ffn.up(kept) + _product(rest, up)
-        return a * activate(ffn, ffn.gate(kept) + _product(rest, gate))
+        return a * ffn.act(ffn.gate(kept) + _product(rest, gate))
 
     def outer(self, layer: int, a: Tensor, kept: Tensor) -> Tensor:
         """Give the output, the skipped neurons by low rank."""
@@ -495,9 +493,7 @@ class MatrixRule(Rule):
                 gate, up, down = self.split(layer, density)
                 (gate,) = cuts(_weighted(x, by_gate), [gate])
                 (up,) = cuts(_weighted(x, by_up), [up])
-                a = activate(ffn, ffn.gate(_large(x, by_gate, gate)[1])) * ffn.up(
-                    _large(x, by_up, up)[1]
-                )
+                a = ffn.act(ffn.gate(_large(x, by_gate, gate)[1])) * ffn.up(_large(x, by_up, up)[1])
                 found[i].append((gate, up, *cuts(_weighted(a, by_down), [down])))
         return [tuple(layers) for layers in found]
 
@@ -509,7 +505,7 @@ class MatrixRule(Rule):
         by_gate, by_up, by_down = self.weights(layer)
         gates, x_gate = _large(x, by_gate, thresholds[0])
         ups, x_up = _large(x, by_up, thresholds[1])
-        a = activate(ffn, ffn.gate(x_gate)) * ffn.up(x_up)
+        a = ffn.act(ffn.gate(x_gate)) * ffn.up(x_up)
         neurons, kept = _large(a, by_down, thresholds[2])
         counts = torch.stack([mask.sum(dim=1) for mask in (gates, ups, neurons)], dim=1)
         return ffn.down(kept), counts
@@ -609,7 +605,7 @@ class Rounded(Rule):
         """Run the whole layer with rounded weights."""
         gate, up, down = self._weights[layer]
         ffn = self.ffns[layer]
-        a = activate(ffn, F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
+        a = ffn.act(F.linear(x, gate, ffn.gate.bias)) * F.linear(x, up, ffn.up.bias)
         out = F.linear(a, down, ffn.down.bias)
         return out, where.row.new_full((len(x), 1), ffn.shape.n_neurons)
 
@@ -630,7 +626,7 @@ class Calibrated(Rounded):
         ffn = fit.ffns[layer]
         x = fit.sample.inputs[layer]
         gate, up = (quantize.gptq(m.weight, fit.moment(layer), bits) for m in (ffn.gate, ffn.up))
-        a = activate(ffn, F.linear(x, gate[0], ffn.gate.bias))
+        a = ffn.act(F.linear(x, gate[0], ffn.gate.bias))
         a = a * F.linear(x, up[0], ffn.up.bias)
         return [gate, up, quantize.gptq(ffn.down.weight, second_moment(a), bits)]
 
@@ -891,7 +887,7 @@ def _greedy(ffn: Ffn, x: Tensor) -> NDArray[np.float64]:
     last = round(1 / GREEDY_STEP)
     densities = [i * GREEDY_STEP for i in range(1, last + 1)]
     kept = [keep_large(x, cut)[1] for cut in cuts(x.abs(), densities)]
-    gates = [activate(ffn, ffn.gate(of)) for of in kept]
+    gates = [ffn.act(ffn.gate(of)) for of in kept]
     ups = [ffn.up(of) for of in kept]
     dense = ffn.down(gates[-1] * ups[-1])
 

@@ -273,7 +273,7 @@ class PlanRule(Rule):
         """Run one layer on the supports of the plan."""
         ffn = self.ffns[layer]
         keep = self.supports(layer, x)
-        _, a = rules.activations(ffn, x)
+        _, a = ffn.activations(x)
         return rules.masked_down(ffn, a, keep), keep.sum(dim=1, keepdim=True)
 
     def supports(self, layer: int, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from . import nested
 from .judge import Rule, Sample, Thresholds, Where
 from .models import Ffn
 from .nested import Level
-from .rules import INDEX_BYTES, ROWS, Fit, activate, activations, down_norm, second_moment
+from .rules import INDEX_BYTES, ROWS, Fit, second_moment
 from .types import LayerShape
 
 NAMES = "mixed-<bits>+<bits>, drop-<bits>+<bits>, mixed-<bits>/<bits>, drop-<bits>/<bits>"
@@ -136,7 +136,7 @@ class Mixed(Rule):
         is_base = self._at_base(usage, thresholds[0]) & ~is_full
         gate, up, down_t = coded.full
         ffn = self.ffns[layer]
-        a_full = activate(ffn, _biased(x @ gate.T, ffn.gate.bias)) * _biased(x @ up.T, ffn.up.bias)
+        a_full = ffn.act(_biased(x @ gate.T, ffn.gate.bias)) * _biased(x @ up.T, ffn.up.bias)
         out = torch.where(is_full, a_full, 0.0) @ down_t
         if self.storage.executes_base:
             out = out + torch.where(is_base, a_base, 0.0) @ coded.base[2]
@@ -212,7 +212,7 @@ class Mixed(Rule):
         gate, up, _ = coded.base
         ffn = self.ffns[layer]
         g, u = _biased(x @ gate.T, ffn.gate.bias), _biased(x @ up.T, ffn.up.bias)
-        act = activate(ffn, g)
+        act = ffn.act(g)
         a = act * u
         length = x.square().sum(dim=1, keepdim=True).sqrt()
         gate_noise, up_noise = coded.noise[0] * length, coded.noise[1] * length
@@ -257,7 +257,7 @@ class Mixed(Rule):
         return Coded(
             (bases[0], bases[1], bases[2]),
             (fulls[0], fulls[1], fulls[2]),
-            down_norm(ffn),
+            ffn.down_norm(),
             torch.stack(noise),
         )
 
@@ -341,7 +341,7 @@ def _moment(fit: Fit, layer: int) -> Tensor:
     """Second moment of a layer's activations, ``(n_neurons, n_neurons)`` float64."""
     ffn = fit.ffns[layer]
     x = fit.sample.inputs[layer]
-    return second_moment(activations(ffn, x)[1])
+    return second_moment(ffn.activations(x)[1])
 
 
 def _cells(left: Tensor, level: Level, bits: int) -> Tensor:
@@ -360,7 +360,7 @@ def _cells(left: Tensor, level: Level, bits: int) -> Tensor:
 
 def _slope(ffn: Ffn, g: Tensor) -> Tensor:
     """Derivative of the activation function, by central differences."""
-    return (activate(ffn, g + _STEP) - activate(ffn, g - _STEP)) / (2 * _STEP)
+    return (ffn.act(g + _STEP) - ffn.act(g - _STEP)) / (2 * _STEP)
 
 
 def _biased(z: Tensor, bias: Tensor | None) -> Tensor:

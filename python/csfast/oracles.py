@@ -20,7 +20,6 @@ from .rules import (
     ROWS,
     BlockRule,
     NeuronRule,
-    activations,
     channel_bytes,
     channel_density,
     cuts,
@@ -71,7 +70,7 @@ class ChannelOracle(Rule):
         layers = []
         for layer, x in enumerate(some.inputs):
             channel = cuts(x.float().abs() * self._column[layer], densities)
-            _, a = activations(self.ffns[layer], x)
+            _, a = self.ffns[layer].activations(x)
             neuron = cuts(a.float().abs() * self._norm[layer], densities)
             layers.append(list(zip(channel, neuron, strict=True)))
         return [tuple(of_layer[i] for of_layer in layers) for i in range(len(densities))]
@@ -81,10 +80,10 @@ class ChannelOracle(Rule):
     ) -> tuple[Tensor, Tensor]:
         """Run one layer on the channels and the neurons that matter."""
         ffn = self.ffns[layer]
-        _, a = activations(ffn, x)
+        _, a = ffn.activations(x)
         keep = ~(a.float().abs() * self._norm[layer] < thresholds[1])
         used = ~(x.float().abs() * self._column[layer] < thresholds[0])
-        _, a = activations(ffn, torch.where(used, x, 0.0))
+        _, a = ffn.activations(torch.where(used, x, 0.0))
         counts = torch.stack([used.sum(dim=1), keep.sum(dim=1)], dim=1)
         return masked_down(ffn, a, keep), counts
 
@@ -136,7 +135,7 @@ class LayerOracle(Rule):
 
     def _out(self, layer: int, x: Tensor) -> Tensor:
         ffn = self.ffns[layer]
-        out: Tensor = ffn.down(activations(ffn, x)[1])
+        out: Tensor = ffn.down(ffn.activations(x)[1])
         return out
 
     def _score(self, layer: int, out: Tensor) -> Tensor:

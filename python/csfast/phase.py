@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from . import judge, models, operators, ops
 from .judge import Judge, Progress, Sample
 from .plan import read_bounded, write_atomic
-from .rules import Fit, activations, down_norm
+from .rules import Fit
 from .types import TASKS, Document, PlanError
 
 FORMAT = "csfast-phase-1"  # of a resume file
@@ -260,7 +260,7 @@ def usages(fit: Fit, shown: Sample, n_groups: int) -> tuple[Tensor, Tensor]:
     usage, mean = [], []
     for layer, (ffn, layout) in enumerate(zip(fit.ffns, layouts, strict=True)):
         known, of_layer = (
-            layout.grouped(activations(ffn, x)[1].float().abs() * down_norm(ffn)).double().cpu()
+            layout.grouped(ffn.activations(x)[1].float().abs() * ffn.down_norm()).double().cpu()
             for x in (before.inputs[layer], after.inputs[layer])
         )
         usage.append(of_layer)

@@ -36,7 +36,7 @@ class NeuronRule(Rule):
     def __init__(self, name: str, ffns: Sequence[Ffn]) -> None:
         """Take the norms of the down rows."""
         super().__init__(name, ffns)
-        self.norm = [down_norm(ffn) for ffn in ffns]
+        self.norm = [ffn.down_norm() for ffn in ffns]
         self._recovery: Recovery | None = None
         self._scored: tuple[Sample, list[Tensor]] | None = None
 
@@ -78,7 +78,7 @@ class NeuronRule(Rule):
             x: Inputs at evenly spaced positions, ``(n, d)``.
             where: Whose they are; neighbours of a position may be missing.
         """
-        return self.score(layer, x, *activations(self.ffns[layer], x), where)
+        return self.score(layer, x, *self.ffns[layer].activations(x), where)
 
     def keep(
         self,
@@ -97,7 +97,7 @@ class NeuronRule(Rule):
     ) -> tuple[Tensor, Tensor]:
         """Run one layer on the neurons that `keep` chooses."""
         ffn = self.ffns[layer]
-        gate, a = activations(ffn, x)
+        gate, a = ffn.activations(x)
         keep = self.keep(layer, x, gate, a, thresholds, where)
         if self._recovery is not None:
             self._recovery.add(layer, self.usage(layer, a), keep, where)
@@ -226,7 +226,7 @@ class Fit:
         """Give the true usage ``(n, n_neurons)`` of one layer, of evenly spaced positions."""
         x = (self.sample if rows is None else self.sample.some(rows)).inputs[layer]
         ffn = self.ffns[layer]
-        return activations(ffn, x)[1].float().abs() * down_norm(ffn)
+        return ffn.activations(x)[1].float().abs() * ffn.down_norm()
 
     def moment(self, layer: int) -> Tensor:
         """Give the second moment of a layer's inputs, ``(d, d)`` float64."""
@@ -297,25 +297,10 @@ class Fit:
         return (scaled @ vectors).float(), (vectors.T @ inverse).float()
 
 
-def activate(ffn: Ffn, z: Tensor) -> Tensor:
-    """Apply the activation function of a layer."""
-    return ffn.act(z)
-
-
-def activations(ffn: Ffn, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the activated gate and the intermediate activation, both ``(n, n_neurons)``."""
-    return ffn.activations(x)
-
-
 def masked_down(ffn: Ffn, a: Tensor, keep: Tensor) -> Tensor:
     """Project the kept activations down."""
     out: Tensor = ffn.down(torch.where(keep, a, 0.0))
     return out
-
-
-def down_norm(ffn: Ffn) -> Tensor:
-    """Give the norm of each neuron's down row, ``(n_neurons,)``, float32."""
-    return ffn.down_norm()
 
 
 def neuron_bytes(shape: LayerShape) -> int:
