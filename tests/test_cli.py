@@ -127,6 +127,7 @@ def test_eval_writes_the_agreed_json(plan, data, folder):
     assert {"tasks", "mean_delta", "density", "density_per_layer", "bytes_fraction"} <= set(results)
     assert {"token_bytes_fraction", "seed", "plan_hash", "model_hash"} <= set(results)
     assert results["plan_hash"] == csfast.Plan.load(plan).plan_hash
+    assert results["machine"]["device"] == "cpu" and results["command"][0] == "csfast"
     for row in results["tasks"].values():
         assert {"dense_loss", "loss", "delta", "ci95", "kl", "top1_agreement"} <= set(row)
         assert {"exact_match", "tokens", "sparse_tokens"} <= set(row)
@@ -318,6 +319,13 @@ def test_wrong_options_are_refused_before_any_work():
 def test_debug_shows_where_an_error_came_from(folder):
     done = call("--debug", "calibrate", folder / "nowhere")
     assert isinstance(done.exception, OSError | ValueError)
+
+
+def test_results_name_no_folders_of_a_machine(monkeypatch):
+    given = ["eval", "org/model", "/home/someone/a.plan", "--json", "results/a.json"]
+    monkeypatch.setattr(sys, "argv", ["csfast", *given])
+    want = ["csfast", "eval", "org/model", "a.plan", "--json", "results/a.json"]
+    assert cli._command() == want
 
 
 def test_results_are_not_half_written(folder, monkeypatch):

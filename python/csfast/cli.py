@@ -282,7 +282,7 @@ def evaluate_(
             progress=advance,
         )
     Console().print(tables.quality(results))
-    _write_json(json_file, results)
+    _write_json(json_file, _headed(results, device))
     if html_file is not None:
         report.write_report(html_file, evaluation=results)
 
@@ -347,7 +347,7 @@ def ablate(
             f"{row['delta']:+.4f}",
         )
     Console().print(table)
-    _write_json(json_file, results)
+    _write_json(json_file, _headed(results, device))
     if partial is not None:
         partial.unlink(missing_ok=True)
     if html_file is not None:
@@ -390,7 +390,7 @@ def _write_bench(
     json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
 ) -> None:
     """Write what was measured so far."""
-    results["machine"] |= {"command": ["csfast", *sys.argv[1:]], "commit": commit}
+    results["machine"] |= {"command": _command(), "commit": commit}
     _write_json(json_file, results)
 
 
@@ -459,7 +459,7 @@ def tokens(
             progress=advance,
         )
     Console().print(tables.effort(found))
-    _write_json(json_file, found)
+    _write_json(json_file, _headed(found, device))
     if html_file is not None:
         report.write_report(html_file, effort=found)
 
@@ -514,8 +514,8 @@ def phase(
         known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
     for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
         Console().print(sentence)
-    _write_json(json_file, found)
-    _write_json(dictionaries_file, known)
+    _write_json(json_file, _headed(found, device))
+    _write_json(dictionaries_file, _headed(known, device))
     if partial is not None:
         partial.unlink(missing_ok=True)
     if html_file is not None:
@@ -622,6 +622,18 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
     ) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _command() -> list[str]:
+    """Give the command line, absolute paths by their names alone: the rest is of one machine."""
+    paths = [(word, pathlib.Path(word)) for word in sys.argv[1:]]
+    return ["csfast", *(path.name if path.is_absolute() else word for word, path in paths)]
+
+
+def _headed(results: dict[str, Any], device: DeviceName) -> dict[str, Any]:
+    """Add what results depend on beside their arguments."""
+    machine = doctor_.machine(torch.device(device.value))
+    return {**results, "machine": machine, "command": _command()}
 
 
 def _write_json(path: pathlib.Path | None, results: dict[str, Any]) -> None:
