@@ -364,24 +364,13 @@ def curve(results: list[dict[str, Any]]) -> str:
         models = [(model["parameters"], model["tokens"]) for model in result["models"]]
         head += tuple(f"{p / 1e6:.0f} M, {t / 1e6:.0f}" for p, t in models)
         of_model: dict[tuple[str, float | None], dict[tuple[int, int], float]] = {}
-        ranks = {(row["size"], _rank(row)) for row in result["rows"] if _rank(row) > 0}
         for row in result["rows"]:
-            # Ranks are an eighth and a quarter of the width, which is what models have in common.
-            lowest = min((rank for size, rank in ranks if size == row["size"]), default=0)
-            share = "d/8" if _rank(row) == lowest else "d/4"
-            method = f"lowrank-{share}" if _rank(row) > 0 else row["method"]
-            found = of_model.setdefault((method, row["density"]), {})
+            found = of_model.setdefault((row["method"], row["density"]), {})
             found[row["params"], row["tokens"]] = row["delta"]
         for (method, density), found in sorted(of_model.items(), key=str):
             cells = [f"{found[m]:+.4f}" if m in found else "-" for m in models]
             rows.append((method, "-" if density is None else f"{density:g}", *cells))
     return table(head, rows)
-
-
-def _rank(row: dict[str, Any]) -> int:
-    """Of a low rank's row; 0 for others."""
-    name, _, rank = row["method"].partition("-")
-    return int(rank) if name == "lowrank" else 0
 
 
 def quality(results: list[dict[str, Any]]) -> str:

@@ -250,12 +250,13 @@ def measure(args: argparse.Namespace) -> None:
             continue
         model, tokenizer = models.load(folder, dtype="float32", device=args.device)
         d = model.config.hidden_size
+        names = {f"lowrank-{d // part}": f"lowrank-d/{part}" for part in (8, 4)}
         table = ablate(
             model,
             tokenizer,
             select,
             report,
-            methods=(*METHODS, f"lowrank-{d // 8}", f"lowrank-{d // 4}"),
+            methods=(*METHODS, *names),
             densities=args.densities,
             tokens=args.tokens,
             seed=args.seed,
@@ -264,6 +265,8 @@ def measure(args: argparse.Namespace) -> None:
         rows += [
             {
                 **{key: row[key] for key in row if key not in NOT_KEPT},
+                # A rank is told by its share of the width, which is what models have in common.
+                "method": names.get(row["method"], row["method"]),
                 "size": about["size"],
                 "params": about["parameters"],
                 "tokens": about["tokens"],
