@@ -322,7 +322,7 @@ def test_debug_shows_where_an_error_came_from(folder):
 
 
 def test_results_name_no_folders_of_a_machine(monkeypatch):
-    given = ["eval", "org/model", "/home/someone/a.plan", "--json", "results/a.json"]
+    given = ["eval", "org/model", "/data/of/someone/a.plan", "--json", "results/a.json"]
     monkeypatch.setattr(sys, "argv", ["csfast", *given])
     want = ["csfast", "eval", "org/model", "a.plan", "--json", "results/a.json"]
     assert cli._command() == want
