@@ -116,9 +116,9 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   Chosen chosen = general;
   const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
   const int64_t loads = in_parts(p.d, kColumns);
-  chosen.vectors = loads <= kThreads ? 1 : kVectorsMax;
+  const int vectors = loads <= kThreads ? 1 : kVectorsMax;
   const bool is_batch = p.shared && p.batch > 1;
-  const bool is_range = senses && chosen.vectors == 1 && asked.loads != Loads::kBulk;
+  const bool is_range = senses && vectors == 1 && asked.loads != Loads::kBulk;
   chosen.path = asked.path != Path::kAuto ? asked.path
                 : is_batch                ? Path::kBatch
                 : is_range                ? Path::kRange
@@ -135,7 +135,6 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   int64_t bytes = kOtherBytes;
   bool fits = is_vectored(p);
   if (chosen.path == Path::kBatch) {
-    chosen.vectors = 0;
     const int64_t columns = in_parts(p.d, kCombineColumns);
     const int64_t wanted = std::max<int64_t>(most / columns, 1);
     chosen.blocks = list_blocks();
@@ -144,6 +143,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
     bytes = kRowsBytes;
     fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
+    chosen.vectors = vectors;
     chosen.group_threads = kWarpThreads;
     while (int64_t{chosen.group_threads} * chosen.vectors < loads &&
            chosen.group_threads < kThreads) {

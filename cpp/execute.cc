@@ -47,15 +47,19 @@ struct Segment {
   int64_t n_tiles;
 };
 
-// The number q of the neurons of a segment, in the order in which they are added up; may lie beyond
-// the last neuron. Of a tile four rows are read together, each of which goes on in the next one:
-// the processor's own prefetch goes on too, and rows that end on another page than they begin have
-// a use for it.
-int64_t neuron_at(const ExecuteParams& p, const Segment& segment, int64_t q) {
-  const int64_t row = q % p.tile_rows;
-  const int64_t apart = p.tile_rows / 4;
-  const int64_t at = p.tile_rows % 4 == 0 ? row % 4 * apart + row / 4 : row;
-  return int64_t{segment.tile[q / p.tile_rows]} * p.tile_rows + at;
+// Calls f(j) for the neurons of a segment, in the order in which they are added up. Of a tile four
+// rows are read together, each of which goes on in the next one: the processor's own prefetch goes
+// on too, and rows that end on another page than they begin have a use for it.
+template <typename F>
+void for_neurons(const ExecuteParams& p, const Segment& segment, F&& f) {
+  const int64_t apart = p.tile_rows % 4 == 0 ? p.tile_rows / 4 : 0;
+  for (int64_t t = 0; t < segment.n_tiles; ++t) {
+    const int64_t first = int64_t{segment.tile[t]} * p.tile_rows;
+    for (int64_t row = 0; row < p.tile_rows; ++row) {
+      const int64_t j = first + (apart > 0 ? row % 4 * apart + row / 4 : row);
+      if (j < p.n_neurons) f(static_cast<int32_t>(j));
+    }
+  }
 }
 
 // The contribution of a segment to rows of the batch, while the start of the next is asked for.
@@ -71,16 +75,14 @@ void sum_segment(const ExecuteParams& p, const Rows& rows, const Segment& segmen
     std::copy(neuron + n - n_ahead, neuron + n, neuron);
     n = n_ahead;
   };
-  const auto show = [&](const Segment& of, int64_t q) {
-    const int64_t j = neuron_at(p, of, q);
-    if (j < p.n_neurons) neuron[n++] = static_cast<int32_t>(j);
-  };
-  for (int64_t q = 0; q < segment.n_tiles * p.tile_rows; ++q) {
+  for_neurons(p, segment, [&](int32_t j) {
     if (n == kShown - kAhead) gather(kAhead);
-    show(segment, q);
-  }
+    neuron[n++] = j;
+  });
   const int64_t own = n;
-  for (int64_t q = 0; q < std::min(next.n_tiles * p.tile_rows, kAhead); ++q) show(next, q);
+  for_neurons(p, {next.tile, std::min(next.n_tiles, kAhead)}, [&](int32_t j) {
+    if (n < own + kAhead) neuron[n++] = j;
+  });
   gather(n - own);
 }
 

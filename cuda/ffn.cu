@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(1) count_kernel(const CountParams p) {
 }
 
 struct RangeParams {
-  SelectParams selection;  // of one list
+  SelectParams selection;  // of one row
   ExecuteParams execution;
   Chosen chosen;
   Partials partials;
@@ -85,8 +85,7 @@ struct RangeParams {
 // The list's place in dynamic shared memory; sums come first.
 template <Code kCode>
 constexpr int64_t list_at(const RangeParams& p) {
-  const SelectParams& s = p.selection;
-  return kSumBytes<1> + padded(run_bytes<kCode>(s.batch, s.d, p.run_neurons));
+  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
 }
 
 template <Code kCode, typename T>

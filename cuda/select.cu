@@ -2,7 +2,7 @@
 // the blocks have kept to a list.
 //
 // Reads the codes once, which bounds it: 4.3 TB/s want 26 KB on the way to each processor, and here
-// 16 warps have 4 to 8 KB each. Every block quantises the activations for itself, up to four rows,
+// 16 warps have 3 to 6 KB each. Every block quantises the activations for itself, up to four rows,
 // while its first codes come; more are quantised by a kernel before. Nothing is decided by who
 // comes first: each block keeps what it keeps at a place of its own. A cap takes one block a list
 // instead of the joining, which ranks the usages. Where rows do not lie on 16 bytes, and for more

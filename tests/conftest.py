@@ -1,9 +1,11 @@
-"""What the tests of the operations run on: every device, every dtype."""
+"""What tests share: every device and dtype of the operations, a tiny model with its plan."""
 
 import pytest
 import torch
 
-from csfast import ops, planes
+import tiny
+from csfast import calibrate, documents, ops, planes
+from texts import make_documents
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -21,3 +23,24 @@ def dtype(request):
 @pytest.fixture(params=planes.CODES, ids=lambda bits: f"{bits}bit" if bits in planes.BITS else bits)
 def bits(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Weights large enough that the feed-forward layers matter to the logits.
+    return tiny.make_model(initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def plan(model, tokenizer):
+    return calibrate(model, documents.split(make_documents(12), "select"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return documents.split(make_documents(12), "report")

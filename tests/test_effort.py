@@ -7,32 +7,10 @@ import pytest
 import torch
 
 import tiny
-from csfast import calibrate, documents, effort, engine, evaluate, judge, models
+from csfast import effort, engine, evaluate, judge, models
 from csfast.types import PlanError
-from texts import make_documents
 
 OPTIONS = {"retrieval_prompts": 0, "tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    # Weights large enough that the feed-forward layers matter to the logits.
-    return tiny.make_model(initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def plan(model, tokenizer):
-    return calibrate(model, documents.split(make_documents(12), "select"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def held_out():
-    return documents.split(make_documents(12), "report")
 
 
 @pytest.fixture(scope="module")

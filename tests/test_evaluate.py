@@ -15,27 +15,6 @@ OPTIONS = {"retrieval_prompts": 0, "tokens": 150, "resamples": 50}
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    # Weights large enough that the feed-forward layers matter to the logits.
-    return tiny.make_model(initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def plan(model, tokenizer):
-    return calibrate(model, documents.split(make_documents(12), "select"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def held_out():
-    return documents.split(make_documents(12), "report")
-
-
-@pytest.fixture(scope="module")
 def results(model, tokenizer, plan, held_out):
     return evaluate.evaluate(model, tokenizer, plan, held_out, density=0.5, answers=3, **OPTIONS)
 

@@ -11,28 +11,7 @@ from csfast import baselines, calibrate, documents, engine, evaluate, judge, mod
 from csfast.judge import Judge, Rule, Setting
 from csfast.rules import Fit
 from csfast.types import TASKS
-from texts import make_documents, make_pieces
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    # Weights large enough that the feed-forward layers matter to the logits.
-    return tiny.make_model(initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def plan(model, tokenizer):
-    return calibrate(model, documents.split(make_documents(12), "select"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def held_out():
-    return documents.split(make_documents(12), "report")
+from texts import make_pieces
 
 
 @pytest.fixture(scope="module")

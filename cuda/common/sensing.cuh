@@ -332,16 +332,6 @@ constexpr int kSums = kCode == Code::kBits2 ? 4
                                             : 1;
 inline constexpr int64_t kSenseWidth = 1 << 18;
 
-// The whole of a sum, from its parts; those of 2-bit codes are multiples of what they are shifted
-// by.
-template <Code kCode, int kParts>
-__device__ __forceinline__ int whole(const int (&part)[kParts]) {
-  int total = 0;
-#pragma unroll
-  for (int s = 0; s < kParts; ++s) total += kCode == Code::kBits2 ? part[s] >> (2 * s) : part[s];
-  return total;
-}
-
 // Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
 // rows of the batch; `width` the bytes of a row of ternary codes.
 template <Code kCode, int kProducts>
@@ -498,13 +488,13 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
     constexpr int kMost = is_planes(kCode) ? (1 << bits_of(kCode)) - 1 : 1;
 #pragma unroll
     for (int n = 0; n < kProducts; ++n) {
-      int total[4];
+      int total[4] = {};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        int part[kTurns];
 #pragma unroll
-        for (int s = 0; s < kTurns; ++s) part[s] = y[n][s][i];
-        total[i] = whole<kCode>(part);
+        for (int s = 0; s < kTurns; ++s) {
+          total[i] += kCode == Code::kBits2 ? y[n][s][i] >> (2 * s) : y[n][s][i];  // exactly
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
