@@ -69,19 +69,20 @@ __device__ __forceinline__ uint4 load_once(const void* from, uint64_t policy) {
   return v;
 }
 
-// A barrier in shared memory that ends a phase when one thread has arrived and the bytes that it
-// announced have come.
+// A barrier in shared memory that ends a phase when so many threads have arrived as it was
+// initialised for, mostly one, and the bytes that these announced have come.
 using Arrival = uint64_t;
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// By one thread, before a barrier of the block.
-__device__ __forceinline__ void init_arrivals(Arrival* arrival, int n) {
+// By one thread, before a barrier of the block; what this thread does itself need not wait.
+__device__ __forceinline__ void init_arrivals(Arrival* arrival, int n, int threads = 1) {
 #if __CUDA_ARCH__ >= 900
   for (int i = 0; i < n; ++i) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival + i))
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(arrival + i)),
+                 "r"(threads)
                  : "memory");
   }
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -96,6 +97,14 @@ __device__ __forceinline__ void expect(Arrival* arrival, int bytes) {
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
       "r"(bytes)
       : "memory");
+#endif
+}
+
+// By each of the threads that the phase waits for, when it has done with what the phase guards.
+__device__ __forceinline__ void arrive(Arrival* arrival) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(arrival))
+               : "memory");
 #endif
 }
 
