@@ -9,18 +9,19 @@
 namespace csfast {
 namespace {
 
-constexpr int kThreads = 512;             // of a block of kList and kRange, see gather.cuh
-constexpr int kWarpThreads = 32;          // threads that share a neuron, at least
-constexpr int kColumns = 8;               // of a load of 16 bytes, of two bytes each
-constexpr int kVectorsMax = 2;            // loads of a row by one thread
-constexpr int64_t kBlockNeurons = 8;      // of a block of kList, when everything is listed
-constexpr int kOtherBytes = 24 << 10;     // of shared memory beside ring and list
-constexpr int kRowsBytes = 36 << 10;      // of kBatch, beside the list, see rows.cuh
-constexpr int64_t kCombineColumns = 512;  // likewise, of the output, of a block
-constexpr int64_t kStepNeurons = 16;      // likewise, that are added at once
-constexpr int64_t kBatchWidth = 1 << 16;  // channels, what places in a row as int allow
-constexpr int64_t kRoomMax = 1 << 20;     // neurons of a block's list, far beyond what fits
-constexpr int kRingBytes = 192 << 10;     // likewise
+constexpr int kThreads = 512;              // of a block of kList and kRange, see gather.cuh
+constexpr int kWarpThreads = 32;           // threads that share a neuron, at least
+constexpr int kColumns = 8;                // of a load of 16 bytes, of two bytes each
+constexpr int kVectorsMax = 2;             // loads of a row by one thread
+constexpr int64_t kBlockNeurons = 8;       // of a block of kList, when everything is listed
+constexpr int kOtherBytes = 24 << 10;      // of shared memory beside ring and list
+constexpr int kRowsBytes = 36 << 10;       // of kBatch, beside the list, see rows.cuh
+constexpr int kRowsBulkBytes = 152 << 10;  // likewise, with rings
+constexpr int64_t kCombineColumns = 512;   // likewise, of the output, of a block
+constexpr int64_t kStepNeurons = 16;       // likewise, that are added at once
+constexpr int64_t kBatchWidth = 1 << 16;   // channels, what places in a row as int allow
+constexpr int64_t kRoomMax = 1 << 20;      // neurons of a block's list, far beyond what fits
+constexpr int kRingBytes = 192 << 10;      // likewise
 
 const char* name_of(Path path) {
   switch (path) {
@@ -136,11 +137,15 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   bool fits = is_vectored(p);
   if (chosen.path == Path::kBatch) {
     const int64_t columns = in_parts(p.d, kCombineColumns);
-    const int64_t wanted = std::max<int64_t>(most / columns, 1);
+    const int64_t wanted = std::max<int64_t>((asked.blocks > 0 ? asked.blocks : most) / columns, 1);
     chosen.blocks = list_blocks();
     chosen.shares = static_cast<int>(std::min(wanted, in_parts(places, kStepNeurons)));
     room = in_parts(places, std::min(chosen.blocks, chosen.shares));
-    bytes = kRowsBytes;
+    const bool fits_bulk = is_new && kRowsBulkBytes + room * 4 <= chip.shared_bytes;
+    chosen.loads = asked.loads != Loads::kAuto ? asked.loads
+                   : fits_bulk                 ? Loads::kBulk
+                                               : Loads::kRegister;
+    bytes = chosen.loads == Loads::kBulk ? kRowsBulkBytes : kRowsBytes;
     fits = fits && p.shared && p.d <= kBatchWidth;
   } else {
     chosen.vectors = vectors;
@@ -175,9 +180,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
 
 std::string to_string(const Chosen& chosen) {
   std::string text = name_of(chosen.path);
-  if (chosen.path == Path::kList || chosen.path == Path::kRange) {
-    text += std::string(" ") + name_of(chosen.loads);
-  }
+  if (chosen.path != Path::kGeneral) text += std::string(" ") + name_of(chosen.loads);
   if (chosen.overlaps) text += " overlapping";
   if (chosen.blocks > 0) text += " blocks=" + std::to_string(chosen.blocks);
   if (chosen.shares > 0) text += " shares=" + std::to_string(chosen.shares);

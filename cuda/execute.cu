@@ -12,6 +12,7 @@
 // If a row of the weights or of x begins off a multiple of 16 bytes, all go by single elements.
 // Shares are counted from the sizes of one row, so a row's result does not depend on its batch.
 #include <bit>
+#include <type_traits>
 
 #include "common/async.cuh"
 #include "common/dispatch.cuh"
@@ -65,7 +66,7 @@ struct Layout {
   int64_t partial;            // of kGeneral: (batch, shares, d), float
   int64_t sum;                // of others: (rows, blocks, d), float
   int64_t executed;           // of others: (rows, blocks), int32
-  int64_t shared_activation;  // of kBatch: (n_neurons, kActivationStride) by place in the list
+  int64_t shared_activation;  // of kBatch: SplitActivations or less, by place in the list
   int64_t bytes;
 };
 
@@ -78,7 +79,7 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
   const int64_t shared_activation = executed + padded(rows * kBlocksMax * int64_t{sizeof(int32_t)});
   // A last tile with fewer neurons takes as many places as the others, of at most n_neurons.
   const int64_t others =
-      shared_activation + padded(2 * n_neurons * kActivationStride * int64_t{sizeof(float)});
+      shared_activation + padded(2 * n_neurons * int64_t{sizeof(SplitActivations<kProductsMax>)});
   return {.activation = 0,
           .partial = partial,
           .sum = 0,
@@ -378,7 +379,7 @@ __device__ __forceinline__ int tiles_below(const int32_t* tile, int n, int64_t l
   while (low < high) {
     const int step = (high - low + kWarp - 1) / kWarp;
     const int i = low + lane * step + step - 1;  // the last of the lane's part
-    const bool is_below = i < high && tile[i] < limit;
+    const bool is_below = i < high && __ldcg(tile + i) < limit;
     const int parts = __popc(__ballot_sync(kFull, is_below));
     low += parts * step;
     high = min(high, low + step - 1);
@@ -387,7 +388,8 @@ __device__ __forceinline__ int tiles_below(const int32_t* tile, int n, int64_t l
 }
 
 // Lists the neurons of a share in `neurons`, (room), -1 where a tile has none; returns which
-// places these are. The whole block calls; the list may be read at once.
+// places these are. The whole block calls; the list may be read at once. It is read past the L1
+// cache, as combine_rows calls before it waits for the kernel before it.
 __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segments& segments,
                                              const Share& share, ShareShared& shared,
                                              int32_t* neurons) {
@@ -410,7 +412,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   const bool is_ahead = share.is_strided && pieces == 0 && thread < share.room;
   if (is_ahead) {
     const auto at = static_cast<unsigned>(place_of(0, thread)) / rows;
-    if (at < most) tile_ahead = tile[at];
+    if (at < most) tile_ahead = __ldcg(tile + at);
   }
 
   int64_t first = 0;  // position in the list
@@ -439,7 +441,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
 #pragma unroll
         for (int k = 0; k < kBlocksMax / kWarp; ++k) {
           const int i = k * kWarp + lane;
-          counts[k] = i < pieces ? piece_tiles[i] : 0;
+          counts[k] = i < pieces ? __ldcg(piece_tiles + i) : 0;
         }
         int total = 0;
 #pragma unroll
@@ -459,7 +461,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
       __syncthreads();
       n = shared.before[pieces];
     } else {
-      n = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most);
+      n = min(max(int64_t{__ldcg(p.n_tiles + list)}, int64_t{0}), most);
     }
     const int64_t places = n * p.tile_rows;
     if (share.is_strided) {
@@ -482,7 +484,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
       }
       at += runs.begin(piece) - shared.before[piece];
     }
-    const int32_t t = is_ahead && i == thread ? tile_ahead : tile[at];
+    const int32_t t = is_ahead && i == thread ? tile_ahead : __ldcg(tile + at);
     const int64_t j = int64_t{t} * p.tile_rows + position % rows;
     neurons[i] = j < 0 || j >= p.n_neurons ? -1 : static_cast<int32_t>(j);
   }
@@ -557,69 +559,106 @@ struct RowsParams {
   ExecuteParams p;  // of at most kRowsAtOnce rows
   Chosen chosen;
   Segments segments;
-  float* activation;  // (n_neurons, kActivationStride)
+  void* activation;   // by place in the list, see rows.cuh
   float* partial;     // (batch, shares, d)
   int32_t* executed;  // (blocks), written, or null
 };
 
-template <typename T, int kProducts>
+// Registers of a thread of combine_rows: of a block of 512 so few that a block of sum has room.
+template <bool kBulk>
+constexpr int kCombineRegisters = kBulk ? kOverlapRegisters : 255;
+template <bool kBulk>
+constexpr int kCombineThreads = kBulk ? kCombineBulkThreads : kCombineRegisterThreads;
+
+template <typename T, int kProducts, bool kBulk>
 __global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const RowsParams params) {
-  struct Shared {
-    RowsShared<kProducts> rows;
-    ShareShared share;
-  };
-  __shared__ Shared shared;
+  using Rows = std::conditional_t<kBulk, ActivateBulk<kProducts>, ActivateRegister<kProducts>>;
+  __shared__ ShareShared shared;
   const ExecuteParams& p = params.p;
   const auto block = static_cast<int>(blockIdx.x);
-  int32_t* neurons = reinterpret_cast<int32_t*>(dynamic_shared());
-  launch_dependents();
+  Rows& rows = *reinterpret_cast<Rows*>(dynamic_shared());
+  int32_t* neurons = reinterpret_cast<int32_t*>(&rows + 1);
+  if constexpr (kBulk) {
+    if (threadIdx.x == 0) rows.init();
+  }
   wait_for_prior();
+  // Not before: combine_rows reads the list as soon as it begins, so whoever wrote that must have
+  // ended, as it has where this wait returns, before the last block here says that it may begin.
+  launch_dependents();
   const Share share{.path = Path::kList,
                     .block = block,
                     .blocks = params.chosen.blocks,
                     .room = params.chosen.list_room,
                     .is_strided = false};
-  const Listed listed = list_share(p, params.segments, share, shared.share, neurons);
+  const Listed listed = list_share(p, params.segments, share, shared, neurons);
   if (params.executed != nullptr && threadIdx.x < kWarp) {
     const int there = neurons_of(neurons, listed.count);
     if (threadIdx.x == 0) params.executed[block] = there;
   }
-  activate_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0), p.x,
-                              static_cast<int>(p.batch), shared.rows,
-                              params.activation + listed.first * kActivationStride);
+  const Gather gather = gather_of<T>(p, neurons, listed.count, 0);
+  const auto batch = static_cast<int>(p.batch);
+  if constexpr (kBulk) {
+    activate_bulk<T>(gather, p.x, batch, rows, listed.first,
+                     static_cast<SplitActivations<kProducts>*>(params.activation));
+  } else {
+    activate_register<T>(gather, p.x, batch, rows,
+                         static_cast<float*>(params.activation) + listed.first * kActivationStride);
+  }
 }
 
-template <typename T, int kProducts>
-__global__ void __launch_bounds__(kCombineThreads, 1) combine_rows_kernel(const RowsParams params) {
+template <typename T, int kProducts, bool kBulk>
+__global__ void __maxnreg__(kCombineRegisters<kBulk>) combine_rows_kernel(const RowsParams params) {
   __shared__ ShareShared shared;
   const ExecuteParams& p = params.p;
   const int64_t block = blockIdx.y;
-  int32_t* neurons = reinterpret_cast<int32_t*>(dynamic_shared());
+  const int first_column = static_cast<int>(blockIdx.x) * kCombineColumns;
+  using Ring = CombineBulk<kProducts>;
+  Ring& ring = *reinterpret_cast<Ring*>(dynamic_shared());  // if kBulk
+  int32_t* neurons = reinterpret_cast<int32_t*>(&ring + (kBulk ? 1 : 0));
   launch_dependents();
-  wait_for_prior();
+  if (kBulk && threadIdx.x == 0) ring.init();
   const Share share{.path = Path::kList,
                     .block = static_cast<int>(block),
                     .blocks = params.chosen.shares,
                     .room = params.chosen.list_room,
                     .is_strided = false};
   const Listed listed = list_share(p, params.segments, share, shared, neurons);
-  combine_rows<T, kProducts>(gather_of<T>(p, neurons, listed.count, 0),
-                             params.activation + listed.first * kActivationStride,
-                             static_cast<int>(p.batch),
-                             static_cast<int>(blockIdx.x) * kCombineColumns,
-                             params.partial + block * p.d, params.chosen.shares * p.d);
+  const Gather gather = gather_of<T>(p, neurons, listed.count, 0);
+  const auto batch = static_cast<int>(p.batch);
+  float* partial = params.partial + block * p.d;
+  const int64_t stride = params.chosen.shares * p.d;
+  if constexpr (kBulk) {
+    combine_bulk<T>(gather, listed.first,
+                    static_cast<const SplitActivations<kProducts>*>(params.activation), batch,
+                    first_column, ring, partial, stride);
+  } else {
+    wait_for_prior();
+    combine_register<T, kProducts>(
+        gather, static_cast<const float*>(params.activation) + listed.first * kActivationStride,
+        batch, first_column, partial, stride);
+  }
 }
 
-template <typename T, int kProducts>
+template <typename T, int kProducts, bool kBulk>
 void launch_rows(const RowsParams& params, Stream stream) {
-  const Launch more{.shared_bytes = params.chosen.list_room * int{sizeof(int32_t)},
-                    .overlaps = params.chosen.overlaps};
-  launch("execute", "activate_rows", activate_rows_kernel<T, kProducts>,
+  using Rows = std::conditional_t<kBulk, ActivateBulk<kProducts>, ActivateRegister<kProducts>>;
+  const auto with = [&](size_t bytes) -> Launch {
+    bytes += static_cast<size_t>(params.chosen.list_room) * sizeof(int32_t);
+    return {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps};
+  };
+  launch("execute", "activate_rows", activate_rows_kernel<T, kProducts, kBulk>,
          dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kGatherThreads), stream, params,
-         more);
-  launch("execute", "combine_rows", combine_rows_kernel<T, kProducts>,
+         with(sizeof(Rows)));
+  launch("execute", "combine_rows", combine_rows_kernel<T, kProducts, kBulk>,
          dim3(blocks_of(params.p.d, kCombineColumns), static_cast<unsigned>(params.chosen.shares)),
-         dim3(kCombineThreads), stream, params, more);
+         dim3(kCombineThreads<kBulk>), stream, params,
+         with(kBulk ? sizeof(CombineBulk<kProducts>) : 0));
+}
+
+template <typename T, bool kBulk>
+void launch_rows(const RowsParams& params, Stream stream) {
+  params.p.batch <= kProductRows ? launch_rows<T, 1, kBulk>(params, stream)
+                                 : launch_rows<T, kProductsMax, kBulk>(params, stream);
 }
 
 // Rows first .. first + rows - 1 of the batch, by kBatch.
@@ -631,13 +670,13 @@ void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& 
       .p = p,
       .chosen = chosen,
       .segments = listing.segments,
-      .activation = at<float>(p.workspace, layout.shared_activation),
+      .activation = at<char>(p.workspace, layout.shared_activation),
       .partial = at<float>(p.workspace, layout.sum),
       .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
   params.p.batch = rows;
   params.p.x = static_cast<const T*>(p.x) + first * p.d;
-  rows <= kProductRows ? launch_rows<T, 1>(params, stream)
-                       : launch_rows<T, kProductsMax>(params, stream);
+  chosen.loads == Loads::kBulk ? launch_rows<T, true>(params, stream)
+                               : launch_rows<T, false>(params, stream);
   launch_sum<T>({.down_bias = p.down_bias,
                  .partial = params.partial,
                  .executed = params.executed,

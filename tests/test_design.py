@@ -26,7 +26,7 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         (
             (4, 4096, 14336),
             {"senses": True, "shared": True},
-            "batch overlapping blocks=132 shares=16",
+            "batch bulk overlapping blocks=132 shares=16",
         ),
         (
             (4, 4096, 14336),
@@ -36,7 +36,7 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         (
             (16, 4096, 14336),
             {"senses": True, "shared": True},
-            "batch overlapping blocks=132 shares=16",
+            "batch bulk overlapping blocks=132 shares=16",
         ),
         ((1, 8200, 28672), {"senses": True}, "general overlapping"),
         (
@@ -50,10 +50,26 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
         ((1, 4100, 14336), {}, "general overlapping"),
         ((1, 8200, 28672), {}, "general overlapping"),
         ((1, 64, 40_000_000), {}, "general overlapping"),
-        ((4, 4096, 14336), {"shared": True}, "batch overlapping blocks=132 shares=16"),
-        ((16, 8192, 28672), {"shared": True}, "batch overlapping blocks=132 shares=8"),
-        ((4, 16384, 53248), {"shared": True}, "batch overlapping blocks=132 shares=4"),
-        ((4, 64, 20), {"shared": True}, "batch overlapping blocks=3 shares=2"),
+        ((4, 4096, 14336), {"shared": True}, "batch bulk overlapping blocks=132 shares=16"),
+        ((16, 8192, 28672), {"shared": True}, "batch bulk overlapping blocks=132 shares=8"),
+        ((4, 16384, 53248), {"shared": True}, "batch bulk overlapping blocks=132 shares=4"),
+        ((4, 64, 20), {"shared": True}, "batch bulk overlapping blocks=3 shares=2"),
+        (
+            (4, 4096, 14336),
+            {"shared": True, "design": "batch register blocks=20"},
+            "batch register overlapping blocks=20 shares=2",
+        ),
+        (
+            (4, 4096, 14336),
+            {"shared": True, "design": "portable"},
+            "batch register blocks=132 shares=16",
+        ),
+        ((4, 4096, 14336), {"shared": True, **AMPERE}, "batch register blocks=108 shares=13"),
+        (
+            (4, 4096, 14336),
+            {"shared": True, "capability": 120, "shared_bytes": 99 << 10},
+            "batch register overlapping blocks=132 shares=16",
+        ),
         (
             (1, 4096, 14336),
             {"shared": True, **AMPERE},
@@ -98,7 +114,12 @@ def test_chooses(sizes, asked, want):
         ((1, 4100, 14336), {"design": "list"}, "is list register .*: want 16-bit elements"),
         ((1, 8200, 14336), {"design": "range"}, "is range register .*: want 16-bit elements"),
         ((1, 4096, 14336), {"design": "list", "dtype": torch.float32}, "is list .*: want 16-bit"),
-        ((1, 4096, 14336), {"design": "batch"}, "is batch .*whose rows share a list"),
+        ((1, 4096, 14336), {"design": "batch"}, "is batch bulk .*whose rows share a list"),
+        (
+            (4, 4096, 14336),
+            {"shared": True, "design": "batch bulk", "shared_bytes": 99 << 10},
+            "is batch bulk .*lists that fit in shared memory",
+        ),
         (
             (1, 64, 500_000),
             {"design": "list blocks=1"},

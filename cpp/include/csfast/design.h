@@ -32,7 +32,7 @@ enum class Loads : uint8_t {
 struct Design {
   Path path = Path::kAuto;
   Loads loads = Loads::kAuto;
-  int blocks = 0;         // of kList and kRange; 0: as many as fit the machine
+  int blocks = 0;         // of all but kGeneral; 0: as many as fit the machine
   bool portable = false;  // only what capability 8.0 has: no bulk copies, no programmatic launches
 };
 
@@ -86,7 +86,7 @@ struct Runs {
 // What was chosen for execute.
 struct Chosen {
   Path path;
-  Loads loads;
+  Loads loads;        // of all but kGeneral
   bool overlaps;      // programmatic launches
   int blocks;         // of kList and kRange, for one row of the batch; of kBatch, of activations
   int shares;         // of kBatch: of the list, for each 512 columns of the output
