@@ -87,6 +87,10 @@ template <Code kCode>
 constexpr int64_t list_at(const RangeParams& p) {
   return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
 }
+template <Code kCode>
+constexpr int64_t range_bytes(const RangeParams& p) {
+  return list_at<kCode>(p) + int64_t{p.run_neurons} * int64_t{sizeof(int32_t)};
+}
 
 template <Code kCode, typename T>
 __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
@@ -95,7 +99,6 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
     RunShared run;
     GatherShared<kRegisterNeurons<1>> gather;
     OwnX<1>::Shared x;
-    int tiles;  // kept
   };
   __shared__ Shared shared;
   const SelectParams& p = params.selection;
@@ -104,34 +107,34 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
   const int tile_rows = p.tile_rows;
   char* room = dynamic_shared();
   int32_t* neurons = reinterpret_cast<int32_t*>(room + list_at<kCode>(params));
-  const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, nullptr, nullptr,
-                                              shared.run, room + kSumBytes<1>);
+  const auto bring = [&](int8_t* q, auto meanwhile) {
+    quantize_rows<kCode>(static_cast<const T*>(p.x), p.equal, 1, static_cast<int>(p.d), q,
+                         shared.run.sense, meanwhile);
+  };
+  const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, shared.run,
+                                              room + kSumBytes<1>, bring);
 
   Gather gather = gather_of<T>(params.execution, neurons, 0, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
   OwnX<1> x{shared.x};
-  load_x(gather, place, p.x, x);  // on its way while one warp decides
+  load_x(gather, place, p.x, x);  // on its way meanwhile
 
   // Keep
-  if (threadIdx.x < kWarp) {
-    const Kept kept = keep_tiles(p, shared.run, run, 0, [&](int64_t t, int rank, float) {
-      if (rank < 0) return;
-      for (int i = 0; i < tile_rows; ++i) {
-        const int64_t j = t * tile_rows + i;
-        neurons[rank * tile_rows + i] = j < p.n_neurons ? static_cast<int32_t>(j) : -1;
-      }
-    });
-    __syncwarp();
-    const int there = neurons_of(neurons, kept.count * tile_rows);
-    if (threadIdx.x == 0) {
-      shared.tiles = kept.count;
-      if (params.counts) params.partials.executed[block] = there;
+  const Kept kept = keep_list(p, shared.run, run, [&](int64_t t, int rank, float) {
+    if (rank < 0) return;
+    for (int i = 0; i < tile_rows; ++i) {
+      const int64_t j = t * tile_rows + i;
+      neurons[rank * tile_rows + i] = j < p.n_neurons ? static_cast<int32_t>(j) : -1;
     }
-  }
+  });
+  gather.count = kept.count * tile_rows;
   __syncthreads();
+  if (params.counts && threadIdx.x < kWarp) {
+    const int there = neurons_of(gather.neurons, gather.count);
+    if (threadIdx.x == 0) params.partials.executed[block] = there;
+  }
 
   // Gather
-  gather.count = shared.tiles * tile_rows;
   float sum[1][kLaneColumns] = {};
   gather_register<T, 1>(gather, place, shared.gather, x, sum);
   write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
@@ -146,20 +149,18 @@ bool is_immediate(const RangeParams& params, const Chip& machine) {
     return false;
   }
   int64_t bytes = 0;
-  dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
-    bytes = list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
-  });
+  dispatch_code(params.selection.code, "ffn",
+                [&]<Code kCode>() { bytes = range_bytes<kCode>(params); });
   constexpr int kStaticBytes = 8 << 10;
   return bytes + kStaticBytes <= machine.shared_bytes;
 }
 
 void launch_range(const RangeParams& params, Stream stream) {
   const auto launch_code = [&]<Code kCode, typename T>() {
-    const int64_t bytes =
-        list_at<kCode>(params) + int64_t{params.run_neurons} * int64_t{sizeof(int32_t)};
     launch("ffn", "range", range_kernel<kCode, T>,
            dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
-           {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps});
+           {.shared_bytes = static_cast<int>(range_bytes<kCode>(params)),
+            .overlaps = params.chosen.overlaps});
   };
   dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
     params.selection.dtype == DType::kF16 ? launch_code.template operator()<kCode, __half>()
@@ -219,20 +220,20 @@ void ffn(const FfnParams& p, Stream stream) {
                                 .activation = p.activation,
                                 .design = p.design};
   const Chip machine = chip("ffn");
+  const Chosen chosen = choose(execution, machine, true);
   const bool is_one = p.cap == nullptr && is_one_pass(selection, machine);
   const Runs runs = runs_of(selection, machine);
   const RangeParams range{
       .selection = selection,
       .execution = execution,
-      .chosen = choose(execution, machine, true),
+      .chosen = chosen,
       .partials = partials_of(execution),
       .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
       .counts = p.stats != nullptr};
   if (is_one && is_immediate(range, machine)) {
     launch_range(range, stream);
-    return sum_partials(execution, range.chosen, p.stats, stream);
+    return sum_partials(execution, chosen, p.stats, stream);
   }
-  const Chosen& chosen = range.chosen;
   const bool is_general = chosen.path == Path::kGeneral;
   const bool is_piecewise = is_one && !is_general;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};

@@ -81,25 +81,48 @@ __global__ void __maxnreg__(kOverlapRegisters) run_kernel(const RunParams params
   const int blocks = params.segments.blocks;
   const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
   const auto block = static_cast<int>(blockIdx.x);
-  const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, params.q,
-                                                      params.scale, shared, dynamic_shared());
+  const auto batch = static_cast<int>(p.batch);
+  const auto d = static_cast<int>(p.d);
+  const auto bring = [&](int8_t* q, auto meanwhile) {
+    if (params.q != nullptr) {
+      return copy_rows<kCode>(params.q, params.scale, batch, d, q, shared.sense, meanwhile);
+    }
+    const auto quantize = [&]<typename T>() {
+      quantize_rows<kCode>(static_cast<const T*>(p.x), p.equal, batch, d, q, shared.sense,
+                           meanwhile);
+    };
+    if (p.dtype == DType::kF32) return quantize.template operator()<float>();
+    if (p.dtype == DType::kF16) return quantize.template operator()<__half>();
+    quantize.template operator()<__nv_bfloat16>();
+  };
+  const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, shared,
+                                                      dynamic_shared(), bring);
 
   if (params.usage != nullptr && block == 0 && threadIdx.x < p.batch) {
     params.own_scale[threadIdx.x] = shared.sense.scale[threadIdx.x];
   }
 
-  // Keep: a warp a list.
-  const int lists = p.weight == nullptr ? static_cast<int>(p.batch) : 1;
-  for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
+  // Keep: the block a list, or a warp each.
+  const auto keep_to = [&](int list) {
     int32_t* tile = params.segments.tile + list * runs.n_tiles + run.first_tile;
-    const Kept kept = keep_tiles(p, shared, run, list, [&](int64_t t, int rank, float usage) {
+    return [&params, &runs, tile, list](int64_t t, int rank, float usage) {
       if (rank >= 0) tile[rank] = static_cast<int32_t>(t);
       if (params.usage != nullptr) params.usage[list * runs.n_tiles + t] = usage;
-    });
-    if (threadIdx.x % kWarp == 0) {
-      params.segments.count[list * blocks + block] = kept.count;
-      params.missed[list * blocks + block] = kept.missed;
-    }
+    };
+  };
+  const auto write = [&](int list, const Kept& kept) {
+    if (threadIdx.x % kWarp > 0) return;
+    params.segments.count[list * blocks + block] = kept.count;
+    params.missed[list * blocks + block] = kept.missed;
+  };
+  const int lists = p.weight == nullptr ? batch : 1;
+  if (lists == 1) {
+    const Kept kept = keep_list(p, shared, run, keep_to(0));
+    if (threadIdx.x < kWarp) write(0, kept);
+    return;
+  }
+  for (int list = static_cast<int>(threadIdx.x) / kWarp; list < lists; list += kSenseWarps) {
+    write(list, keep_tiles(p, shared, run, list, keep_to(list)));
   }
 }
 

@@ -15,6 +15,8 @@ namespace csfast::cuda {
 
 struct RunShared {
   SenseShared sense;
+  int kept[kSenseWarps];         // tiles, by warp
+  float missed[kSenseWarps];     // likewise, as in Kept
   float threshold[kSenseBatch];  // by list
   Votes votes[kSenseBatch];
 };
@@ -76,14 +78,14 @@ __device__ __forceinline__ void prefetch_run(const SelectParams& p, const SenseR
 }
 
 // Senses the block's run of tiles for every row of p.x, at most kSenseBatch; votes are in `shared`
-// then. The kernel's first call: lets the next kernel begin, and waits for the one before. The
-// activations are q (batch, q_width) and scale (batch), or quantised here where these are null.
-// `room` is run_bytes() of shared memory for runs of at most run_neurons.
-template <Code kCode, int kProducts>
+// then. The kernel's first call: lets the next kernel begin, and waits for the one before. bring(q,
+// meanwhile) brings the levels of the activations to q (batch, shared_stride) in shared memory and
+// calls meanwhile() when what it needs first is on its way: quantize_rows() or copy_rows(). `room`
+// is run_bytes() of shared memory for runs of at most run_neurons.
+template <Code kCode, int kProducts, typename Bring>
 __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Runs& runs, int block,
-                                                 int run_neurons, const int8_t* given_q,
-                                                 const float* given_scale, RunShared& shared,
-                                                 char* room) {
+                                                 int run_neurons, RunShared& shared, char* room,
+                                                 Bring bring) {
   const int batch = static_cast<int>(p.batch);
   const int d = static_cast<int>(p.d);
   const int64_t first_tile = runs.begin(block);
@@ -112,20 +114,7 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
       const int list = kSenseThreads - 1 - thread;  // by threads without a scale, mostly
       if (list < (p.weight == nullptr ? batch : 1)) shared.threshold[list] = p.threshold[list];
     };
-    const auto of_type = [&]<typename T>() {
-      const T* x = static_cast<const T*>(p.x);
-      quantize_rows<kCode>(x, p.equal, batch, d, q, shared.sense, load_scales);
-    };
-    if (given_q != nullptr) {
-      load_scales();
-      copy_rows<kCode>(given_q, given_scale, batch, d, q, shared.sense);
-    } else if (p.dtype == DType::kF32) {
-      of_type.template operator()<float>();
-    } else if (p.dtype == DType::kF16) {
-      of_type.template operator()<__half>();
-    } else {
-      of_type.template operator()<__nv_bfloat16>();
-    }
+    bring(q, load_scales);
     if (threadIdx.x < kWarp) vote(p, shared);
   };
   const auto write = [&](int i, int b, int y_gate, int y_up) {
@@ -149,6 +138,19 @@ struct Kept {
   float missed;  // sum of the squares of the usages of the others
 };
 
+// Of tile t of the run, for `list`.
+__device__ __forceinline__ float usage_of_tile(const SelectParams& p, const SensedRun& run,
+                                               int list, int64_t t) {
+  if (p.weight == nullptr && p.tile_rows == 1) {
+    return run.usage[list * run.run_neurons + static_cast<int>(t - run.first)];
+  }
+  const auto of_row = [&](int64_t b) {
+    const float* row = run.usage + b * run.run_neurons - run.first;
+    return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
+  };
+  return p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
+}
+
 // Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is
 // -1 for the others. One warp, a lane a tile.
 template <typename Keep>
@@ -159,17 +161,11 @@ __device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const RunShare
   const Votes votes = shared.votes[list];
   int count = 0;
   float missed = 0.0f;
+#pragma unroll 1
   for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kWarp) {
     const int64_t t = t0 + lane;
     const bool inside = t < run.end_tile;
-    float usage = 0.0f;
-    if (inside) {
-      const auto of_row = [&](int64_t b) {
-        const float* row = run.usage + b * run.run_neurons - run.first;
-        return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
-      };
-      usage = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
-    }
+    const float usage = inside ? usage_of_tile(p, run, list, t) : 0.0f;
     const bool is_in = inside && is_kept(usage, threshold, votes);
     const unsigned keeps = __ballot_sync(kFull, is_in);
     const int rank = is_in ? count + __popc(keeps & ((1u << lane) - 1)) : -1;
@@ -178,6 +174,42 @@ __device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const RunShare
     count += __popc(keeps);
   }
   return {.count = count, .missed = warp_sum(missed)};
+}
+
+// The same for a single list by the whole block, a thread a tile: what a warp takes one after the
+// other is at once here. Threads have the count, the first warp also what was missed, in the same
+// order of sums; `shared` may be written after a barrier.
+template <typename Keep>
+__device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shared,
+                                          const SensedRun& run, Keep keep) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const float threshold = shared.threshold[0];
+  const Votes votes = shared.votes[0];
+  int count = 0;
+#pragma unroll 1
+  for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kSenseThreads) {
+    const int64_t t = t0 + thread;
+    const bool inside = t < run.end_tile;
+    const float usage = inside ? usage_of_tile(p, run, 0, t) : 0.0f;
+    const bool is_in = inside && is_kept(usage, threshold, votes);
+    const unsigned keeps = __ballot_sync(kFull, is_in);
+    if (t0 > run.first_tile) __syncthreads();  // the counts before have been read
+    if (lane == 0) shared.kept[warp] = __popc(keeps);
+    __syncthreads();
+    const int of_warp = shared.kept[lane % kSenseWarps];
+    const int before = __reduce_add_sync(kFull, lane < warp ? of_warp : 0);
+    const int all = __reduce_add_sync(kFull, lane < kSenseWarps ? of_warp : 0);
+    const int rank = is_in ? count + before + __popc(keeps & ((1u << lane) - 1)) : -1;
+    if (inside) keep(t, rank, usage);
+    count += all;
+  }
+  if (p.missed != nullptr && warp == 0) {
+    return {.count = count,
+            .missed = keep_tiles(p, shared, run, 0, [](int64_t, int, float) {}).missed};
+  }
+  return {.count = count, .missed = 0.0f};
 }
 
 // The runs of select, one a block.

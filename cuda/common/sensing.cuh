@@ -184,6 +184,7 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
   unsigned peak = 0;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
+#pragma unroll 1
   for (int c = first + kHeld * step; c < width; c += step) {
     peak = peak_of(equalised(row + c, equal + c), peak);
   }
@@ -207,6 +208,7 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
     const int c = first + k * step;
     if (c < channels) write(c, held[k]);
   }
+#pragma unroll 1
   for (int c = first + kHeld * step; c < channels; c += step) {
     Eight v{};
     if (c < width) v = equalised(row + c, equal + c);
@@ -221,10 +223,11 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
 }
 
 // The same from what a kernel before has quantised: from (batch, q_width) and scale (batch).
-template <Code kCode>
+template <Code kCode, typename Meanwhile>
 __device__ __forceinline__ void copy_rows(const int8_t* from, const float* scale, int batch, int d,
-                                          int8_t* q, SenseShared& shared) {
+                                          int8_t* q, SenseShared& shared, Meanwhile meanwhile) {
   constexpr int kAtOnce = 4;
+  meanwhile();
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int row_warps = row_warps_of(batch);
