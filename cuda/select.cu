@@ -296,7 +296,12 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.weight == nullptr ? p.batch : 1);
 }
 
-void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
+// Programmatic launches.
+bool is_overlapping(const SelectParams& p, const Chip& chip) {
+  return chip.capability >= 90 && !p.design.portable;
+}
+
+void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
   dispatch(p.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
                 {.equal = p.equal,
@@ -304,13 +309,8 @@ void quantize_all(const SelectParams& p, const Layout& layout, Stream stream) {
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
                  .d = p.d},
-                p.batch, stream);
+                p.batch, stream, overlaps);
   });
-}
-
-// Programmatic launches.
-bool is_overlapping(const SelectParams& p, const Chip& chip) {
-  return chip.capability >= 90 && !p.design.portable;
 }
 
 // With a cap, usages and scales stay in the workspace as well.
@@ -321,7 +321,7 @@ Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, stream);
+  if (is_quantized) quantize_all(p, layout, is_overlapping(p, chip), stream);
   RunParams params{.p = p,
                    .segments = segments,
                    .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
@@ -392,7 +392,7 @@ void select(const SelectParams& p, Stream stream) {
         {.overlaps = is_overlapping(p, machine)});
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    quantize_all(p, layout, stream);
+    quantize_all(p, layout, false, stream);
     dispatch_code(p.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),

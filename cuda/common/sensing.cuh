@@ -13,12 +13,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <bit>
 #include <cstdint>
 
 #include "common/async.cuh"
 #include "common/measure.cuh"
 #include "common/mma.cuh"
+#include "common/quantize.cuh"
 #include "common/segment.cuh"
 #include "common/warp.cuh"
 #include "csfast/planes.h"
@@ -27,9 +27,9 @@ namespace csfast::cuda {
 
 inline constexpr int kSenseThreads = 512;  // a block, one on a processor: 128 registers a thread
 inline constexpr int kSenseWarps = kSenseThreads / kWarp;
-inline constexpr int kSenseBatch = 16;            // rows of the batch, at most
-inline constexpr int kProductColumns = 8;         // of these, in one product
-inline constexpr int kPrefetchBytes = 128 << 10;  // of codes, while the kernel before ends
+inline constexpr int kSenseBatch = 16;           // rows of the batch, at most
+inline constexpr int kProductColumns = 8;        // of these, in one product
+inline constexpr int kPrefetchBytes = 96 << 10;  // of codes, while the kernel before ends
 
 // Channels of one activation in shared memory, zero beyond d: whole units of planes, whole bytes of
 // ternary codes.
@@ -77,82 +77,6 @@ __device__ __forceinline__ int sum_of(const SenseShared& shared, int batch, int 
   }
   return __shfl_sync(kFull, sum, b * row_warps);
 }
-
-struct Eight {
-  float at[8];
-};
-
-// Eight elements at an address that is a multiple of 16 bytes.
-template <typename T>
-__device__ __forceinline__ Eight load_eight(const T* from) {
-  const uint4* words = reinterpret_cast<const uint4*>(from);
-  Eight v;
-  if constexpr (sizeof(T) == 4) {
-    const uint4 low = words[0];
-    const uint4 high = words[1];
-    const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v.at[i] = __uint_as_float(bits[i]);
-  } else {
-    struct alignas(16) Halves {
-      T at[8];
-    };
-    const Halves halves = std::bit_cast<Halves>(words[0]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v.at[i] = static_cast<float>(halves.at[i]);
-  }
-  return v;
-}
-
-// Peaks as bits: those of non-negative floats order as the floats do, and what is not finite lies
-// above all that is.
-inline constexpr unsigned kInfinity = 0x7f800000u;
-
-// What channels are multiplied by, and what stands for 1 of their levels.
-__device__ __forceinline__ float inverse_of(unsigned peak_bits) {
-  const float peak = __uint_as_float(peak_bits);
-  return peak_bits < kInfinity && peak > 0.0f ? __fdiv_rn(127.0f, peak) : 0.0f;
-}
-__device__ __forceinline__ float scale_of(unsigned peak_bits) {
-  const bool finite = peak_bits < kInfinity;
-  return finite ? __fdiv_rn(__uint_as_float(peak_bits), 127.0f) : __uint_as_float(0x7fc00000u);
-}
-
-// Eight levels, a byte each; all zero if the peak is not finite.
-__device__ __forceinline__ uint2 round_eight(const Eight& equalised, unsigned peak_bits,
-                                             float inverse) {
-  uint32_t words[2] = {};
-  if (peak_bits < kInfinity) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float e = equalised.at[i];
-      float level = fminf(fmaxf(__fmul_rn(e, inverse), -127.0f), 127.0f);
-      if (e == 0.0f) level = 0.0f;  // times the infinite inverse of a tiny peak
-      // 1.5 * 2^23: the sum has no room for fractions, and rounds half to even.
-      const uint32_t bits = __float_as_uint(__fadd_rn(level, 12582912.0f));
-      words[i / 4] |= (bits & 0xffu) << (8 * (i % 4));
-    }
-  }
-  return make_uint2(words[0], words[1]);
-}
-
-// The product with the equaliser, channel by channel.
-template <typename T>
-__device__ __forceinline__ Eight equalised(const T* x, const float* equal) {
-  Eight v = load_eight(x);
-  const Eight factor = load_eight(equal);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v.at[i] = __fmul_rn(v.at[i], factor.at[i]);
-  return v;
-}
-
-__device__ __forceinline__ unsigned peak_of(const Eight& v, unsigned peak) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) peak = max(peak, __float_as_uint(fabsf(v.at[i])));
-  return peak;
-}
-
-inline constexpr int kHeld = 2;  // times eight channels that a thread has in registers
 
 // Quantises x (batch, d), rows and `equal` at multiples of 16 bytes, d a multiple of 8, to
 // q (batch, shared_stride) in shared memory, with the scales and the sums: quantize.cuh, bit for
