@@ -106,9 +106,9 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
 
   launch_dependents();
   if (!p.design.portable) prefetch_run(p, run, block, runs.blocks, row_bytes(d, kCode));
-  wait_for_prior();
 
   const auto quantize = [&] {
+    wait_for_prior();
     const auto load_scales = [&] {
       for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
       const int list = kSenseThreads - 1 - thread;  // by threads without a scale, mostly

@@ -342,8 +342,9 @@ struct SenseRun {
 };
 
 // Measures every neuron of the run for every row of the batch. Calls quantize() once, by the whole
-// block, when the first codes are on their way; then write(i, b, y_gate, y_up) from one lane for
-// every neuron first + i and row b. Barriers are in quantize() only.
+// block, when the first codes are on their way, for it to wait for the kernel before; then write(i,
+// b, y_gate, y_up) from one lane for every neuron first + i and row b. Barriers are in quantize()
+// only.
 template <Code kCode, int kProducts, typename Quantize, typename Write>
 __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared& shared,
                                           Quantize quantize, Write write) {
