@@ -46,8 +46,8 @@ __device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
 // What a block knows of its run.
 struct SensedRun {
   int64_t first_tile, end_tile;
-  int64_t first;       // neuron
-  const float* usage;  // (batch, run_neurons)
+  int64_t first;  // neuron
+  float* usage;   // (batch, run_neurons)
   int run_neurons;
 };
 
@@ -178,7 +178,7 @@ __device__ __forceinline__ Kept keep_tiles(const SelectParams& p, const RunShare
 
 // The same for a single list by the whole block, a thread a tile: what a warp takes one after the
 // other is at once here. Threads have the count, the first warp also what was missed, in the same
-// order of sums; `shared` may be written after a barrier.
+// order of sums; `shared` may be written after a barrier. Usages of the run are of no account then.
 template <typename Keep>
 __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shared,
                                           const SensedRun& run, Keep keep) {
@@ -187,12 +187,14 @@ __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shar
   const int lane = thread % kWarp;
   const float threshold = shared.threshold[0];
   const Votes votes = shared.votes[0];
+  const auto place_of = [&](int64_t t) { return t * p.tile_rows - run.first; };
   int count = 0;
 #pragma unroll 1
   for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kSenseThreads) {
     const int64_t t = t0 + thread;
     const bool inside = t < run.end_tile;
     const float usage = inside ? usage_of_tile(p, run, 0, t) : 0.0f;
+    if (inside) run.usage[place_of(t)] = usage;  // of the tile, which nobody else looks at
     const bool is_in = inside && is_kept(usage, threshold, votes);
     const unsigned keeps = __ballot_sync(kFull, is_in);
     if (t0 > run.first_tile) __syncthreads();  // the counts before have been read
@@ -205,11 +207,13 @@ __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shar
     if (inside) keep(t, rank, usage);
     count += all;
   }
-  if (p.missed != nullptr && warp == 0) {
-    return {.count = count,
-            .missed = keep_tiles(p, shared, run, 0, [](int64_t, int, float) {}).missed};
+  if (p.missed == nullptr || warp > 0) return {.count = count, .missed = 0.0f};
+  float missed = 0.0f;
+  for (int64_t t = run.first_tile + lane; t < run.end_tile; t += kWarp) {
+    const float usage = run.usage[place_of(t)];
+    if (!is_kept(usage, threshold, votes)) missed = __fmaf_rn(usage, usage, missed);
   }
-  return {.count = count, .missed = 0.0f};
+  return {.count = count, .missed = warp_sum(missed)};
 }
 
 // The runs of select, one a block.
