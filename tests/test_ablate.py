@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import tiny
 from csfast import ablate as ablate_
 from csfast import documents, judge, models
 from csfast.judge import Rule
@@ -25,17 +24,6 @@ METHODS = (
     "rtn-int2",
 )
 OPTIONS = {"retrieval_prompts": 0, "tokens": 150, "resamples": 50, "calibration_tokens": 200}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    # Weights large enough that the feed-forward layers matter to the logits.
-    return tiny.make_model(initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

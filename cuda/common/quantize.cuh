@@ -97,6 +97,48 @@ __device__ __forceinline__ unsigned peak_of(const Eight& v, unsigned peak) {
 }
 
 inline constexpr int kHeld = 2;  // times eight channels that a thread has in registers
+
+// A thread's part of a row: eight channels from `first` on, and from every step-th beyond it, of
+// `width` at addresses that are multiples of 16 bytes; zeros from there to `channels`. Gives the
+// row's peak, which reduce(peak of the part) finds out; write(c, levels) takes eight levels. The
+// row is read once if registers hold it; meanwhile() is called when the first of it is on its way.
+template <typename T, typename Meanwhile, typename Reduce, typename Write>
+__device__ __forceinline__ unsigned quantize_part(const T* x, const float* equal, int width,
+                                                  int channels, int first, int step,
+                                                  Meanwhile meanwhile, Reduce reduce, Write write) {
+  // Peak
+  Eight held[kHeld] = {};
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = first + k * step;
+    if (c < width) held[k] = equalised(x + c, equal + c);
+  }
+  meanwhile();
+  unsigned peak = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
+#pragma unroll 1
+  for (int c = first + kHeld * step; c < width; c += step) {
+    peak = peak_of(equalised(x + c, equal + c), peak);
+  }
+  peak = reduce(peak);
+
+  // Round
+  const float inverse = inverse_of(peak);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int c = first + k * step;
+    if (c < channels) write(c, round_eight(held[k], peak, inverse));
+  }
+#pragma unroll 1
+  for (int c = first + kHeld * step; c < channels; c += step) {
+    Eight v{};
+    if (c < width) v = equalised(x + c, equal + c);
+    write(c, round_eight(v, peak, inverse));
+  }
+  return peak;
+}
+
 inline constexpr int kQuantizeWarps = 16;
 
 // The greatest of what the threads of the block have.
@@ -124,33 +166,11 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
 
   unsigned peak = 0;
   if constexpr (kWide) {
-    constexpr int kStep = 8 * kQuantizeWarps * kWarp;
-    Eight held[kHeld] = {};
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int64_t c = k * kStep + 8 * thread;
-      if (c < p.d) held[k] = equalised(x + c, p.equal + c);
-    }
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
-    for (int64_t c = kHeld * kStep + 8 * thread; c < p.d; c += kStep) {
-      peak = peak_of(equalised(x + c, p.equal + c), peak);
-    }
-    peak = block_peak(peak, warp_peak);
-    const float inverse = inverse_of(peak);
-    const auto write = [&](int64_t c, const Eight& v) {
-      *reinterpret_cast<uint2*>(q + c) = round_eight(v, peak, inverse);
-    };
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int64_t c = k * kStep + 8 * thread;
-      if (c < width) write(c, held[k]);
-    }
-    for (int64_t c = kHeld * kStep + 8 * thread; c < width; c += kStep) {
-      Eight v{};
-      if (c < p.d) v = equalised(x + c, p.equal + c);
-      write(c, v);
-    }
+    peak = quantize_part(
+        x, p.equal, static_cast<int>(p.d), static_cast<int>(width), 8 * thread,
+        8 * kQuantizeWarps * kWarp, [] {},
+        [&](unsigned of_part) { return block_peak(of_part, warp_peak); },
+        [&](int c, const uint2& levels) { *reinterpret_cast<uint2*>(q + c) = levels; });
   } else {
     for (int64_t c = thread; c < p.d; c += blockDim.x) {
       const float e = __fmul_rn(static_cast<float>(x[c]), p.equal[c]);

@@ -97,51 +97,24 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
   const T* row = x + int64_t{b} * d;
   int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
 
-  // Peak
-  Eight held[kHeld] = {};
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int c = first + k * step;
-    if (c < width) held[k] = equalised(row + c, equal + c);
-  }
-  meanwhile();
-  unsigned peak = 0;
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) peak = peak_of(held[k], peak);
-#pragma unroll 1
-  for (int c = first + kHeld * step; c < width; c += step) {
-    peak = peak_of(equalised(row + c, equal + c), peak);
-  }
-  peak = __reduce_max_sync(kFull, peak);
-  if (lane == 0) shared.peak[warp] = peak;
-  __syncthreads();
-
-  // Round
-  const unsigned peak_bits =
-      __reduce_max_sync(kFull, shared.peak[b * row_warps + lane % row_warps]);
-  const float inverse = inverse_of(peak_bits);
   int sum = 0;
-  const auto write = [&](int c, const Eight& v) {
-    const uint2 words = round_eight(v, peak_bits, inverse);
-    *reinterpret_cast<uint2*>(to + place_of<kCode>(c)) = words;
-    sum = __dp4a(0x01010101, static_cast<int>(words.x), sum);
-    sum = __dp4a(0x01010101, static_cast<int>(words.y), sum);
+  const auto reduce = [&](unsigned peak) {
+    peak = __reduce_max_sync(kFull, peak);
+    if (lane == 0) shared.peak[warp] = peak;
+    __syncthreads();
+    return __reduce_max_sync(kFull, shared.peak[b * row_warps + lane % row_warps]);
   };
-#pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int c = first + k * step;
-    if (c < channels) write(c, held[k]);
-  }
-#pragma unroll 1
-  for (int c = first + kHeld * step; c < channels; c += step) {
-    Eight v{};
-    if (c < width) v = equalised(row + c, equal + c);
-    write(c, v);
-  }
+  const auto write = [&](int c, const uint2& levels) {
+    *reinterpret_cast<uint2*>(to + place_of<kCode>(c)) = levels;
+    sum = __dp4a(0x01010101, static_cast<int>(levels.x), sum);
+    sum = __dp4a(0x01010101, static_cast<int>(levels.y), sum);
+  };
+  const unsigned peak =
+      quantize_part(row, equal, width, channels, first, step, meanwhile, reduce, write);
   sum = __reduce_add_sync(kFull, sum);
   if (lane == 0) {
     shared.sum[warp] = sum;
-    if (part == 0 && b < batch) shared.scale[b] = scale_of(peak_bits);
+    if (part == 0 && b < batch) shared.scale[b] = scale_of(peak);
   }
   __syncthreads();
 }
@@ -267,16 +240,19 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
                                                int width,
                                                int (&y)[kProducts][kSums<kCode, kProducts>][4]) {
   constexpr int kTurns = kSums<kCode, kProducts>;
+  const auto load = [&](int at, uint4(&x)[kProducts]) {
+#pragma unroll
+    for (int n = 0; n < kProducts; ++n) {
+      x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + at);
+    }
+  };
   if constexpr (kCode == Code::kTernary) {
     Trits gates(gate.codes);
     Trits ups(up.codes);
 #pragma unroll
     for (int digit = 0; digit < kTrits; ++digit) {
       uint4 x[kProducts];
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n) {
-        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + digit * width);
-      }
+      load(digit * width, x);
 #pragma unroll
       for (int k = 0; k < 4; k += 2) {
         uint32_t a[4];
@@ -294,10 +270,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
     for (int s = 0; s < 4; ++s) {
       const uint32_t pair = 0x03030303u << (2 * s);
       uint4 x[kProducts];
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n) {
-        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + 64 * s);
-      }
+      load(64 * s, x);
 #pragma unroll
       for (int k = 0; k < 4; k += 2) {
         const uint32_t a[4] = {word(gate.codes.low, k) & pair, word(up.codes.low, k) & pair,
@@ -314,10 +287,7 @@ __device__ __forceinline__ void multiply_piece(const Piece<kCode>& gate, const P
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       uint4 x[kProducts];
-#pragma unroll
-      for (int n = 0; n < kProducts; ++n) {
-        x[n] = *reinterpret_cast<const uint4*>(q[n] + offset + 64 * s);
-      }
+      load(64 * s, x);
 #pragma unroll
       for (int k = 0; k < 4; k += 2) {
         uint32_t a[4];
