@@ -16,7 +16,6 @@ namespace csfast::cuda {
 struct RunShared {
   SenseShared sense;
   int kept[kSenseWarps];         // tiles, by warp
-  float missed[kSenseWarps];     // likewise, as in Kept
   float threshold[kSenseBatch];  // by list
   Votes votes[kSenseBatch];
 };
