@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tiny
-from csfast import calibrate, documents, ops, planes
+from csfast import calibrate, documents, ops
+from csfast.codes import planes
 from texts import make_documents
 
 

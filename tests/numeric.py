@@ -5,7 +5,9 @@ import math
 
 import torch
 
-from csfast import nested, ops, reference
+from csfast import ops, reference
+from csfast.codes import levels as levels_
+from csfast.codes import planes
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
@@ -46,8 +48,8 @@ def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def nested_size(levels, equal: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Sum of the magnitudes that a nested measurement adds up, entry by entry, float64."""
-    q = reference.quantize(x, equal)[0].double().abs()
-    weights = [nested.unpack(packed, x.shape[1]).decode().double().abs() for packed in levels]
+    q = planes.quantize(x, equal)[0].double().abs()
+    weights = [levels_.unpack(packed, x.shape[1]).decode().double().abs() for packed in levels]
     return (q @ torch.stack(weights).sum(dim=0).T).view(len(x), len(levels[0].codes), 2)
 
 

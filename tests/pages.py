@@ -6,7 +6,7 @@ import json
 import random
 import re
 
-from csfast import plots
+from csfast.report import plots
 
 TASKS = ("math", "prose")
 

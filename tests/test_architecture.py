@@ -8,11 +8,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "csfast"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
 NATIVE = sorted(
     path
     for folder in ("cpp", "cuda", "python/bindings", "bench")
-    for pattern in ("*.h", "*.cc", "*.cuh", "*.cu")
+    for pattern in ("*.h", "*.cc", "*.cuh", "*.cu", "*.inc")
     for path in (ROOT / folder).rglob(pattern)
 )
 CMAKE = sorted(
@@ -21,93 +22,38 @@ CMAKE = sorted(
     if not {"build", ".venv"} & set(path.relative_to(ROOT).parts)
 )
 
-# Each module may import the modules on its line and no others of ours. A module stands below
-# everything that it may import; the test of order makes cycles impossible.
-MAY_IMPORT: dict[str, set[str]] = {
+# Each room, a module or a package of that name, may import the rooms on its line and no others of
+# ours. A room stands below everything that it may import, so there are no cycles between rooms.
+MAY_IMPORT = {
     "_version": set(),
     "types": set(),
-    "tasks": set(),
-    "feedback": set(),
-    "planes": {"feedback", "types"},
-    "nested": {"feedback", "planes"},
-    "operators": set(),
-    "timing": set(),
-    "reference": {"nested", "planes", "types"},
+    "files": {"types"},
+    "container": {"files", "types"},
+    "codes": {"types"},
+    "reference": {"codes", "types"},
     "documents": {"types"},
-    "ops": {"_native", "nested", "types"},
+    "ops": {"_native", "codes", "types"},
     "pursuit": {"ops"},
-    "cases": {"nested", "planes", "reference", "types"},
     "models": {"types"},
-    "plan": {"feedback", "models", "planes", "types"},
-    "blocks": set(),
-    "calibrate": {"blocks", "models", "ops", "plan", "planes", "reference", "types"},
-    "engine": {"models", "ops", "plan", "planes", "types"},
-    "quantize": {"feedback"},
-    "judge": {"models", "tasks", "types"},
-    "rules": {"blocks", "judge", "models", "planes", "types"},
-    "compressed": {"judge", "ops", "pursuit", "rules", "types"},
-    "oracles": {"judge", "models", "rules", "types"},
-    "mixed": {"judge", "models", "nested", "rules", "types"},
-    "baselines": {
-        "compressed",
-        "feedback",
-        "judge",
-        "mixed",
-        "models",
-        "oracles",
-        "plan",
-        "planes",
-        "quantize",
-        "reference",
-        "rules",
-    }
-    | {"types"},
-    "evaluate": {"engine", "judge", "models", "ops", "plan", "rules", "tasks", "types"},
-    "ablate": {"baselines", "judge", "models", "oracles", "plan", "rules", "types"},
-    "effort": {"engine", "evaluate", "judge", "models", "plan", "types"},
-    "phase": {"judge", "models", "operators", "ops", "plan", "rules", "types"},
-    "dictionaries": {"judge", "models", "operators", "planes", "rules"},
-    "plots": set(),
-    "results": {"plan", "types"},
-    "fronts": {"plots"},
-    "panels": {"fronts", "plots"},
-    "report": {"_version", "fronts", "panels", "plan", "plots", "results"},
-    "doctor": {"_version", "models", "ops", "planes", "reference"},
-    "bench_triton": set(),
-    "bench": {"bench_triton", "cases", "doctor", "nested", "ops", "planes", "timing", "types"},
-    "bench_omp": {"cases", "doctor", "ops", "reference", "timing"},
-    "tables": {"doctor"},
-    "demo": {"bench", "calibrate", "doctor", "documents", "engine", "evaluate", "models", "plan"}
-    | {"report", "tables", "timing", "types"},
-    "__init__": {"_version", "calibrate", "documents", "engine", "models", "ops", "plan", "types"},
-    "cli": {
-        "_version",
-        "ablate",
-        "bench",
-        "bench_omp",
-        "calibrate",
-        "demo",
-        "dictionaries",
-        "doctor",
-        "documents",
-        "effort",
-        "engine",
-        "evaluate",
-    }
-    | {
-        "models",
-        "ops",
-        "panels",
-        "phase",
-        "plan",
-        "report",
-        "results",
-        "tables",
-        "timing",
-        "types",
-    },
+    "plan": {"codes", "container", "files", "models", "types"},
+    "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
+    "patch": {"codes", "models", "ops", "plan", "types"},
+    "__init__": {"_version", "calibration", "documents", "models", "ops", "patch", "plan", "types"},
+    "doctor": {"_version", "codes", "models", "ops", "reference"},
+    "bench": {"codes", "doctor", "ops", "reference", "types"},
+    "judge": {"codes", "files", "models", "ops", "patch", "plan", "pursuit", "reference", "types"},
+    "report": {"_version", "doctor", "files", "types"},
+    "demo": {"bench", "calibration", "doctor", "documents", "judge", "models", "patch", "plan"}
+    | {"report", "types"},
+    "cli": {"_version", "bench", "calibration", "demo", "doctor", "documents", "files", "judge"}
+    | {"models", "ops", "patch", "plan", "report", "types"},
     "__main__": {"cli"},
 }
+# What `import csfast` is for a program that runs a model: it reaches no judge and no page.
+RUN_BY_IMPORT = (
+    "__init__ _native _version calibration codes container documents files models ops patch plan "
+    "types"
+).split()
 # Each operation may include the headers on its line, its own and those that all may.
 MAY_INCLUDE = {
     "sense": set(),
@@ -129,21 +75,49 @@ def tree_of(path: pathlib.Path) -> ast.Module:
 
 
 def ours(path: pathlib.Path) -> set[str]:
-    """Names of our own modules that the file imports."""
+    """Our own modules that the file imports, dotted, such as ``codes.planes``."""
+    package = NAMES[path].split(".")[:-1]
     found = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom):
-            if node.level == 1:
-                found |= {node.module} if node.module else {a.name for a in node.names}
+            if node.level:
+                base = package[: len(package) - node.level + 1]
             elif (node.module or "").split(".")[0] == "csfast":
-                found.add(node.module.removeprefix("csfast").lstrip(".") or "__init__")
+                base = []
+            else:
+                continue
+            module = (node.module or "").removeprefix("csfast").lstrip(".")
+            base = [*base, *filter(None, module.split("."))]
+            for alias in node.names:
+                found.add(resolved([*base, alias.name]) or resolved(base) or "__init__")
         elif isinstance(node, ast.Import):
-            found |= {
-                a.name.removeprefix("csfast").lstrip(".") or "__init__"
-                for a in node.names
-                if a.name.split(".")[0] == "csfast"
-            }
-    return {name.split(".")[0] for name in found}
+            for alias in node.names:
+                assert alias.name.split(".")[0] != "csfast", f"{path}: want a relative import"
+    return found
+
+
+def resolved(parts: list[str]) -> str | None:
+    """The module or package of a dotted name, if it is one."""
+    name = ".".join(parts)
+    if name in NAMES.values() or name == "_native":
+        return name
+    return f"{name}.__init__" if name and f"{name}.__init__" in NAMES.values() else None
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+def closure(names: set[str]) -> set[str]:
+    """All modules that these import, directly or not, themselves included."""
+    paths = {name: path for path, name in NAMES.items()}
+    seen, rest = set(), set(names)
+    while rest:
+        name = rest.pop()
+        seen.add(name)
+        if name in paths:
+            rest |= ours(paths[name]) - seen
+    return seen
 
 
 def theirs(path: pathlib.Path) -> set[str]:
@@ -170,13 +144,17 @@ def calls(path: pathlib.Path) -> list[ast.Call]:
     return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
 
 
-def test_every_module_has_its_line():
-    assert {path.stem for path in MODULES} == set(MAY_IMPORT)
+every_module = pytest.mark.parametrize("path", MODULES, ids=NAMES.get)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_room_has_its_line():
+    assert {room(name) for name in NAMES.values()} == set(MAY_IMPORT)
+
+
+@every_module
 def test_modules_import_only_what_they_may(path):
-    extra = ours(path) - MAY_IMPORT[path.stem]
+    own = room(NAMES[path])
+    extra = {room(name) for name in ours(path)} - MAY_IMPORT[own] - {own}
     assert not extra, f"{path.name} may not import {sorted(extra)}"
 
 
@@ -187,37 +165,58 @@ def test_imports_point_downwards():
         seen.add(name)
 
 
+def test_modules_of_a_room_make_no_circle():
+    below = {NAMES[path]: ours(path) for path in MODULES}
+    while below:
+        free = {name for name, names in below.items() if not names & set(below) - {name}}
+        assert free, f"a circle among {sorted(below)}"
+        below = {name: names for name, names in below.items() if name not in free}
+
+
+def test_importing_csfast_reaches_no_judge_report_bench_or_command_line():
+    assert {room(name) for name in closure({"__init__"})} == set(RUN_BY_IMPORT)
+
+
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
         ("transformers", {"models"}),
-        ("time", {"timing"}),
+        ("time", {"bench.timing"}),
         ("datetime", set()),
         ("pickle", set()),
         ("subprocess", set()),
         ("typer", {"cli"}),
-        ("jinja2", {"report"}),
-        ("rich", {"cli", "demo", "tables"}),
-        ("triton", {"bench_triton"}),
+        ("jinja2", {"report.page"}),
+        ("rich", {"cli", "demo", "report.tables"}),
+        ("triton", {"bench.teal"}),
     ],
 )
 def test_heavy_or_dangerous_packages_stay_where_they_belong(package, modules):
-    found = {path.stem for path in MODULES if package in theirs(path)}
-    assert found <= modules
+    found = {NAMES[path] for path in MODULES if package in theirs(path)}
+    assert not {name for name in found if name not in modules and room(name) not in modules}
 
 
 def test_the_native_module_is_imported_by_ops_alone():
-    assert {path.stem for path in MODULES if "_native" in ours(path)} == {"ops"}
+    assert {room(NAMES[path]) for path in MODULES if "_native" in ours(path)} == {"ops"}
 
 
-@pytest.mark.parametrize(
-    "name", ["types", "tasks", "documents", "plots", "results", "fronts", "panels", "report"]
-)
-def test_nouns_are_free_of_torch(name):
-    assert "torch" not in theirs(PACKAGE / f"{name}.py")
+TORCH_FREE = [
+    "types",
+    "files",
+    "documents",
+    "judge.retrieval",
+    *(f"report.{name}" for name in ("plots", "fronts", "panels", "results", "page")),
+]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_nouns_and_pages_are_free_of_torch_and_so_is_what_they_import(name):
+    paths = {name: path for path, name in NAMES.items()}
+    for reached in closure({name}):
+        assert "torch" not in theirs(paths[reached]), reached
+
+
+@every_module
 def test_no_code_is_read_from_data(path):
     for call in calls(path):
         name = ast.unparse(call.func)
@@ -228,20 +227,20 @@ def test_no_code_is_read_from_data(path):
             ), f"line {call.lineno}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@every_module
 def test_nothing_prints(path):
     for call in calls(path):
         assert ast.unparse(call.func) != "print", f"line {call.lineno}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@every_module
 def test_the_environment_is_not_read(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) not in {"os.environ", "os.getenv"}, f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@every_module
 def test_nothing_is_caught_broadly(path):
     for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.ExceptHandler):
@@ -252,7 +251,7 @@ def test_nothing_is_caught_broadly(path):
         assert not broad or raises, f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@every_module
 def test_no_module_keeps_changing_state(path):
     for node in ast.walk(tree_of(path)):
         assert not isinstance(node, ast.Global), f"line {node.lineno}"
@@ -312,10 +311,12 @@ def test_an_operation_is_the_same_word_everywhere(verb):
         f"cpp/{verb}.cc",
         f"cuda/{verb}.cu",
         f"python/bindings/{verb}.cc",
-        f"tests/test_{verb}.py",
+        f"tests/ops/test_{verb}.py",
     ):
         assert (ROOT / path).is_file(), path
-    functions = {n.name for n in tree_of(PACKAGE / "ops.py").body if isinstance(n, ast.FunctionDef)}
+    functions = {
+        n.name for n in tree_of(PACKAGE / "ops" / "calls.py").body if isinstance(n, ast.FunctionDef)
+    }
     assert verb in functions
 
 

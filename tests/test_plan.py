@@ -14,8 +14,9 @@ import safetensors
 import torch
 
 import tiny
-from csfast import feedback, models, planes
+from csfast import container, files, models
 from csfast import plan as plan_
+from csfast.codes import feedback, planes
 from csfast.plan import JOINT, LayerPlan, Plan, Setting
 from csfast.types import LayerShape, PlanError
 
@@ -63,7 +64,7 @@ def make_plan(**changes):
 
 @pytest.fixture(scope="module")
 def raw():
-    return plan_.pack(*plan_._to_content(make_plan()))
+    return container.pack(*plan_._to_content(make_plan()))
 
 
 def load(path, raw):
@@ -73,12 +74,12 @@ def load(path, raw):
 
 def rewrite(raw, *, fields=None, tensors=None, drop=()):
     """The file with other content and right hashes: damage that only meaning reveals."""
-    old_tensors, old_fields = plan_.unpack(raw)
+    old_tensors, old_fields = container.unpack(raw)
     content = {**old_tensors, **(tensors or {})}, {**old_fields, **(fields or {})}
     for name in drop:
         for part in content:
             part.pop(name, None)
-    return plan_.pack(*content)
+    return container.pack(*content)
 
 
 def reheader(raw, change):
@@ -89,10 +90,10 @@ def reheader(raw, change):
     metadata = header.pop("__metadata__", None)
     if isinstance(metadata, dict):
         metadata.pop("header_sha256", None)
-        metadata["header_sha256"] = plan_._header_hash(header, metadata)
+        metadata["header_sha256"] = container._header_hash(header, metadata)
     if metadata is not None:
         header["__metadata__"] = metadata
-    text = plan_._canonical(header).encode()
+    text = container.canonical(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + raw[8 + n :]
 
@@ -132,7 +133,7 @@ def test_plan_takes_the_bytes_of_its_codes():
             for layer in make_plan().layers
         ),
     )
-    parts = [part.nbytes for part in plan_.laid_out(*plan_._to_content(plan))]
+    parts = [part.nbytes for part in container.laid_out(*plan_._to_content(plan))]
     assert parts.count(N_NEURONS * 2 * 32) == N_LAYERS  # one chunk of 128 channels at 2 bits
     fitted = N_LAYERS * (planes.n_bytes(N_NEURONS, D, 2) + 2 * 8 * N_NEURONS)
     assert sum(parts[1:]) == fitted + 3 * 5 * N_LAYERS * 2 * 3 * 4
@@ -159,7 +160,7 @@ def test_file_is_plain_safetensors(tmp_path, raw):
 def test_every_truncation_is_refused(tmp_path, raw):
     for n in range(len(raw)):
         with pytest.raises(PlanError):
-            plan_.unpack(raw[:n])
+            container.unpack(raw[:n])
     with pytest.raises(PlanError, match="want"):
         load(tmp_path / "a.plan", raw[: len(raw) // 2])
 
@@ -173,13 +174,13 @@ def test_every_flipped_bit_is_refused(raw):
         damaged = bytearray(raw)
         damaged[byte] ^= 1 << bit
         with pytest.raises(PlanError):
-            plan_.unpack(bytes(damaged))
+            container.unpack(bytes(damaged))
 
 
 def test_added_bytes_are_refused(raw):
     for more in (b"\0", b" ", raw):
         with pytest.raises(PlanError, match="as its header says"):
-            plan_.unpack(raw + more)
+            container.unpack(raw + more)
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -190,7 +191,7 @@ def _with(name, index, value):
     """A change of one number of one tensor."""
 
     def change(raw):
-        tensor = plan_.unpack(raw)[0][name]
+        tensor = container.unpack(raw)[0][name]
         tensor[index] = value
         return rewrite(raw, tensors={name: tensor})
 
@@ -201,7 +202,7 @@ def _twice(name):
     """An order that names a neuron twice and so leaves one out."""
 
     def change(raw):
-        order = plan_.unpack(raw)[0][name]
+        order = container.unpack(raw)[0][name]
         order[0] = order[1]
         return rewrite(raw, tensors={name: order})
 
@@ -433,15 +434,15 @@ def test_bad_plan_is_refused_by_name(tmp_path, raw, name):
 
 
 def test_too_many_tensors_are_refused(monkeypatch, raw):
-    monkeypatch.setattr(plan_, "TENSORS_MAX", 3)
+    monkeypatch.setattr(container, "TENSORS_MAX", 3)
     with pytest.raises(PlanError, match="want at most 3"):
-        plan_.unpack(raw)
+        container.unpack(raw)
 
 
 def test_large_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "large.plan"
     with path.open("wb") as stream:
-        stream.truncate(plan_.FILE_BYTES_MAX + 1)  # sparse: takes no space
+        stream.truncate(files.FILE_BYTES_MAX + 1)  # sparse: takes no space
     with pytest.raises(PlanError, match="want at most 68719476736"):
         Plan.load(path)
 

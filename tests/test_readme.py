@@ -7,7 +7,8 @@ import re
 import pytest
 
 import csfast
-from csfast import bench, cli
+from csfast.bench import layers
+from csfast.cli import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -31,13 +32,13 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_exist(page):
-    known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    known = {c.name or c.callback.__name__ for c in run.app.registered_commands}
     named = set(re.findall(r"(?m)^(?:    |\| `)csfast (\w+)", page.read_text(encoding="utf-8")))
     assert named <= known
 
 
 def test_every_command_has_its_line():
-    known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    known = {c.name or c.callback.__name__ for c in run.app.registered_commands}
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?m)^\| `csfast (\w+)", text)) == known
 
@@ -174,10 +175,10 @@ def test_pursuits_have_a_table_of_their_own(tool):
 
 
 def test_targets_are_of_cases_that_are_measured(tool):
-    cases = {setting.case for setting in bench.CUDA_SETTINGS}
+    cases = {setting.case for setting in layers.CUDA_SETTINGS}
     for target in tool.TARGETS:
         if target.case.startswith("ffn "):
-            assert target.case in cases and target.variant in bench.VARIANTS
+            assert target.case in cases and target.variant in layers.VARIANTS
 
 
 def test_a_lost_marker_is_an_error(tool):

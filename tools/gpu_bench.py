@@ -27,7 +27,8 @@ import sys
 import torch
 
 import readme_tables
-from csfast import doctor, ops, timing
+from csfast import doctor, ops
+from csfast.bench import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu-bench"

@@ -32,7 +32,10 @@ from typing import Any
 
 import torch
 
-from csfast import bench, bench_omp, cases, doctor, ops, planes, reference, timing, types
+from csfast import doctor, ops, reference, types
+from csfast.bench import cases, layers, timing
+from csfast.bench import pursuits as pursuits_
+from csfast.codes import planes
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "omp", "timings")
@@ -110,7 +113,7 @@ SANITIZED_PURSUITS = tuple(
 # atoms, whole quads of rows and parts of them, more problems than blocks.
 SANITIZED_DESIGNS = tuple(
     (cases.PursuitCase(f"{design} {n_atoms}", batch, m, n_atoms, n_nonzero), {"design": design})
-    for design in ("quad", *bench_omp.DESIGNS)
+    for design in ("quad", *pursuits_.DESIGNS)
     for batch, m, n_atoms, n_nonzero in ((3, 12, 20, 4), (4, 80, 300, 21), (300, 24, 64, 5))
 )
 
@@ -421,13 +424,13 @@ def pursuits(runs: int) -> dict[str, Any]:
                 budget_max=case.n_nonzero,
                 coef=False,
             ).index.long()
-            sure = margin > bench_omp.MARGIN
+            sure = margin > pursuits_.MARGIN
             same = (got.sort(dim=1).values == want.sort(dim=1).values).all(dim=1)
             counts["sure"] += int(sure.sum())
             counts["differ"] += int((sure & ~same).sum())
-        found[bench_omp.name_of(case)] = counts
+        found[pursuits_.name_of(case)] = counts
     passed = all(c["differ"] <= 0.001 * c["sure"] for c in found.values())
-    timed = bench_omp.run(device=torch.device("cuda"), runs=runs)
+    timed = pursuits_.run(device=torch.device("cuda"), runs=runs)
     for row in timed["rows"]:
         print(
             f"{row['case']:36} {row['variant']:9} {row['problems_per_second']:12,.0f} problems/s "
@@ -442,8 +445,8 @@ def pursuits(runs: int) -> dict[str, Any]:
 
 def timings(runs: int) -> dict[str, Any]:
     """Time the sizes of an 8-billion-parameter model, eight layers taking turns."""
-    settings = [bench.Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)]
-    found = bench.run(
+    settings = [layers.Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)]
+    found = layers.run(
         settings,
         device=torch.device("cuda"),
         runs=runs,

@@ -218,8 +218,8 @@ class Run:
 def measure(args: argparse.Namespace) -> None:
     """Compare rules on every model that is there."""
     from csfast import documents, models
-    from csfast.ablate import ablate
-    from csfast.plan import write_atomic
+    from csfast.files import write_atomic
+    from csfast.judge.ablate import ablate
 
     start = time.time()
     found = documents.read(args.data / VALID)

@@ -21,9 +21,10 @@ from typing import Any
 
 from rich.progress import Progress
 
-from csfast import documents, mixed, models
-from csfast.ablate import ablate
-from csfast.plan import write_atomic
+from csfast import documents, models
+from csfast.files import write_atomic
+from csfast.judge.ablate import ablate
+from csfast.judge.rules import mixed
 from csfast.types import LayerShape
 
 BITS = (2.6, 3.0, 3.35, 3.6, 4.1, 5.0)  # read for a weight, on average

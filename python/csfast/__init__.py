@@ -14,9 +14,11 @@ if importlib.util.find_spec(f"{__name__}._native") is None:
     )
 
 from ._version import __version__
-from .calibrate import calibrate
+from .calibration import calibrate
 from .documents import read as read_documents
-from .engine import (
+from .models import stream_text
+from .ops import BackendError
+from .patch import (
     Applied,
     ResourceLimitError,
     StaleWeightsError,
@@ -30,8 +32,6 @@ from .engine import (
     stats,
     unfinished_votes,
 )
-from .models import stream_text
-from .ops import BackendError
 from .plan import Plan
 from .types import Document, PlanError, UnsupportedModelError
 

@@ -15,9 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import bench, doctor, documents, engine, evaluate, models, report, tables, timing
-from .calibrate import calibrate
+from . import doctor, documents, models, patch
+from .bench import layers, timing
+from .calibration import calibrate
+from .judge import evaluate
 from .plan import Plan
+from .report import page as page_
+from .report import tables
 from .types import Document
 
 DENSITY = 0.5
@@ -74,11 +78,11 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     console.print(_rates(generation))
     shape = plan.model.shapes[0]
     settings = [
-        bench.Setting(shape.d, shape.n_neurons, DENSITY),
-        bench.Setting(2048, 8192, 0.25),
+        layers.Setting(shape.d, shape.n_neurons, DENSITY),
+        layers.Setting(2048, 8192, 0.25),
     ]
     with console.status("bench"):
-        times = bench.run(
+        times = layers.run(
             settings, device=cpu, runs=15, variants=("complete",), n_layers=4, compiled=False
         )
     console.print(tables.speed(times))
@@ -96,7 +100,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
         "seconds": clock.seconds(),
     }
     page = folder / "csfast-demo.html"
-    report.write_report(page, evaluation=quality, demo=results)
+    page_.write_report(page, evaluation=quality, demo=results)
     console.print(f"{page} written; {results['seconds']:.0f} s in all.")
     return results
 
@@ -161,19 +165,19 @@ def _generate(
     console: Console,
 ) -> list[dict[str, Any]]:
     """Continue every prompt by the dense model and by csfast, streaming both."""
-    engine.apply(model, plan, density=DENSITY, bits=BITS)
+    patch.apply(model, plan, density=DENSITY, bits=BITS)
     found = []
     for task, prompt in prompts:
         shown = prompt if len(prompt) <= 300 else "... " + prompt[-300:]
         console.print(f"{task}: {shown}", style="dim", markup=False, highlight=False)
-        with engine.dense(model):
+        with patch.dense(model):
             dense = _stream(model, tokenizer, prompt, "dense", console)
         sparse = _stream(model, tokenizer, prompt, "csfast", console)
         found.append(
             {"task": task, "prompt": prompt, "dense": dense, "csfast": sparse}
             | {"same_text": dense["text"] == sparse["text"]}
         )
-    engine.remove(model)
+    patch.remove(model)
     return found
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from . import models, ops, planes, reference
+from . import models, ops, reference
 from ._version import __version__
+from .codes import planes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,27 +16,24 @@ import math
 import os
 import pathlib
 import re
-import secrets
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import feedback as feedback_
-from . import models, planes
+from . import models
+from .codes import feedback as feedback_
+from .codes import planes
+from .container import all_sizes, canonical, laid_out, unpack
+from .files import read_bounded, write_atomic
 from .models import Fingerprint
 from .types import POOLED, Code, LayerShape, PlanError
 
 FORMAT = "csfast-plan"
 VERSION = "3"
-HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
-TENSORS_MAX = 65_536
-FILE_BYTES_MAX = 1 << 36  # 80 layers of 28,672 neurons at d = 8192, 2 and 3 bits: 22 GiB
 BLOCK_MAX = 128  # neurons of a block: a tile of the tensor cores, and quality is gone before that
 JOINT = (2, 4, 8, 16)  # sizes of batches with one support that have thresholds, where any have
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U8": torch.uint8}
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a task or model type
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LIST_MAX = 400  # characters of a list in a message
@@ -319,177 +316,6 @@ def _between(first: float, last: float, part: float) -> float:
     return math.exp((1 - part) * math.log(first) + part * math.log(last))
 
 
-def laid_out(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> Iterator[memoryview]:
-    """Lay tensors and text fields out as one safetensors file, always in the same way.
-
-    Args:
-        tensors: Contiguous, on the CPU, float32, float64, int64 or uint8.
-        fields: Names and values of the metadata.
-
-    Yields:
-        The parts of the file: its header, then the memory of the tensors, which is not copied.
-    """
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    table: dict[str, Any] = {}
-    metadata = dict(fields)
-    offset = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        table[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        metadata[f"sha256.{name}"] = _sha256(tensor)
-        offset += tensor.nbytes
-    metadata["header_sha256"] = _header_hash(table, metadata)
-    header = _canonical({**table, "__metadata__": metadata}).encode()
-    header += b" " * (-len(header) % 8)
-    yield memoryview(struct.pack("<Q", len(header)) + header)
-    for name in sorted(tensors):
-        yield _memory(tensors[name])
-
-
-def pack(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> bytes:
-    """Give the file of `laid_out` in one piece."""
-    return b"".join(laid_out(tensors, fields))
-
-
-def unpack(raw: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Take apart what `pack` made, after verifying every byte of it.
-
-    Raises:
-        PlanError: The bytes are not exactly what `pack` writes.
-    """
-    header, start = _header(raw)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise PlanError("[plan] header: want metadata of strings.")
-    if metadata.pop("header_sha256", None) != _header_hash(header, metadata):
-        raise PlanError("[plan] header: want one that fits its SHA-256; the file is damaged.")
-    if len(header) > TENSORS_MAX:
-        raise PlanError(f"[plan] {len(header)} tensors: want at most {TENSORS_MAX}.")
-    tensors = {}
-    end = start
-    for name in sorted(header):
-        tensors[name], end = _tensor(raw, name, header[name], start, end)
-        if metadata.pop(f"sha256.{name}", None) != _sha256(tensors[name]):
-            raise PlanError(f"[plan] tensor {name!r}: want data that fit their SHA-256.")
-    if end != len(raw):
-        raise PlanError(f"[plan] file of {len(raw)} bytes: want {end}, as its header says.")
-    return tensors, metadata
-
-
-def read_bounded(path: pathlib.Path) -> bytes:
-    """Read a regular file of acceptable size into memory.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        PlanError: It is no regular file, too large, or changed while it was read.
-    """
-    if path.exists() and not path.is_file():
-        raise PlanError(f"[plan] {str(path)!r}: want a regular file.")
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size > FILE_BYTES_MAX:
-            raise PlanError(f"[plan] {path.name} of {size} bytes: want at most {FILE_BYTES_MAX}.")
-        raw = stream.read(size + 1)
-    if len(raw) != size:
-        raise PlanError(f"[plan] {path.name}: want a file that nobody is writing to.")
-    return raw
-
-
-def write_atomic(path: pathlib.Path, data: bytes | Iterable[memoryview]) -> None:
-    """Write a file beside its destination, make it durable, and rename it into place.
-
-    Args:
-        path: The destination.
-        data: The whole file, or its parts.
-    """
-    parts = [data] if isinstance(data, bytes) else data
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            for part in parts:
-                stream.write(part)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """The header of a file, and where its data begin."""
-    if len(raw) < 8:
-        raise PlanError(f"[plan] file of {len(raw)} bytes: want a header.")
-    (n,) = struct.unpack_from("<Q", raw)
-    if not 2 <= n <= min(HEADER_BYTES_MAX, len(raw) - 8):
-        raise PlanError(
-            f"[plan] header of {n} bytes in a file of {len(raw)}: want it whole, "
-            f"at most {HEADER_BYTES_MAX} bytes."
-        )
-    text = raw[8 : 8 + n]
-    try:
-        header = json.loads(text)
-        canonical = _canonical(header).encode()
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"[plan] header: want JSON ({error}).") from error
-    if not isinstance(header, dict) or canonical + b" " * (-len(canonical) % 8) != text:
-        raise PlanError("[plan] header: want a JSON object in its canonical form.")
-    return header, 8 + n
-
-
-def _tensor(raw: bytes, name: str, entry: Any, start: int, begin: int) -> tuple[Tensor, int]:
-    """One tensor that begins where the last one ended, and where it ends."""
-    where = f"[plan] tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise PlanError(f"{where}: want dtype, shape and data_offsets.")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _all_sizes(shape) or not _all_sizes(offsets) or len(shape) > 4 or len(offsets) != 2:
-        raise PlanError(f"{where}: want at most four sizes and two offsets.")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64, I64 or U8.")
-    n = math.prod(shape)
-    end = begin + n * dtype.itemsize
-    if [begin - start, end - start] != offsets or end > len(raw):
-        raise PlanError(f"{where}: want {n} elements at byte {begin} of {len(raw)}, no gaps.")
-    if n == 0:
-        return torch.empty(shape, dtype=dtype), end
-    memory = bytearray(memoryview(raw)[begin:end])
-    return torch.frombuffer(memory, dtype=dtype).view(shape), end
-
-
-def _all_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(v) is int and 0 <= v <= FILE_BYTES_MAX for v in value
-    )
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _header_hash(table: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
-    return hashlib.sha256(_canonical([table, metadata]).encode()).hexdigest()
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(_memory(tensor)).hexdigest()
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor where they are."""
-    return tensor.detach().flatten().view(torch.uint8).numpy().data
-
-
 def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and fields of a plan's file."""
     tensors = {_threshold_name(s): plan.thresholds[s] for s in plan.settings}
@@ -502,15 +328,15 @@ def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
         "model_dtype": plan.model.dtype,
         "model_activation": plan.model.activation,
         "model_hash": plan.model.model_hash,
-        "shapes": _canonical([[s.d, s.n_neurons] for s in plan.model.shapes]),
-        "bits": _canonical(plan.bits),
-        "blocks": _canonical(plan.blocks),
-        "batches": _canonical(plan.batches),
-        "tasks": _canonical(plan.tasks),
-        "densities": _canonical(plan.densities),
-        "n_tokens": _canonical(dict(plan.n_tokens)),
-        "feedback": _canonical(plan.feedback),
-        "seed": _canonical(plan.seed),
+        "shapes": canonical([[s.d, s.n_neurons] for s in plan.model.shapes]),
+        "bits": canonical(plan.bits),
+        "blocks": canonical(plan.blocks),
+        "batches": canonical(plan.batches),
+        "tasks": canonical(plan.tasks),
+        "densities": canonical(plan.densities),
+        "n_tokens": canonical(dict(plan.n_tokens)),
+        "feedback": canonical(plan.feedback),
+        "seed": canonical(plan.seed),
     }
     return tensors, fields
 
@@ -545,7 +371,7 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
             "calibrate again."
         )
     shapes = _field(fields, "shapes", list)
-    if not all(_all_sizes(s) and len(s) == 2 for s in shapes):
+    if not all(all_sizes(s) and len(s) == 2 for s in shapes):
         raise PlanError("[plan] shapes: want pairs of sizes.")
     fingerprint = Fingerprint(
         model_type=fields.get("model_type", ""),

@@ -13,28 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import planes
-from .nested import GROUP, Packed, factor, unpack
+from .codes import planes
+from .codes.levels import GROUP, Packed, factor, unpack
 from .types import Code
 
 NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
 # Share of an atom that is not in the span of those taken, times the least such share of these, that
 # an atom must exceed to be taken, see omp.h.
 PIVOT = 2.0**-18
-
-
-def quantize(x: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
-    """Give ``q (batch, d)`` int8 and ``scale (batch,)`` float32 as ``sense.h`` specifies them."""
-    e = x.float() * equal
-    peak = e.abs().amax(dim=1) if e.shape[1] else e.new_zeros(e.shape[0])
-    finite = torch.isfinite(e).all(dim=1)
-    # Divided tensor by tensor: with a plain number torch multiplies by a rounded reciprocal.
-    most = torch.full_like(peak, 127.0)
-    inverse = torch.where(peak > 0, most / peak, torch.zeros_like(peak))
-    q = torch.round(e * inverse[:, None]).clamp(-127, 127)
-    q = torch.where(finite[:, None], q, torch.zeros_like(q)).to(torch.int8)
-    scale = torch.where(finite, peak / most, torch.full_like(peak, float("nan")))
-    return q, scale
 
 
 def code_with_feedback(
@@ -65,7 +51,7 @@ def code_with_feedback(
 def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` int32 and ``scale (batch,)`` float32."""
     n_neurons, d = codes.shape[0], x.shape[1]
-    q, scale = quantize(x, equal)
+    q, scale = planes.quantize(x, equal)
     value = planes.levels_of(planes.unpack(codes.flatten(0, 1), bits, d), bits).double()
     y = q.double() @ value.T
     return y.to(torch.int32).view(-1, n_neurons, 2), scale
@@ -74,7 +60,7 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
 def nested(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Give ``y (batch, n_neurons, 2)`` float64 and ``scale (batch,)`` float32."""
     n_neurons, d = levels[0].codes.shape[0], x.shape[1]
-    q, scale = quantize(x, equal)
+    q, scale = planes.quantize(x, equal)
     y = torch.zeros(len(q), 2 * n_neurons, dtype=torch.float64, device=x.device)
     for packed in levels:
         level = unpack(packed, d)

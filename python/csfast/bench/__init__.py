@@ -1,0 +1,1 @@
+"""What things cost in time, beside what a user would do without csfast."""

@@ -1,0 +1,545 @@
+"""What the operations of a feed-forward layer cost, beside the dense layer in torch.
+
+Layers of random weights rotate so that no cache holds them, all variants and baselines run in
+turns (`csfast.timing`), and thresholds are the quantiles of the estimated usage that give the
+wanted density. The read bandwidth that fractions refer to is measured in the same run.
+
+On a GPU every measurement is a CUDA graph, and there are two more baselines, which are sparse
+themselves: the neurons of the list gathered into dense matrices for cuBLAS, and the rule of TEAL as
+Triton kernels (`bench_triton`) at the same density of channels, which a single row allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import doctor, ops
+from ..codes import levels, planes
+from ..types import Code
+from . import timing
+
+VARIANTS = ("complete", "execute", "select", "sense", "nested")
+EXECUTE = ("complete", "execute")  # of these, what gives the layer's output
+NESTED_BITS = 3  # of the level that the variant of that name reads, whatever `Setting.bits`
+# Layers to rotate over. On the CPU 600 MB of bf16 weights at d = 2048, F = 8192; on a GPU at least
+# 32, more of the small layers, whose codes alone have to exceed an L2 of 60 MB several times, and
+# fewer where one layer is 1.4 GB.
+N_LAYERS = {"cpu": 6, "cuda": 32}
+CUDA_LAYERS = {(896, 4864): 128, (8192, 28672): 8}
+GATHER = "gather + cuBLAS"
+TEAL = "triton TEAL rule"
+COMPILE_SECONDS = 60.0  # of the searches of torch.compile in all, from which no other one begins
+# Bytes read at a time for the bandwidth, and how many such slices take turns. On the CPU a slice is
+# about what a sparse layer reads, and all of them are more than any cache holds; a GPU reads 32 MB
+# in less time than it takes to fill the machine, so its slices are larger.
+_SLICES = {"cpu": (32 << 20, 16), "cuda": (1 << 30, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One problem: a layer's sizes and the density that is executed."""
+
+    d: int  # channels of the activation
+    n_neurons: int  # rows of the gate and of the up projection
+    density: float  # fraction of the neurons, in (0, 1]
+    bits: Code = 2  # of a weight
+    tile_rows: int = 1  # neurons that are kept and read as one
+    batch: int = 1  # rows; more than one share a support
+
+    @property
+    def case(self) -> str:
+        """Its name in the results, for example ``ffn d=2048 F=8192 density=.25``."""
+        density = f"{self.density:.2f}".removeprefix("0")
+        bits = "" if self.bits == 2 else f" bits={self.bits}"
+        blocks = "" if self.tile_rows == 1 else f" blocks={self.tile_rows}"
+        rows = "" if self.batch == 1 else f" batch={self.batch} joint"
+        return f"ffn d={self.d} F={self.n_neurons} density={density}{bits}{blocks}{rows}"
+
+
+CPU_SETTINGS = (
+    *(Setting(2048, 8192, density) for density in (0.5, 0.25, 0.1)),
+    Setting(2048, 8192, 0.25, tile_rows=16),
+)
+# Cases of bench/cases.h. Neighbours of one shape share their weights and what torch.compile found;
+# that search may stop before the last shape, where cuBLAS alone reads as fast as the memory can.
+CUDA_SETTINGS = (
+    *(Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)),
+    *(Setting(4096, 14336, 0.25, batch=batch) for batch in (4, 16)),
+    *(Setting(896, 4864, density) for density in (0.5, 0.25, 0.1)),
+    *(Setting(8192, 28672, density) for density in (0.5, 0.25, 0.1)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer of random weights with what csfast keeps of it."""
+
+    gate: Tensor  # (n_neurons, d)
+    up: Tensor  # (n_neurons, d)
+    down: Tensor  # (d, n_neurons)
+    down_t: Tensor  # (n_neurons, d)
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
+    equal: Tensor  # (d,), float32
+    row_scale: Tensor  # (n_neurons, 2), float32
+    level: levels.Packed  # of gate and up, arbitrary
+    x: Tensor  # (batch, d)
+
+
+def run(
+    settings: Sequence[Setting],
+    *,
+    device: torch.device,
+    runs: int = 40,
+    variants: Sequence[str] = VARIANTS,
+    n_layers: int | None = None,
+    compiled: bool = True,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+    found: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Measure the settings, one row for each setting and variant.
+
+    Args:
+        settings: The problems; those of one shape are best neighbours, they share their weights.
+        device: Where to measure.
+        runs: Measurements of every variant.
+        variants: Which of `VARIANTS`.
+        n_layers: Layers to rotate over; as many as no cache holds if left out.
+        compiled: Whether ``torch.compile`` is among the baselines.
+        seed: Of the random weights.
+        progress: Told the case that is about to be measured.
+        found: Given the results so far, after every case.
+
+    Returns:
+        ``{"machine": {...}, "rows": [...]}``. Times in microseconds; ``bytes`` is what a call has
+        to read; ``ratio_vs_best`` is the time of the fastest baseline over ours, ``ratio_vs_dense``
+        that of the fastest dense one; ``sigma`` is the density times the latter, 1 at best, for
+        what executes; ``workspace_bytes`` what a session holds for `complete`.
+
+    Raises:
+        ValueError: A variant is unknown, a density out of range, the tiles do not divide the
+            neurons, or there is no row.
+        BackendError: The device's backend is missing.
+    """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"[bench] variant {variant!r}: want one of {', '.join(VARIANTS)}.")
+    for setting in settings:
+        if not 0 < setting.density <= 1:
+            raise ValueError(f"[bench] density = {setting.density}: want a fraction in (0, 1].")
+        if setting.tile_rows < 1 or setting.n_neurons % setting.tile_rows != 0:
+            raise ValueError(
+                f"[bench] tile_rows = {setting.tile_rows} of {setting.n_neurons} neurons: want a "
+                "divisor."
+            )
+        if setting.batch < 1:
+            raise ValueError(f"[bench] batch = {setting.batch}: want at least 1.")
+    doctor.require(device)
+    bandwidth = read_bandwidth(device)
+    notes: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    machine = doctor.machine(device)
+    machine["read_bandwidth"] = bandwidth  # bytes per second
+    machine["notes"] = notes
+    results = {"machine": machine, "rows": rows}
+    compiler = _Compiler(device) if compiled else None
+    layers: list[_Layer] = []
+    dense: dict[str, Callable[[int], Tensor]] = {}
+    shape: tuple[int, int, Code, int] | None = None
+    for setting in settings:
+        if progress is not None:
+            progress(setting.case)
+        if shape != (setting.d, setting.n_neurons, setting.bits, setting.batch):
+            shape = (setting.d, setting.n_neurons, setting.bits, setting.batch)
+            layers, dense = [], {}  # frees the last shape's before the next one's are made
+            generator = torch.Generator(device).manual_seed(seed)
+            count = n_layers_of(setting, device) if n_layers is None else n_layers
+            layers = [_random_layer(setting, generator, device) for _ in range(count)]
+            dense = _dense_baselines(layers, device, compiler, notes)
+        rows += _measure(setting, layers, dense, device, runs, variants, bandwidth, notes)
+        if compiler is not None:
+            machine["compile_seconds"] = compiler.seconds
+        if found is not None:
+            found(results)
+    return results
+
+
+def n_layers_of(setting: Setting, device: torch.device) -> int:
+    """Give how many layers of this size rotate, so that no cache holds them."""
+    if device.type == "cuda":
+        return CUDA_LAYERS.get((setting.d, setting.n_neurons), N_LAYERS["cuda"])
+    return N_LAYERS["cpu"]
+
+
+def read_bandwidth(device: torch.device, *, runs: int = 32) -> float:
+    """Measure how many bytes a second the device reads: the best of several plain readers."""
+    n_bytes, n_slices = _SLICES[device.type]
+    floats = torch.ones(n_slices, n_bytes // 4, device=device)
+    matrices = floats.view(n_slices, -1, 2048)
+    halves = floats.view(torch.bfloat16).view(n_slices, -1, 2048)
+    vector = torch.ones(2048, device=device)
+    half = vector.bfloat16()
+    readers: dict[str, Callable[[int], Tensor]] = {
+        "sum": lambda i: floats[i].sum(),
+        "mv float32": lambda i: matrices[i] @ vector,
+        "mv bfloat16": lambda i: halves[i] @ half,
+    }
+    timings = timing.compare(readers, n_inputs=n_slices, device=device, runs=runs, warmup=1)
+    return n_bytes / min(t.median for t in timings.values())
+
+
+def _random_layer(setting: Setting, generator: torch.Generator, device: torch.device) -> _Layer:
+    """Make a layer whose usage is spread as random weights spread it.
+
+    `cases.Case.make` does so too, but fits every row: ten seconds for one layer of d = 2048.
+    """
+    d, n_neurons, bits = setting.d, setting.n_neurons, setting.bits
+
+    def rows() -> Tensor:
+        return torch.randn(n_neurons, d, generator=generator, device=device).div_(d**0.5).bfloat16()
+
+    gate, up, down_t = rows(), rows(), rows()
+    equal = torch.ones(d, device=device)
+    codes, scales = [], []
+    for weight in (gate, up):
+        # Rows are alike, so a few of them tell the scale of all.
+        scale = planes.fit_scale(weight[:32], equal, bits).median().expand(n_neurons).contiguous()
+        codes.append(planes.encode(weight, equal, scale, bits))
+        scales.append(scale)
+    row_scale = torch.stack(scales, dim=1)
+    row_scale[:, 1] *= down_t.float().norm(dim=1)
+    x = torch.randn(setting.batch, d, generator=generator, device=device).bfloat16()
+    return _Layer(
+        gate=gate,
+        up=up,
+        down=down_t.T.contiguous(),
+        down_t=down_t,
+        codes=torch.stack(codes, dim=1).contiguous(),
+        equal=equal,
+        row_scale=row_scale.contiguous(),
+        level=_random_level(n_neurons, d, generator, device),
+        x=x,
+    )
+
+
+def _random_level(
+    n_neurons: int, d: int, generator: torch.Generator, device: torch.device
+) -> levels.Packed:
+    """Make any codes and steps: what they are changes no time."""
+
+    def drawn(below: int, *row: int) -> Tensor:
+        shape = (n_neurons, 2, *row)
+        return torch.randint(below, shape, dtype=torch.uint8, generator=generator, device=device)
+
+    chunks, chunk_bytes = planes.row_shape(d, NESTED_BITS)
+    return levels.Packed(
+        bits=NESTED_BITS,
+        codes=drawn(256, chunks, chunk_bytes),
+        exponent=drawn(64, 2 * chunks),
+        top=torch.ones(n_neurons, 2, dtype=torch.bfloat16, device=device),
+    )
+
+
+def _dense(gate: Tensor, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """The feed-forward layer as models write it."""
+    a = functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    out: Tensor = functional.linear(a, down)
+    return out
+
+
+class _Compiler:
+    """Compiles the dense layer for one shape after the other, as long as that may take.
+
+    On a GPU with everything that can be searched, but no graphs of its own: ours hold its kernels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.name = "torch.compile max-autotune bf16" if on_gpu else "torch.compile bf16"
+        self.seconds = 0.0
+        self._mode = "max-autotune-no-cudagraphs" if on_gpu else None
+        self._most = COMPILE_SECONDS if on_gpu else float("inf")
+
+    def compile(
+        self, weights: tuple[Tensor, ...], notes: dict[str, str]
+    ) -> Callable[..., Tensor] | None:
+        """Give the compiled layer for tensors of this shape, or none, and say why in `notes`."""
+        if self.seconds >= self._most:
+            shape = f"d={weights[0].shape[1]} F={weights[0].shape[0]} batch={weights[3].shape[0]}"
+            notes[f"{self.name} {shape}"] = f"left out: {self.seconds:.0f} s were spent on others"
+            return None
+        clock = timing.Clock()
+        torch.compiler.reset()  # or the shapes before this one would count as recompilations
+        fused: Callable[..., Tensor] = torch.compile(_dense, dynamic=False, mode=self._mode)
+        try:
+            fused(*weights)
+        except (RuntimeError, OSError, ImportError) as error:
+            notes[self.name] = "unavailable: " + _reason(error)
+            return None
+        finally:
+            self.seconds += clock.seconds()
+        return fused
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dense_baselines(
+    layers: list[_Layer], device: torch.device, compiler: _Compiler | None, notes: dict[str, str]
+) -> dict[str, Callable[[int], Tensor]]:
+    """Give the dense layer in every form that works here; `notes` says which did not, and why."""
+    weights = [(layer.gate, layer.up, layer.down, layer.x) for layer in layers]
+    found: dict[str, Callable[[int], Tensor]] = {"torch bf16": lambda i: _dense(*weights[i])}
+    if device.type == "cpu":
+        wide = [tuple(t.float() for t in w) for w in weights]
+        found["torch f32"] = lambda i: _dense(*wide[i])
+    if compiler is not None:
+        fused = compiler.compile(weights[0], notes)
+        if fused is not None:
+            found[compiler.name] = lambda i: fused(*weights[i])
+    return found
+
+
+def _sparse_baselines(
+    setting: Setting,
+    layers: list[_Layer],
+    tiles: list[ops.TileList],
+    device: torch.device,
+    notes: dict[str, str],
+) -> dict[str, Callable[[int], Tensor]]:
+    """Give what else a GPU can do with such a density; on the CPU nothing is compared with.
+
+    `notes` says what is left out, and why.
+    """
+    if device.type == "cpu":
+        return {}
+    neurons = [_neurons(setting, tile) for tile in tiles]
+    found: dict[str, Callable[[int], Tensor]] = {
+        GATHER: lambda i: gathered(layers[i].gate, layers[i].up, layers[i].down_t, layers[i].x,
+                                   neurons[i])
+    }  # fmt: skip
+    if importlib.util.find_spec("triton") is None:
+        notes[TEAL] = "unavailable: triton is not installed"
+    elif setting.batch > 1:
+        notes[TEAL] = "left out where rows share a support: the rule is one row's"
+    elif setting.tile_rows > 1:
+        notes[TEAL] = "left out where neurons are kept in blocks: the rule has channels"
+    else:
+        kernels = importlib.import_module(".teal", __package__)
+        try:
+            found[TEAL] = _teal(kernels, setting, layers, device)
+        except kernels.FAILURES as error:
+            notes[TEAL] = "unavailable: " + _reason(error)
+    return found
+
+
+def _neurons(setting: Setting, tiles: ops.TileList) -> Tensor:
+    """List the neurons of the only list of `tiles`, int64."""
+    kept = tiles.tile[0, : int(tiles.n_tiles)].long()
+    rows = torch.arange(setting.tile_rows, device=kept.device)
+    return (kept[:, None] * setting.tile_rows + rows).flatten()
+
+
+def gathered(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, neurons: Tensor) -> Tensor:
+    """Copy the neurons' rows into dense matrices, then run the layer on these."""
+    g = functional.linear(x, gate.index_select(0, neurons))
+    u = functional.linear(x, up.index_select(0, neurons))
+    return (functional.silu(g) * u) @ down_t.index_select(0, neurons)
+
+
+def threshold_of(values: Tensor, density: float) -> float:
+    """Give the magnitude over which `density` of the values lie: at most, where some are equal.
+
+    Halfway between the last that is kept and the next, so that rounding does not decide.
+    """
+    magnitudes = values.flatten().abs().double().sort(descending=True).values
+    kept = max(1, round(density * len(magnitudes)))
+    return float(magnitudes[kept - 1 : kept + 1].mean()) if kept < len(magnitudes) else -1.0
+
+
+def _teal(
+    kernels: types.ModuleType, setting: Setting, layers: list[_Layer], device: torch.device
+) -> Callable[[int], Tensor]:
+    """Give the layer by the rule of TEAL, cut as is fastest on these layers."""
+    weights, thresholds, products = [], [], []
+    for layer in layers:
+        by_channel = torch.stack((layer.gate.T, layer.up.T))  # (2, d, n_neurons)
+        weights.append(by_channel)
+        of_x = threshold_of(layer.x, setting.density)
+        kept = torch.where(layer.x.float().abs() > of_x, layer.x, 0)
+        sums = (kept @ by_channel).float()  # (2, 1, n_neurons)
+        a = functional.silu(sums[0]) * sums[1]
+        thresholds.append((of_x, threshold_of(a, setting.density)))
+        products.append(sums[:, 0].contiguous())
+    room = torch.zeros(2, setting.n_neurons, device=device)
+
+    def gate_up(config: Any) -> Callable[[int], object]:
+        return lambda i: kernels.gate_up(layers[i].x, weights[i], thresholds[i][0], room, config)
+
+    def down(config: Any) -> Callable[[int], object]:
+        out = room[0, : setting.d] if setting.d <= setting.n_neurons else room.new_zeros(setting.d)
+        return lambda i: kernels.down(products[i], layers[i].down_t, thresholds[i][1], out, config)
+
+    chosen = []
+    for step in (gate_up, down):
+        named = {str(config): config for config in kernels.CONFIGS}
+        timings = timing.compare(
+            {name: step(config) for name, config in named.items()},
+            n_inputs=len(layers),
+            device=device,
+            runs=5,
+            warmup=1,
+        )
+        chosen.append(named[min(timings, key=lambda name: timings[name].median)])
+    configs = (chosen[0], chosen[1])
+
+    def ffn(i: int) -> Tensor:
+        out: Tensor = kernels.ffn(layers[i].x, weights[i], layers[i].down_t, thresholds[i], configs)
+        return out
+
+    return ffn
+
+
+def _measure(
+    setting: Setting,
+    layers: list[_Layer],
+    dense: dict[str, Callable[[int], Tensor]],
+    device: torch.device,
+    runs: int,
+    variants: Sequence[str],
+    bandwidth: float,
+    notes: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Time one setting and give its rows."""
+    bits, tile_rows = setting.bits, setting.tile_rows
+    weight = torch.ones(setting.batch, device=device) if setting.batch > 1 else None
+    thresholds, tiles = [], []
+    session = ops.Session(device)
+    for layer in layers:
+        y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
+        n_groups = -(-setting.n_neurons // tile_rows)
+        budget = torch.tensor([max(1, round(setting.density * n_groups))])
+        support = ops.recover(
+            y,
+            scale,
+            layer.row_scale,
+            budget=budget.to(device, torch.int32),
+            group_rows=tile_rows,
+            weight=weight,
+        )
+        kept = support.index[0, : int(support.count)].long()
+        threshold = support.usage[0, kept].min().reshape(1)
+        thresholds.append(threshold)
+        tiles.append(ops.TileList(support.index, support.count, tile_rows))
+        session.bind(
+            codes=layer.codes,
+            equal=layer.equal,
+            row_scale=layer.row_scale,
+            threshold=threshold.expand(setting.batch).contiguous(),
+            gate=layer.gate,
+            up=layer.up,
+            down_t=layer.down_t,
+            bits=bits,
+            max_batch=setting.batch,
+            tile_rows=tile_rows,
+            weight=weight,
+        )
+    outs = [torch.empty_like(layer.x) for layer in layers]
+
+    def select(i: int) -> object:
+        layer = layers[i]
+        return ops.select(
+            layer.codes,
+            layer.equal,
+            layer.row_scale,
+            thresholds[i],
+            layer.x,
+            bits=bits,
+            tile_rows=tile_rows,
+            weight=weight,
+        )
+
+    def execute(i: int) -> object:
+        layer = layers[i]
+        return ops.execute(layer.gate, layer.up, layer.down_t, layer.x, tiles[i])
+
+    def sense(i: int) -> object:
+        return ops.sense(layers[i].codes, layers[i].equal, layers[i].x, bits=bits)
+
+    def level(i: int) -> object:
+        return ops.nested([layers[i].level], layers[i].equal, layers[i].x)
+
+    def complete(i: int) -> None:
+        session.ffn(i, layers[i].x, outs[i])
+
+    ours: dict[str, Callable[[int], object]] = {
+        "complete": complete,
+        "execute": execute,
+        "select": select,
+        "sense": sense,
+        "nested": level,
+    }
+    sparse = _sparse_baselines(setting, layers, tiles, device, notes)
+    timings = timing.compare(
+        {**{name: ours[name] for name in variants}, **dense, **sparse},
+        n_inputs=len(layers),
+        device=device,
+        runs=runs,
+    )
+    n_kept = sum(int(t.n_tiles.sum()) for t in tiles) / len(tiles)
+    read = _bytes(setting, n_kept)
+    baselines = {name: timings[name].median * 1e6 for name in (*dense, *sparse)}
+    best_dense = min(baselines[name] for name in dense)
+    workspace = ops.ffn_workspace(setting.batch, setting.d, setting.n_neurons, device)
+    rows = []
+    for name in variants:
+        median = timings[name].median * 1e6
+        rows.append(
+            {
+                "case": setting.case,
+                "variant": name,
+                "density": setting.density,
+                "batch": setting.batch,
+                "median_us": median,
+                "p10_us": timings[name].p10 * 1e6,
+                "p90_us": timings[name].p90 * 1e6,
+                "bytes": read[name],
+                "fraction_of_read_bandwidth": read[name] / timings[name].median / bandwidth,
+                "workspace_bytes": workspace if name == "complete" else None,
+                "baselines": baselines,
+                "ratio_vs_best": min(baselines.values()) / median,
+                "ratio_vs_dense": best_dense / median,
+                "sigma": sigma(setting.density, best_dense, median) if name in EXECUTE else None,
+            }
+        )
+    return rows
+
+
+def sigma(density: float, dense: float, sparse: float) -> float:
+    """Give the part of the dense time that is due, over the time taken: 1 is ideal."""
+    return density * dense / sparse
+
+
+def _bytes(setting: Setting, kept: float) -> dict[str, int]:
+    """Give what a call has to read, in bytes, when `kept` tiles are executed."""
+    x = 2 * setting.batch * setting.d
+    select = planes.n_bytes(setting.n_neurons, setting.d, setting.bits) + x
+    execute = round(kept * (setting.tile_rows * 3 * 2 * setting.d + 4)) + x
+    return {
+        "sense": select - 8 * setting.n_neurons,  # the row scales are read by recover
+        "nested": levels.n_bytes(setting.n_neurons, setting.d, (NESTED_BITS,)) + x,
+        "select": select,
+        "execute": execute,
+        "complete": select + execute,
+    }

@@ -1,0 +1,1 @@
+"""What bits of a weight are kept, and how they are fitted."""

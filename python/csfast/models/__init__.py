@@ -1,0 +1,43 @@
+"""Models of Hugging Face transformers: found by structure, loaded, fingerprinted, fed with text."""
+
+from .structure import (
+    ACTIVATIONS,
+    APART,
+    DTYPES,
+    FUSED,
+    N_DENSE,
+    Encoded,
+    Ffn,
+    Fingerprint,
+    Projection,
+    cache_argument,
+    context_length,
+    demo_folder,
+    encode,
+    find_ffns,
+    fingerprint,
+    hidden_states,
+    load,
+    stream_text,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "APART",
+    "DTYPES",
+    "FUSED",
+    "N_DENSE",
+    "Encoded",
+    "Ffn",
+    "Fingerprint",
+    "Projection",
+    "cache_argument",
+    "context_length",
+    "demo_folder",
+    "encode",
+    "find_ffns",
+    "fingerprint",
+    "hidden_states",
+    "load",
+    "stream_text",
+]

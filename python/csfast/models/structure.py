@@ -1,0 +1,661 @@
+"""Hugging Face models: found by structure, loaded, fingerprinted, run.
+
+The one module that imports transformers, and only where it is called: importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Document, LayerShape, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+N_DENSE = 32  # first tokens of a plain text that run dense, as a prompt would
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+APART = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("gate_up_proj", "down_proj")  # gate rows first, then up, in one weight
+_ACTS = ("act_fn", "activation_fn")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)  # by the names that the kernels know
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of their files
+_EXPERTS = ("experts", "expert", "shared_expert", "block_sparse_moe")
+_HASH_BYTES = 1 << 24  # hashed at a time, so that a copy from a GPU stays small and Ctrl-C works
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """The gate or up map of a layer: a whole `nn.Linear`, or neighbouring rows of one.
+
+    Attributes:
+        linear: The module whose weight it is.
+        start: First row of that weight.
+        stop: Row after the last.
+    """
+
+    linear: nn.Linear
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the module."""
+        return self.stop - self.start == self.linear.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """Give the weight ``(rows, d_in)``, contiguous: the parameter or a view of it."""
+        weight = self.linear.weight
+        return weight if self.is_whole else weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Give the bias ``(rows,)``, the parameter or a view of it, if there is one."""
+        bias = cast("Tensor | None", self.linear.bias)
+        return bias if bias is None or self.is_whole else bias[self.start : self.stop]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``(..., d_in)`` to ``(..., rows)``, the bias included."""
+        if self.is_whole:
+            return cast(Tensor, self.linear(x))
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ffn:
+    """One gated feed-forward layer of a model, ``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        name: Name of the module within the model.
+        module: The module that holds the projections.
+        gate: Weight ``(n_neurons, d)``.
+        up: Weight ``(n_neurons, d)``; rows of the same module as those of `gate` where both are
+            fused.
+        down: Weight ``(d, n_neurons)``.
+        act: The module's own activation function.
+        activation: What it computes, one of `ACTIVATIONS`.
+        shape: Sizes.
+    """
+
+    name: str
+    module: nn.Module
+    gate: Projection
+    up: Projection
+    down: nn.Linear
+    act: Callable[[Tensor], Tensor]
+    activation: str
+    shape: LayerShape
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the weights of gate, up and down."""
+        return self.gate.weight, self.up.weight, self.down.weight
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """Give the modules that hold the weights, each once."""
+        return tuple(dict.fromkeys((self.gate.linear, self.up.linear, self.down)))
+
+    def activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what the module computes before its down projection, bit for bit.
+
+        Args:
+            x: ``(..., d)``, in the dtype of the weights.
+
+        Returns:
+            The activated gate, and its product with the up projection, both ``(..., n_neurons)``.
+        """
+        if self.gate.is_whole:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = self.gate.linear(x).chunk(2, dim=-1)
+        gate = self.act(gate)
+        return gate, gate * up
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Give the output ``(..., d)`` of the module for ``x (..., d)``, bit for bit."""
+        return cast(Tensor, self.down(self.activations(x)[1]))
+
+    def down_norm(self) -> Tensor:
+        """Give the norm of every neuron's down row, ``(n_neurons,)``, float32."""
+        down = self.down.weight.detach()
+        norm: Tensor = torch.linalg.vector_norm(down, dim=0, dtype=torch.float32)
+        return norm
+
+    def offset(self) -> Tensor | None:
+        """Give what the biases add to the readings of a sensor, or nothing if there are none.
+
+        Returns:
+            ``(n_neurons, 2)``, float32, contiguous: the gate bias, and the up bias times the norm
+            of the neuron's down row.
+        """
+        gate, up = self.gate.bias, self.up.bias
+        if gate is None and up is None:
+            return None
+        norm = self.down_norm()
+        columns = [
+            torch.zeros_like(norm) if bias is None else bias.detach().float() for bias in (gate, up)
+        ]
+        return torch.stack([columns[0], columns[1] * norm], dim=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a model to a plan.
+
+    Attributes:
+        model_type: Name of the architecture in its configuration, ``"llama"``.
+        shapes: Sizes of the feed-forward layers, in order.
+        dtype: Of their weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        activation: Of their gates, one of `ACTIVATIONS`.
+        model_hash: SHA-256 over all of the above and the feed-forward weights and biases,
+            hexadecimal.
+    """
+
+    model_type: str
+    shapes: tuple[LayerShape, ...]
+    dtype: str
+    activation: str
+    model_hash: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """A document in tokens.
+
+    Attributes:
+        ids: ``(1, n_tokens)``, int64.
+        n_prompt: Positions at the start that run dense; the others run sparse.
+    """
+
+    ids: Tensor
+    n_prompt: int
+
+
+def find_ffns(model: nn.Module) -> list[Ffn]:
+    """Find the gated feed-forward layers of a model by their structure.
+
+    A layer is a module whose children are ``gate_proj``, ``up_proj`` and ``down_proj``, or
+    ``gate_up_proj`` with the rows of both and ``down_proj``, besides its activation function, and
+    which computes ``down(act(gate(x)) * up(x))`` with SiLU or tanh-approximated GELU: one token is
+    run through it to see. Its weights and biases are plain, of one dtype, on one device.
+
+    Args:
+        model: In evaluation mode, not compiled, quantised, offloaded or sharded.
+
+    Returns:
+        The layers in the order of the model; at least one.
+
+    Raises:
+        UnsupportedModelError: The model, or its present state, is something else; the message
+            names the module and what it is.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "[find_ffns] a module made by torch.compile: want the original; compile after apply."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[find_ffns] model of type {type(model).__name__}: want an nn.Module.")
+    if model.training:
+        raise UnsupportedModelError("[find_ffns] a model in training mode: call model.eval().")
+    ffns = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        _refuse_kind(name, module)
+        has_gate = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
+        if has_gate and hasattr(module, "down_proj"):
+            ffns.append(_ffn(name, module))
+    if not ffns:
+        raise UnsupportedModelError(
+            f"[find_ffns] {type(model).__name__}: want layers with gate_proj, up_proj and "
+            "down_proj, as in Llama, or gate_up_proj and down_proj, as in Phi-3; it has none."
+        )
+    _refuse_mixture(ffns)
+    return ffns
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from a folder, or by name from the local cache.
+
+    Nothing is downloaded, no code of the model's author is run, and only safetensors are read.
+
+    Args:
+        path: Folder, or name of a model in the cache of Hugging Face.
+        dtype: Of the weights; ``"auto"`` takes the one they are stored in.
+        device: Where to put the model.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: Neither a folder nor a name in the cache.
+        ValueError: There is no such device.
+        UnsupportedModelError: Not a causal language model that csfast may load.
+    """
+    import safetensors
+    import transformers
+
+    folder = pathlib.Path(path)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"[load] device = {str(device)!r}: want cpu, torch sees no other here.")
+    config = _config(folder, str(path))
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"[load] {path}: want weights that are not quantised.")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"[load] {path}: model type {config.model_type!r}: want a causal language model that "
+            "transformers knows without code of its author."
+        )
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UnsupportedModelError(f"[load] {path}: want weights in .safetensors files.")
+    if folder.is_dir() and not any(path for n in _TOKENIZERS for path in folder.glob(n)):
+        raise UnsupportedModelError(f"[load] {path}: want a tokenizer beside the weights.")
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with _without_bars():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, use_safetensors=True, **options
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"[load] {path}: want a whole model folder ({error})."
+        ) from error
+    return cast("PreTrainedModel", nn.Module.to(model, device)), tokenizer
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own on stderr."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def demo_folder() -> pathlib.Path:
+    """Give the folder of the model that ships with csfast."""
+    return pathlib.Path(__file__).parents[1] / "demo_model"
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Give how many tokens the model was made for, if its configuration says so."""
+    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document, *, max_tokens: int) -> Encoded:
+    """Turn a document into tokens: ``[bos] prompt response [eos]``, or ``[bos] text``.
+
+    Prompt and response are tokenised apart, so that the border between them is one of tokens. The
+    end of a text or response that is too long is cut off.
+
+    Args:
+        tokenizer: Of the model. A tokenizer without bos or eos leaves them out.
+        document: What to encode.
+        max_tokens: Most tokens to give.
+
+    Raises:
+        ValueError: The document is empty, or its prompt alone fills ``max_tokens``.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompt = _tokens(tokenizer, document.prompt)
+    response = _tokens(tokenizer, document.response)
+    if not response:
+        raise ValueError(f"[encode] a document of {document.task!r} without text: want some.")
+    if document.prompt:
+        if len(bos) + len(prompt) >= max_tokens:
+            raise ValueError(
+                f"[encode] a prompt of {len(bos) + len(prompt)} tokens: want fewer than "
+                f"{max_tokens}, so that something of the response remains."
+            )
+        ids = (bos + prompt + response + eos)[:max_tokens]
+        n_prompt = len(bos) + len(prompt)
+    else:
+        ids = (bos + response)[:max_tokens]
+        n_prompt = min(N_DENSE, len(ids))
+    return Encoded(torch.tensor([ids], dtype=torch.int64), n_prompt)
+
+
+def hidden_states(model: nn.Module, ids: Tensor) -> None:
+    """Run the layers of a model over whole sequences, without its output projection.
+
+    For the hooks that watch the layers; sequences of a batch are padded at their end, which a
+    causal model's earlier positions do not see.
+
+    Args:
+        model: A causal language model.
+        ids: ``(batch, n_tokens)``, int64, on the model's device.
+    """
+    body = getattr(model, "base_model", model)
+    body(input_ids=ids, use_cache=False)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Give the name of the argument, and of the output, that holds a model's keys and values."""
+    parameters = inspect.signature(type(model).forward).parameters
+    # Newer transformers call it `cache`, and warn of the older name.
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Identify a model by its type and its feed-forward layers, weights included.
+
+    Raises:
+        UnsupportedModelError: csfast does not run on the model.
+    """
+    ffns = find_ffns(model)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
+    dtype = str(ffns[0].gate.weight.dtype).removeprefix("torch.")
+    shapes = tuple(f.shape for f in ffns)
+    activation = ffns[0].activation
+    sizes = [[s.d, s.n_neurons] for s in shapes]
+    parts = [part for f in ffns for p in (f.gate, f.up, f.down) for part in (p.weight, p.bias)]
+    head = [model_type, dtype, activation, sizes, [part is not None for part in parts]]
+    digest = hashlib.sha256(json.dumps(head).encode())
+    for part in parts:
+        if part is not None:
+            for raw in torch.split(part.detach().view(torch.uint8).flatten(), _HASH_BYTES):
+                digest.update(raw.cpu().numpy().tobytes())
+    return Fingerprint(model_type, shapes, dtype, activation, digest.hexdigest())
+
+
+def stream_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continue a prompt and give the text piece by piece, as it is made.
+
+    The tokens are those of ``model.generate`` for a model whose generation settings name no
+    penalties: the likeliest at temperature 0, else drawn from the whole distribution. It runs in
+    the caller's thread, so that Ctrl-C and errors come out of the iterator at once.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Of the model.
+        prompt: Text to continue.
+        max_new_tokens: Most tokens to make, at least 1.
+        temperature: 0 for the likeliest token; else what the logits are divided by.
+        seed: Of the draws.
+
+    Yields:
+        Pieces whose concatenation is the continuation; never half a character.
+
+    Raises:
+        ValueError: The prompt is empty, or does not fit into the context with what is to come, or
+            a number is out of range. Raised by the call, not by the iterator.
+        TypeError: An argument is of another type; likewise.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"[generate] prompt of type {type(prompt).__name__}: want text.")
+    if not prompt:
+        raise ValueError("[generate] an empty prompt: want text.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if type(value) is not int:
+            raise TypeError(f"[generate] {name} = {value!r}: want a whole number.")
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"[generate] temperature = {temperature!r}: want a number.")
+    if max_new_tokens < 1:
+        raise ValueError(f"[generate] max_new_tokens = {max_new_tokens}: want at least 1.")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"[generate] temperature = {temperature}: want 0 or more.")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = bos + _tokens(tokenizer, prompt)
+    length = context_length(model)
+    if length is not None and len(ids) + max_new_tokens > length:
+        raise ValueError(
+            f"[generate] a prompt of {len(ids)} tokens and {max_new_tokens} new ones: want at most "
+            f"{length} together, the model's context."
+        )
+    return _pieces(tokenizer, _new_tokens(model, ids, max_new_tokens, temperature, seed))
+
+
+def _new_tokens(
+    model: PreTrainedModel, ids: list[int], n: int, temperature: float, seed: int
+) -> Iterator[int]:
+    """Tokens that continue `ids`, up to the end-of-text mark, which is not among them."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    stops = set(ends) if isinstance(ends, list) else {ends}
+    device = next(model.parameters()).device
+    draw = torch.Generator(device=device).manual_seed(seed)
+    step = torch.tensor([ids], device=device)
+    cache_name = cache_argument(model)
+    cache: dict[str, Any] = {cache_name: None}
+    for _ in range(n):
+        # Not around the yield: the caller's code must not run in this mode.
+        with torch.inference_mode():
+            out = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
+            cache[cache_name] = out[cache_name]
+            logits = out.logits[:, -1].float()
+            if temperature == 0:
+                step = logits.argmax(dim=-1, keepdim=True)
+            else:
+                chance = torch.softmax(logits / temperature, dim=-1)
+                step = torch.multinomial(chance, 1, generator=draw)
+            token = int(step)
+        if token in stops:
+            return
+        yield token
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
+    """Text of the tokens so far, less what was given; held back while a character is unfinished."""
+    seen: list[int] = []
+    given = 0
+    text = ""
+    for token in tokens:
+        seen.append(token)
+        text = str(tokenizer.decode(seen, skip_special_tokens=True))
+        if len(text) > given and not text.endswith("�"):
+            yield text[given:]
+            given = len(text)
+    if len(text) > given:
+        yield text[given:]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _config(folder: pathlib.Path, name: str) -> Any:
+    """The configuration of a model folder or of a model in the cache."""
+    import transformers
+
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UnsupportedModelError(f"[load] {name}: want a model folder with config.json.")
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"[load] {name}: want a configuration that transformers reads without code of its "
+            f"author ({error})."
+        ) from error
+    except OSError as error:
+        if folder.exists():
+            raise UnsupportedModelError(f"[load] {name}: want a sound config.json.") from error
+        raise FileNotFoundError(
+            f"[load] {name!r}: want a model folder, or the name of a model in the local cache."
+        ) from error
+
+
+def _refuse_kind(name: str, module: nn.Module) -> None:
+    """Refuse modules whose presence anywhere means that csfast cannot run on the model."""
+    where = f"[find_ffns] {name or type(module).__name__}"
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{where}: compiled; want the original, compile after apply.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedModelError(f"{where}: scripted; want the original module.")
+    if set(name.split(".")) & set(_EXPERTS):
+        raise UnsupportedModelError(f"{where}: experts of a mixture; want a dense model.")
+
+
+def _ffn(name: str, module: nn.Module) -> Ffn:
+    """The layer, after checking everything that running it sparsely takes for granted."""
+    where = f"[find_ffns] {name}"
+    children = dict(module.named_children())
+    names = FUSED if hasattr(module, "gate_up_proj") else APART
+    act_name = next((n for n in _ACTS if callable(getattr(module, n, None))), None)
+    if act_name is None:
+        raise UnsupportedModelError(f"{where}: want an activation named {' or '.join(_ACTS)}.")
+    odd = sorted((set(children) | {act_name}) ^ {*names, act_name})
+    if odd:
+        wanted = ", ".join((*names, act_name))
+        raise UnsupportedModelError(f"{where}: want {wanted} only, not {odd[0]!r}.")
+    for own, _ in module.named_parameters(recurse=False):
+        raise UnsupportedModelError(f"{where}: want no parameter of its own, not {own!r}.")
+    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{where}: its forward was replaced (offloaded, or patched by another library); "
+            "want the original module."
+        )
+    linears = [_linear(f"{where}.{n}", children[n]) for n in names]
+    gate, up = _gate_and_up(where, linears)
+    down = linears[-1]
+    n_neurons, d = gate.weight.shape
+    fits = tuple(up.weight.shape) == (n_neurons, d) and tuple(down.weight.shape) == (d, n_neurons)
+    if not fits:
+        shapes = ", ".join(str(tuple(m.weight.shape)) for m in (gate, up, down))
+        raise UnsupportedModelError(f"{where}: weights {shapes}: want (F, d), (F, d), (d, F).")
+    act = cast("Callable[[Tensor], Tensor]", getattr(module, act_name))
+    activation = _activation(f"{where}.{act_name}", act, gate.weight.device)
+    shape = LayerShape(d=d, n_neurons=n_neurons)
+    ffn = Ffn(name, module, gate, up, down, act, activation, shape)
+    _probe(where, ffn)
+    return ffn
+
+
+def _gate_and_up(where: str, linears: list[nn.Linear]) -> tuple[Projection, Projection]:
+    """Gate and up, cut apart where they are fused."""
+    first, rows = linears[0], linears[0].weight.shape[0]
+    if len(linears) == len(APART):
+        second = linears[1]
+        return Projection(first, 0, rows), Projection(second, 0, second.weight.shape[0])
+    if rows % 2:
+        raise UnsupportedModelError(
+            f"{where}.{FUSED[0]}: a weight of {rows} rows; want those of gate and of up, as many "
+            "each."
+        )
+    return Projection(first, 0, rows // 2), Projection(first, rows // 2, rows)
+
+
+def _linear(where: str, module: nn.Module) -> nn.Linear:
+    """The projection, after checking that weight and bias are all there is to it."""
+    if hasattr(module, "base_layer"):
+        raise UnsupportedModelError(f"{where}: an adapter (LoRA); want it merged into the weights.")
+    if type(module) is not nn.Linear:
+        raise UnsupportedModelError(
+            f"{where}: {type(module).__name__}, perhaps quantised; want a plain nn.Linear."
+        )
+    hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+    if hooked or hasattr(module, "_hf_hook") or "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{where}: hooked (offloaded, or watched by another library); want it plain."
+        )
+    for name, tensor in module.named_parameters(recurse=False):
+        _refuse_tensor(where, name, tensor)
+    return module
+
+
+def _refuse_tensor(where: str, name: str, tensor: nn.Parameter) -> None:
+    """Refuse a weight or bias that the kernels could not read where it is."""
+    if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+        raise UnsupportedModelError(
+            f"{where}: a {name} of type {type(tensor).__name__}, perhaps sharded; want a tensor."
+        )
+    if tensor.is_meta:
+        raise UnsupportedModelError(f"{where}: a meta tensor; want a {name} that is loaded.")
+    if tensor.dtype not in DTYPES:
+        dtypes = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
+        raise UnsupportedModelError(f"{where}: a {name} of {tensor.dtype}; want one of {dtypes}.")
+    if not tensor.is_contiguous():
+        raise UnsupportedModelError(
+            f"{where}: a {name} of strides {tensor.stride()}; want it contiguous."
+        )
+
+
+def _activation(where: str, act: Callable[[Tensor], Tensor], device: torch.device) -> str:
+    """Which of the activations a function is, by trying it."""
+    z = torch.linspace(-8, 8, 129, device=device)
+    with torch.no_grad():
+        found = act(z)
+        for name, function in _ACTIVATIONS.items():
+            # Float32 rounds by 1e-6 here; GELU and its approximation by tanh are 4.7e-4 apart.
+            if found.shape == z.shape and torch.allclose(found, function(z), rtol=0, atol=1e-5):
+                return name
+    raise UnsupportedModelError(f"{where}: {act}: want SiLU or GELU approximated by tanh.")
+
+
+def _probe(where: str, ffn: Ffn) -> None:
+    """Refuse a layer that computes something else, by running one token through it."""
+    tensors = [p for linear in ffn.linears for p in linear.parameters(recurse=False)]
+    first = tensors[0]
+    if len({t.device for t in tensors}) > 1 or len({t.dtype for t in tensors}) > 1:
+        raise UnsupportedModelError(f"{where}: want one device and one dtype.")
+    with torch.no_grad():
+        angle = torch.arange(ffn.shape.d, device=first.device, dtype=torch.float32)
+        x = (4 * torch.sin(angle)).to(first.dtype)[None, None]
+        # The same products by the same library: only the order of `a * b` may differ.
+        forward = getattr(type(ffn.module), "dense_forward", type(ffn.module).forward)
+        found, want = forward(ffn.module, x), ffn.dense(x)
+        if not torch.equal(torch.nan_to_num(found), torch.nan_to_num(want)):
+            raise UnsupportedModelError(
+                f"{where}: computes something else than down(act(gate(x)) * up(x))."
+            )
+
+
+def _refuse_mixture(ffns: list[Ffn]) -> None:
+    """Refuse layers that share weights, differ in kind, or stand in one list of experts."""
+    owners: dict[int, str] = {}
+    for ffn in ffns:
+        for linear in ffn.linears:
+            first = owners.setdefault(linear.weight.data_ptr(), ffn.name)
+            if first != ffn.name:
+                raise UnsupportedModelError(
+                    f"[find_ffns] {ffn.name}: shares weights with {first}; want its own."
+                )
+    weights = [ffn.gate.weight for ffn in ffns]
+    if len({w.device for w in weights}) > 1 or len({w.dtype for w in weights}) > 1:
+        raise UnsupportedModelError("[find_ffns] layers on several devices or dtypes; want one.")
+    if len({ffn.activation for ffn in ffns}) > 1:
+        raise UnsupportedModelError("[find_ffns] layers of several activations; want one.")
+    parents = [ffn.name.rpartition(".")[0] for ffn in ffns]
+    for parent in parents:
+        if parents.count(parent) > 1:
+            raise UnsupportedModelError(
+                f"[find_ffns] {parent}: several feed-forward layers in one; want one a layer."
+            )

@@ -1,0 +1,695 @@
+"""The first front door: patch a loaded model in place so that decoding runs sparsely.
+
+A patched layer decides by shape alone: one token a sequence goes through the kernels, anything
+longer through the original module. The user's weights are read where they are and never written;
+csfast owns the codes and one transposed copy of the down projection, for blocks also a copy of gate
+and up in the order of the plan, and `remove` frees all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from . import models, ops
+from .codes import planes
+from .models import Ffn
+from .plan import BLOCK_MAX, LayerPlan, Plan
+from .types import POOLED, TERNARY, Code
+
+BATCH_MAX = 16  # sequences that decode together; a larger batch runs dense
+_MEMORY_SHARE = 0.8  # of the free memory: the cache of keys and values needs some too
+_log = logging.getLogger("csfast")
+
+Seen = list[int]  # of every watched tensor its address, 0 if there is none, and its version
+Criterion = Callable[..., Tensor]  # what `generate` asks after every step
+
+
+class StaleWeightsError(RuntimeError):
+    """Weights of a patched model were changed, moved or replaced since `apply`."""
+
+
+class ResourceLimitError(ValueError):
+    """What `apply` would allocate is more than it may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """What `apply` did.
+
+    Attributes:
+        n_layers: Layers that were patched.
+        n_bytes: Memory that csfast owns for them: codes, scales, transposed down projections,
+            reordered copies of gate and up for blocks, the kernels' workspace.
+        bits: Code of the sensor.
+        block: Neurons that are kept or skipped together.
+        joint: Whether the sequences of a batch share a support.
+        density: Fraction of neurons that the thresholds were calibrated for.
+        task: Whose thresholds.
+    """
+
+    n_layers: int
+    n_bytes: int
+    bits: Code
+    block: int
+    joint: bool
+    density: float
+    task: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What the kernels did since `apply`, a number a layer each.
+
+    Attributes:
+        tokens: Tokens that ran through the kernels.
+        neurons: Neurons executed for them, in all.
+        fallbacks: Calls that the kernels failed and the original module answered.
+        n_neurons: Neurons of the layer.
+    """
+
+    tokens: tuple[int, ...]
+    neurons: tuple[int, ...]
+    fallbacks: tuple[int, ...]
+    n_neurons: tuple[int, ...]
+
+    @property
+    def density(self) -> float:
+        """Fraction of neurons executed over all tokens and layers; 1 if there were none."""
+        possible = sum(t * n for t, n in zip(self.tokens, self.n_neurons, strict=True))
+        return sum(self.neurons) / possible if possible else 1.0
+
+
+@dataclasses.dataclass(eq=False)
+class _Votes:
+    """Who has a vote in joint supports, on the device."""
+
+    weight: Tensor  # (BATCH_MAX,), float32: 1 / number of votes for a row that has one, else 0
+    table: Tensor  # (1 + BATCH_MAX, n_layers), float32: thresholds by the number of votes
+    n_votes: Tensor  # (1,), float32
+    index: Tensor  # (1,), int64: the same, to look thresholds up
+    row: Tensor  # (1, n_layers), float32: what was looked up
+    n_rows: int = 0  # that the weights were written for
+    are_given: bool = False  # by `set_votes`; otherwise every row votes
+
+    def write(self, votes: Tensor, threshold: Tensor) -> None:
+        """Give ``votes (n_rows,)`` the weights and thresholds of their number."""
+        weight = self.weight[: len(votes)]
+        weight.copy_(votes)
+        torch.sum(weight, dim=0, keepdim=True, out=self.n_votes)
+        self.index.copy_(self.n_votes)
+        weight.div_(self.n_votes.clamp_(min=1))
+        torch.index_select(self.table, 0, self.index, out=self.row)
+        threshold[:, 0] = self.row[0]
+        self.n_rows = len(votes)
+
+
+@dataclasses.dataclass(eq=False)
+class _Shared:
+    """What the layers of one model have in common."""
+
+    session: ops.Session
+    plan: Plan
+    bits: Code
+    block: int
+    activation: str
+    threshold: Tensor  # (n_layers, BATCH_MAX), float32; joint: the first of a layer counts
+    counts: Tensor  # (n_layers, 2), int64: tokens, neurons; written by the kernels
+    votes: _Votes | None  # of joint supports
+    full: bool  # density 1: original modules
+    dense_depth: int = 0  # nesting of `dense`
+    has_warned: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class _Layer:
+    """What a patched module carries besides its own."""
+
+    shared: _Shared
+    number: int  # in the session
+    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
+    equal: Tensor  # (d,), float32
+    row_scale: Tensor  # (n_neurons, 2), float32
+    offset: Tensor | None  # (n_neurons, 2), float32: what the biases add to readings
+    gate: Tensor  # (n_neurons, d): the model's; for blocks a copy in their order
+    up: Tensor  # likewise
+    down_t: Tensor  # (n_neurons, d)
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None]  # of gate, up and down
+    watched: tuple[tuple[str, str], ...]  # children of the module and their parameters
+    seen: Seen
+    has_versions: bool  # tensors made in inference mode keep no count of writes
+    dtype: torch.dtype
+    device: torch.device
+    fallbacks: int = 0
+
+
+def needed_bytes(model: nn.Module, *, bits: Code = 2, block: int = 1) -> int:
+    """Give the bytes that `apply` would allocate and keep.
+
+    Args:
+        model: As `models.find_ffns` wants it.
+        bits: Code of the sensor.
+        block: Neurons a block; above 1 csfast keeps a copy of gate and up as well.
+
+    Raises:
+        ValueError: There is no such sensor or block.
+    """
+    if bits not in planes.CODES:
+        raise ValueError(f'[needed_bytes] bits = {bits!r}: want 1, 2, 3, 4 or "{TERNARY}".')
+    if type(block) is not int or not 1 <= block <= BLOCK_MAX:
+        raise ValueError(f"[needed_bytes] block = {block!r}: want 1 to {BLOCK_MAX}.")
+    return _needed_bytes(models.find_ffns(model), bits, block)
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    density: float = 0.5,
+    bits: Code = 2,
+    block: int = 1,
+    joint: bool = False,
+    task: str = POOLED,
+    limit_bytes: int | None = None,
+) -> Applied:
+    """Patch the feed-forward layers of a model in place, so that decoding runs sparsely.
+
+    From then on a call with one token a sequence, for up to 16 sequences, runs through the kernels
+    if the model is in evaluation mode and no gradient is asked for; every other call runs the
+    original module. The choice of neurons is each token's own, unless a joint one is asked for.
+    `docs/api.md` has the details.
+
+    Args:
+        model: As `models.find_ffns` wants it; its weights are not changed.
+        plan: Made by `calibrate` on this very model.
+        density: Fraction of neurons to run, within the plan's densities; 1 runs the original
+            modules, bit for bit.
+        bits: Code of the sensor, one of the plan's.
+        block: Neurons to keep or skip together, one of the plan's sizes. Above 1 csfast keeps a
+            copy of gate and up in the plan's order.
+        joint: Whether the sequences of a batch share one support, chosen by the mean of what they
+            use; the plan must have been calibrated for it. `set_votes` says which of them count.
+        task: Whose thresholds: one of the plan's tasks.
+        limit_bytes: Most that csfast may allocate; four fifths of the free memory if not given.
+            The bytes are logged before they are allocated.
+
+    Returns:
+        What was done, and the bytes it took.
+
+    Raises:
+        ValueError: csfast is applied already, or the plan does not hold what was asked for.
+        TypeError: An argument is of another type.
+        ResourceLimitError: It would take more than ``limit_bytes``.
+        PlanError: The plan belongs to another model.
+        UnsupportedModelError: csfast does not run on the model, or on its present state.
+        BackendError: There are no kernels for the model's device.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"[apply] plan of type {type(plan).__name__}: want a csfast.Plan.")
+    if not isinstance(joint, bool):
+        raise TypeError(f"[apply] joint = {joint!r}: want True or False.")
+    if limit_bytes is not None and type(limit_bytes) is not int:
+        raise TypeError(f"[apply] limit_bytes = {limit_bytes!r}: want a whole number.")
+    ffns = models.find_ffns(model)
+    if any(_layer_of(ffn.module) for ffn in ffns):
+        raise ValueError("[apply] csfast is applied to this model: call csfast.remove first.")
+    plan.check(model)
+    if joint and plan.batches == (1,):
+        raise ValueError("[apply] joint = True: want a plan calibrated with joint = True.")
+    table = _thresholds(plan, bits=bits, block=block, joint=joint, density=density, task=task)
+    n_bytes = _needed_bytes(ffns, bits, block)
+    device = ffns[0].gate.weight.device
+    limit = _free_share(device) if limit_bytes is None else limit_bytes
+    _log.info(
+        "[apply] %d layers take %d bytes beside the model (limit %d)", len(ffns), n_bytes, limit
+    )
+    if n_bytes > limit:
+        raise ResourceLimitError(
+            f"[apply] {n_bytes} bytes for codes, copies of weights and workspace: want at most "
+            f"{limit}; raise limit_bytes, or free memory."
+        )
+    with torch.inference_mode(False):  # or these could not be written to in any other mode
+        shared = _Shared(
+            session=ops.Session(device),
+            plan=plan,
+            bits=bits,
+            block=block,
+            activation=ffns[0].activation,
+            threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
+            counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
+            votes=_no_votes(len(ffns), device) if joint else None,
+            full=density == 1,
+        )
+    _write_thresholds(shared, table)
+    layers = [_bind(shared, i, ffn, plan.layers[i]) for i, ffn in enumerate(ffns)]
+    patched = {original: _patched(original) for original in {type(f.module) for f in ffns}}
+    # Nothing above touched the model; nothing below can fail.
+    for ffn, layer in zip(ffns, layers, strict=True):
+        ffn.module.__dict__["_csfast"] = layer
+        ffn.module.__class__ = patched[type(ffn.module)]
+    return Applied(len(ffns), n_bytes, bits, block, joint, density, task)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `apply`: the modules are what they were, and what csfast owned is freed.
+
+    Raises:
+        ValueError: csfast is not applied to the model.
+    """
+    for module in _patched_modules(model, "remove"):
+        module.__class__ = type(module).__mro__[1]
+        del module.__dict__["_csfast"]
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Run the original modules while the block lasts; blocks may be nested.
+
+    Raises:
+        ValueError: csfast is not applied to the model.
+    """
+    shared = _shared(model, "dense")
+    shared.dense_depth += 1
+    try:
+        yield
+    finally:
+        shared.dense_depth -= 1
+
+
+def set_density(model: nn.Module, density: float, task: str = POOLED) -> None:
+    """Change density and task of a patched model; nothing is allocated on its device.
+
+    Raises:
+        ValueError: csfast is not applied, or the plan does not hold what was asked for.
+    """
+    shared = _shared(model, "set_density")
+    table = _thresholds(
+        shared.plan,
+        bits=shared.bits,
+        block=shared.block,
+        joint=shared.votes is not None,
+        density=density,
+        task=task,
+    )
+    _write_thresholds(shared, table)
+    shared.full = density == 1
+
+
+def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
+    """Say which sequences of a batch have a vote in joint supports.
+
+    What is padded or finished runs with what the others chose. Without votes every sequence has
+    one. Nothing is allocated, and a tensor on the model's device is not waited for.
+
+    Args:
+        model: Patched with ``joint = True``.
+        votes: One for every sequence of the batches to come, ``(n,)``, bool, at most 16; None
+            gives every sequence a vote again, whatever the batch. If none is true, no neuron runs.
+
+    Raises:
+        ValueError: csfast is not applied with joint supports, or the votes are too many, too few,
+            or on another device.
+        TypeError: The votes are not booleans.
+    """
+    shared = _shared(model, "set_votes")
+    of = shared.votes
+    if of is None:
+        raise ValueError("[set_votes] a model with joint = False: want apply(..., joint=True).")
+    if votes is None:
+        of.are_given = False
+        if of.n_rows:
+            # At once: a captured graph of this batch does not come by to see to it.
+            of.write(torch.ones(of.n_rows, dtype=torch.bool), shared.threshold)
+        return
+    if not isinstance(votes, Tensor):
+        booleans = isinstance(votes, Sequence) and all(isinstance(v, bool) for v in votes)
+        if not booleans or isinstance(votes, str):
+            raise TypeError(f"[set_votes] votes = {votes!r}: want booleans.")
+        votes = torch.tensor(votes, dtype=torch.bool)
+    if votes.dtype != torch.bool:
+        raise TypeError(f"[set_votes] votes of {votes.dtype}: want torch.bool.")
+    if votes.ndim != 1 or not 1 <= len(votes) <= BATCH_MAX:
+        raise ValueError(
+            f"[set_votes] votes of shape {tuple(votes.shape)}: want (n,), n from 1 to {BATCH_MAX}."
+        )
+    if votes.device not in (torch.device("cpu"), of.weight.device):
+        raise ValueError(f"[set_votes] votes on {votes.device}: want cpu or {of.weight.device}.")
+    of.write(votes, shared.threshold)
+    of.are_given = True
+
+
+@contextlib.contextmanager
+def unfinished_votes(
+    model: nn.Module, eos_token_id: int | Sequence[int] | None = None
+) -> Iterator[Criterion]:
+    """Let the sequences of one call of `generate` vote until they have ended.
+
+    A layer cannot tell a sequence that has ended from one that goes on: it is given padding and
+    runs on. `generate` shows its stopping criteria the tokens after every step, so this gives one,
+    which stops nothing: ``model.generate(..., stopping_criteria=[criterion])``. When the block ends
+    every sequence has a vote again.
+
+    Args:
+        model: Patched with ``joint = True``.
+        eos_token_id: What ends a sequence; that of the model's generation settings if not given.
+
+    Yields:
+        The criterion, for one call of `generate`.
+
+    Raises:
+        ValueError: csfast is not applied with joint supports, or nothing ends a sequence.
+    """
+    set_votes(model, None)
+    if eos_token_id is None:
+        eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos_token_id is None:
+        raise ValueError("[unfinished_votes] a model without eos_token_id: want one given.")
+    ends = torch.tensor(eos_token_id).flatten()
+    ended: list[Tensor] = []
+
+    def criterion(ids: Tensor, scores: object, **_: object) -> Tensor:
+        now = torch.isin(ids[:, -1], ends.to(ids.device))
+        ended[:] = [now | ended[0] if ended else now]
+        if len(ids) <= BATCH_MAX:
+            set_votes(model, ~ended[0])
+        return torch.zeros_like(now)
+
+    try:
+        yield criterion
+    finally:
+        set_votes(model, None)
+
+
+def stats(model: nn.Module) -> Stats:
+    """Read what the kernels counted since `apply`; waits for the device.
+
+    Raises:
+        ValueError: csfast is not applied to the model.
+    """
+    layers = [m.__dict__["_csfast"] for m in _patched_modules(model, "stats")]
+    counts = layers[0].shared.counts.tolist()
+    return Stats(
+        tokens=tuple(c[0] for c in counts),
+        neurons=tuple(c[1] for c in counts),
+        fallbacks=tuple(layer.fallbacks for layer in layers),
+        n_neurons=tuple(len(layer.row_scale) for layer in layers),
+    )
+
+
+def _patched(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a patched layer: the original, but for `forward`."""
+
+    class Patched(original):  # type: ignore[valid-type, misc]
+        dense_forward = original.forward
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer: _Layer = self.__dict__["_csfast"]
+            shared = layer.shared
+            runs_sparse = (
+                x.ndim == 3
+                and x.shape[1] == 1
+                and 0 < x.shape[0] <= BATCH_MAX
+                and not (shared.full or shared.dense_depth or self.training)
+                and not (x.requires_grad and torch.is_grad_enabled())
+                and x.is_contiguous()
+            )
+            if not runs_sparse:
+                out: Tensor = original.forward(self, x)
+                return out
+            if torch.compiler.is_compiling():
+                return _run_traced(self, layer, x)
+            return _run(self, layer, x)
+
+        def __reduce_ex__(self, protocol: object) -> NoReturn:
+            raise TypeError(
+                "[apply] a copy or pickle of a patched model: its layers read the original's "
+                "weights by address; call csfast.remove first."
+            )
+
+    Patched.__name__ = Patched.__qualname__ = f"Csfast{original.__name__}"
+    Patched.__module__ = original.__module__
+    return Patched
+
+
+def _run(module: Any, layer: _Layer, x: Tensor) -> Tensor:
+    """One token a sequence through the kernels."""
+    now = _seen(module._modules, layer.watched, layer.has_versions)
+    if now != layer.seen or x.dtype != layer.dtype or x.device != layer.device:
+        _refuse_stale(layer, x, now)
+    if layer.shared.votes is not None:
+        _await_votes(layer.shared, layer.shared.votes, x.shape[0])
+    out = torch.empty_like(x)
+    try:
+        layer.shared.session.ffn(layer.number, x.view(-1, x.shape[2]), out.view(-1, x.shape[2]))
+    except RuntimeError as error:  # a BackendError, or what torch makes of a failing device
+        # The decision guard: a token is answered densely rather than not at all.
+        layer.fallbacks += 1
+        if not layer.shared.has_warned:
+            layer.shared.has_warned = True
+            _log.warning("[ffn] kernels failed, running dense: %s", error)
+        answer: Tensor = module.dense_forward(x)
+        return answer
+    return out
+
+
+def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
+    """The same through the registered operator, which torch.compile can see."""
+    shared, batch = layer.shared, x.shape[0]
+    threshold, weight = layer.shared.threshold[layer.number, :batch], None
+    if shared.votes is not None:
+        if shared.votes.are_given:
+            _check_rows(shared.votes, batch)
+            threshold, weight = threshold[:1], shared.votes.weight[:batch]
+        else:
+            threshold = shared.votes.table[batch, layer.number : layer.number + 1]
+            weight = torch.full((batch,), 1 / batch, device=x.device)
+    gate_bias, up_bias, down_bias = layer.biases
+    return ops.ffn(
+        layer.codes,
+        layer.equal,
+        layer.row_scale,
+        threshold,
+        layer.gate,
+        layer.up,
+        layer.down_t,
+        x[:, 0],
+        bits=shared.bits,
+        tile_rows=shared.block,
+        offset=layer.offset,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        weight=weight,
+        activation=shared.activation,
+    )[:, None]
+
+
+def _await_votes(shared: _Shared, votes: _Votes, batch: int) -> None:
+    """See to it that the weights are those of a batch of this size."""
+    if votes.n_rows == batch:
+        return
+    if votes.are_given:
+        _check_rows(votes, batch)
+    everyone = torch.ones(batch, dtype=torch.bool, device=votes.weight.device)
+    votes.write(everyone, shared.threshold)
+
+
+def _check_rows(votes: _Votes, batch: int) -> None:
+    if votes.n_rows != batch:
+        raise ValueError(
+            f"[ffn] a batch of {batch} sequences and {votes.n_rows} votes: want one for each; call "
+            "csfast.set_votes."
+        )
+
+
+def _seen(
+    modules: Mapping[str, Any], watched: tuple[tuple[str, str], ...], has_versions: bool
+) -> Seen:
+    """Address and version of the weights that a module has now, by the shortest way to them."""
+    seen = []
+    try:
+        for child, name in watched:
+            tensor = modules[child]._parameters[name]
+            if tensor is None:
+                seen += [0, 0]
+            else:
+                seen += [tensor.data_ptr(), tensor._version if has_versions else 0]
+    except KeyError:  # an adapter took the place of a projection
+        return []
+    return seen
+
+
+def _refuse_stale(layer: _Layer, x: Tensor, now: Seen) -> NoReturn:
+    if not now:
+        raise StaleWeightsError(
+            f"[ffn] layer {layer.number}: a projection was replaced since apply: want plain ones; "
+            "call csfast.remove."
+        )
+    for i, (seen, found) in enumerate(zip(layer.seen, now, strict=True)):
+        if seen != found:
+            child, parameter = layer.watched[i // 2]
+            name = child if parameter == "weight" else f"{child}.{parameter}"
+            how = "written to" if i % 2 else "moved or replaced"
+            raise StaleWeightsError(
+                f"[ffn] layer {layer.number}: {name} was {how} since apply: want the weights that "
+                "the plan was made for; call csfast.remove, calibrate, and apply again."
+            )
+    raise StaleWeightsError(
+        f"[ffn] layer {layer.number}: x is {x.dtype} on {x.device}: want {layer.dtype} on "
+        f"{layer.device}, as at apply; call csfast.remove, and apply again."
+    )
+
+
+def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Layer:
+    """Make what csfast owns of one layer, and bind it to the session."""
+    gate, up, down = (w.detach() for w in ffn.weights)
+    device = gate.device
+    row_scale = layer_plan.row_scale[shared.bits].to(device, copy=True)
+    biases = [None if p.bias is None else p.bias.detach() for p in (ffn.gate, ffn.up, ffn.down)]
+    offset, down_t = ffn.offset(), down.T
+    codes = layer_plan.blocked_codes(bits=shared.bits, block=shared.block)
+    if shared.block > 1:
+        order = layer_plan.order[shared.block].to(device)
+        gate, up, down_t, row_scale = (t[order] for t in (gate, up, down_t, row_scale))
+        biases[:2] = [None if b is None else b[order] for b in biases[:2]]
+        offset = None if offset is None else offset[order]
+    names = models.FUSED if ffn.gate.linear is ffn.up.linear else models.APART
+    watched = tuple(itertools.product(names, ("weight", "bias")))
+    has_versions = not any(p.is_inference() for m in ffn.linears for p in m.parameters())
+    layer = _Layer(
+        shared=shared,
+        number=number,
+        codes=codes.to(device, copy=shared.block == 1),
+        equal=layer_plan.equal.to(device, copy=True),
+        row_scale=row_scale,
+        offset=offset,
+        gate=gate,
+        up=up,
+        down_t=down_t.contiguous(),
+        biases=(biases[0], biases[1], biases[2]),
+        watched=watched,
+        seen=_seen(ffn.module._modules, watched, has_versions),
+        has_versions=has_versions,
+        dtype=gate.dtype,
+        device=device,
+    )
+    gate_bias, up_bias, down_bias = layer.biases
+    bound = shared.session.bind(
+        codes=layer.codes,
+        equal=layer.equal,
+        row_scale=layer.row_scale,
+        threshold=shared.threshold[number],
+        gate=gate,
+        up=up,
+        down_t=layer.down_t,
+        bits=shared.bits,
+        max_batch=BATCH_MAX,
+        tile_rows=shared.block,
+        offset=offset,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        weight=None if shared.votes is None else shared.votes.weight,
+        activation=shared.activation,
+        stats=shared.counts[number],
+    )
+    assert bound == number
+    return layer
+
+
+def _thresholds(
+    plan: Plan, *, bits: Code, block: int, joint: bool, density: float, task: str
+) -> Tensor:
+    """Thresholds by the number of votes, ``(1 + BATCH_MAX or 1, n_layers)``, on the CPU.
+
+    Refuses what the plan does not hold. Without votes nothing is kept, whatever the threshold.
+    """
+    sizes = (1, *range(1, BATCH_MAX + 1)) if joint else (1,)
+    rows = [
+        [
+            plan.threshold(i, bits=bits, block=block, batch=n, density=density, task=task)
+            for i in range(len(plan.layers))
+        ]
+        for n in sizes
+    ]
+    return torch.tensor(rows)
+
+
+def _write_thresholds(shared: _Shared, table: Tensor) -> None:
+    """Put the thresholds where the kernels read them."""
+    votes = shared.votes
+    if votes is None:
+        shared.threshold.copy_(table[0, :, None])
+        return
+    votes.table.copy_(table)
+    torch.index_select(votes.table, 0, votes.index, out=votes.row)
+    shared.threshold.copy_(votes.row[0, :, None])
+
+
+def _no_votes(n_layers: int, device: torch.device) -> _Votes:
+    return _Votes(
+        weight=torch.zeros(BATCH_MAX, device=device),
+        table=torch.zeros(1 + BATCH_MAX, n_layers, device=device),
+        n_votes=torch.zeros(1, device=device),
+        index=torch.zeros(1, dtype=torch.int64, device=device),
+        row=torch.zeros(1, n_layers, device=device),
+    )
+
+
+def _needed_bytes(ffns: Sequence[Ffn], bits: Code, block: int) -> int:
+    """Bytes that csfast keeps for some layers, those of votes not counted, a kilobyte or two."""
+    workspaces = {
+        ops.ffn_workspace(BATCH_MAX, f.shape.d, f.shape.n_neurons, f.gate.weight.device)
+        for f in ffns
+    }
+    return sum(_layer_bytes(ffn, bits, block) for ffn in ffns) + sum(workspaces)
+
+
+def _layer_bytes(ffn: Ffn, bits: Code, block: int) -> int:
+    """Bytes that csfast keeps for one layer."""
+    d, n_neurons = ffn.shape.d, ffn.shape.n_neurons
+    n_biases = sum(bias is not None for bias in (ffn.gate.bias, ffn.up.bias))
+    size = ffn.down.weight.element_size()
+    copies = n_neurons * d * size  # of down
+    if block > 1:
+        copies += n_neurons * (2 * d + n_biases) * size
+    if n_biases:
+        copies += n_neurons * 2 * 4
+    return planes.n_bytes(n_neurons, d, bits) + copies + BATCH_MAX * 4 + 2 * 8
+
+
+def _free_share(device: torch.device) -> int:
+    """What may be allocated on a device if nobody says otherwise."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE)
+    lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(int(available) * 1024 * _MEMORY_SHARE)
+
+
+def _layer_of(module: nn.Module) -> _Layer | None:
+    """What a patched module carries; nothing if it is not patched."""
+    return module.__dict__.get("_csfast")
+
+
+def _patched_modules(model: nn.Module, verb: str) -> list[nn.Module]:
+    """The patched modules of a model, in order."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"[{verb}] model of type {type(model).__name__}: want an nn.Module.")
+    found = [m for m in model.modules() if _layer_of(m)]
+    if not found:
+        raise ValueError(f"[{verb}] a model without csfast: want one it is applied to.")
+    return found
+
+
+def _shared(model: nn.Module, verb: str) -> _Shared:
+    shared: _Shared = _patched_modules(model, verb)[0].__dict__["_csfast"].shared
+    return shared

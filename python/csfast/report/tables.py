@@ -1,0 +1,151 @@
+"""Results as tables for the terminal, dense beside csfast in every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ..doctor import Finding
+
+
+def findings(found: Sequence[Finding]) -> Table:
+    """Give what the doctor found."""
+    table = Table.grid(padding=(0, 2))
+    for finding in found:
+        mark = "[red]fault[/]" if finding.is_fault else "ok"
+        table.add_row(mark, finding.subject, finding.text)
+    return table
+
+
+def quality(results: dict[str, Any]) -> Table:
+    """Give the evaluation: one row a task, the mean below."""
+    tasks = results["tasks"].values()
+    sparse = sum(row["sparse_tokens"] for row in tasks) / sum(row["tokens"] for row in tasks)
+    table = Table(
+        title=f"Quality at density {results['density']:.3f}: loss in nats per token",
+        caption=f"{results['bytes_fraction']:.3f} of the dense FFN bytes are read for a sparse "
+        f"token, {sparse:.3f} of the tokens are sparse. right: short answers, dense and csfast.",
+        padding=0,
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("dense", "csfast", "change", "95 %", "KL", "top-1", "right"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, row in results["tasks"].items():
+        low, high = row["ci95"]
+        table.add_row(
+            task,
+            f"{row['dense_loss']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{row['delta']:+.4f}",
+            f"{low:+.4f} .. {high:+.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.3f}",
+            _answers(row),
+        )
+    table.add_section()
+    table.add_row("mean", "", "", f"{results['mean_delta']:+.4f}")
+    return table
+
+
+def effort(results: dict[str, Any]) -> Table:
+    """Give the effort of texts: one row a text."""
+    kind = "generated" if results["generated"] else "held-out"
+    table = Table(
+        title=f"Effort of {kind} texts at density {results['asked_density']:g}",
+        caption="effort: fraction of the neurons executed for a token, mean over layers; losses in "
+        "nats per token.",
+        padding=0,
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("tokens", "effort", "least", "most", "dense", "csfast", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for example in results["examples"]:
+        tokens = example["tokens"]
+        efforts = [sum(t["density"]) / len(t["density"]) for t in tokens]
+        dense, sparse = (
+            sum(t[key] for t in tokens) / len(tokens) for key in ("dense_loss", "loss")
+        )
+        table.add_row(
+            example["task"],
+            str(len(tokens)),
+            f"{sum(efforts) / len(efforts):.3f}",
+            f"{min(efforts):.3f}",
+            f"{max(efforts):.3f}",
+            f"{dense:.4f}",
+            f"{sparse:.4f}",
+            f"{sparse - dense:+.4f}",
+        )
+    return table
+
+
+def _answers(row: dict[str, Any]) -> str:
+    """The share of right short answers, dense and csfast."""
+    if row["exact_match"] is None:
+        return "-"
+    return f"{row['dense_exact_match']:.2f}, {row['exact_match']:.2f}"
+
+
+def speed(results: dict[str, Any]) -> Table:
+    """Give the benchmark: dense beside ours, and how they compare."""
+    machine = results["machine"]
+    table = Table(
+        title="Time of a feed-forward layer, median, in microseconds",
+        caption=f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['isa']}. other: the fastest other way through the whole layer, dense or not; "
+        "reads: share of the read bandwidth that csfast reaches; sigma: share of the dense time "
+        "that is due, over the time taken.",
+        padding=0,
+    )
+    for name in ("case", "variant", "other", "csfast", "reads", "sigma", "verdict"):
+        right = name in ("csfast", "reads", "sigma")
+        # A narrow terminal breaks names, never figures.
+        wraps = name in ("case", "other")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps)
+    for row in results["rows"]:
+        best = min(row["baselines"], key=row["baselines"].__getitem__)
+        table.add_row(
+            row["case"].removeprefix("ffn "),
+            row["variant"],
+            f"{row['baselines'][best]:.0f} {best.removeprefix('torch').lstrip(' .')}",
+            f"{row['median_us']:.0f}",
+            f"{row['fraction_of_read_bandwidth']:.2f}",
+            "-" if row["sigma"] is None else f"{row['sigma']:.2f}",
+            verdict(row["ratio_vs_best"]),
+        )
+    return table
+
+
+def pursuits(results: dict[str, Any]) -> Table:
+    """Give the benchmark of omp: the best other way beside ours, and whether ours is right."""
+    table = Table(
+        title="Orthogonal matching pursuit, median",
+        caption="other: the fastest of the other ways, from the signals; us/atom: of the whole "
+        "batch; agrees: share of the signals with the support of float64.",
+        padding=0,
+    )
+    for name in ("case", "variant", "other", "problems/s", "us/atom", "agrees", "verdict"):
+        right = name in ("problems/s", "us/atom", "agrees")
+        # A narrow terminal breaks names, never figures.
+        wraps = name in ("case", "other")
+        table.add_column(name, justify="right" if right else "left", no_wrap=not wraps)
+    for row in results["rows"]:
+        best = min(row["baselines"], key=row["baselines"].__getitem__)
+        table.add_row(
+            row["case"].removeprefix("omp "),
+            row["variant"],
+            best,
+            f"{row['problems_per_second']:,.0f}",
+            f"{row['us_per_atom']:.2f}",
+            f"{row['agreement']:.4f}",
+            verdict(row["ratio_vs_best"]),
+        )
+    return table
+
+
+def verdict(ratio: float) -> str:
+    """Say in words how csfast compares; `ratio` is the dense time over ours."""
+    if ratio >= 1:
+        return f"{ratio:.2f}x faster"
+    return f"[red]{1 / ratio:.2f}x slower[/]"

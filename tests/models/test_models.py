@@ -1,0 +1,572 @@
+import itertools
+import json
+import pathlib
+import shutil
+import socket
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tiny
+from csfast import models
+from csfast.models import structure
+from csfast.types import Document, LayerShape, UnsupportedModelError
+
+FIRST = "model.layers.0.mlp"
+
+
+FUSED = ["phi3"]
+APART = [kind for kind in tiny.FAMILIES if kind not in FUSED]
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_finds_layers_by_structure(kind):
+    model = tiny.make_model(kind)
+    ffns = models.find_ffns(model)
+    assert [f.name for f in ffns] == [f"model.layers.{i}.mlp" for i in range(2)]
+    for ffn, layer in zip(ffns, model.model.layers, strict=True):
+        mlp = layer.mlp
+        assert ffn.module is mlp and ffn.linears == (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        assert ffn.down is mlp.down_proj
+        for projection, linear in ((ffn.gate, mlp.gate_proj), (ffn.up, mlp.up_proj)):
+            assert projection.weight is linear.weight and projection.bias is linear.bias
+        assert (ffn.gate.bias is not None) == (kind == "llama-bias")
+        assert ffn.activation == ("gelu_tanh" if kind.startswith("gemma") else "silu")
+        assert ffn.shape == LayerShape(d=64, n_neurons=160)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_finds_fused_layers(kind):
+    model = tiny.make_model(kind)
+    for ffn, layer in zip(models.find_ffns(model), model.model.layers, strict=True):
+        mlp = layer.mlp
+        fused = mlp.gate_up_proj.weight
+        assert ffn.module is mlp and ffn.linears == (mlp.gate_up_proj, mlp.down_proj)
+        assert torch.equal(ffn.gate.weight, fused[:160]) and torch.equal(ffn.up.weight, fused[160:])
+        # Read where they are.
+        assert ffn.gate.weight.data_ptr() == fused.data_ptr()
+        assert ffn.up.weight.data_ptr() == fused[160:].data_ptr()
+        assert ffn.down is mlp.down_proj
+        assert ffn.activation == "silu" and ffn.shape == LayerShape(d=64, n_neurons=160)
+
+
+class Fused(nn.Module):
+    """A fused layer with biases, in the form of Phi-3."""
+
+    def __init__(self, *, bias=True, gate_first=True):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(64, 320, bias=bias)
+        self.down_proj = nn.Linear(160, 64, bias=bias)
+        self.activation_fn = nn.SiLU()
+        self.gate_first = gate_first
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if not self.gate_first:
+            gate, up = up, gate
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+def test_biases_of_fused_layers_are_cut_apart():
+    (ffn,) = models.find_ffns(nn.Sequential(Fused()).eval())
+    x = torch.randn(5, 64)
+    both = ffn.module.gate_up_proj
+    assert torch.equal(ffn.gate.bias, both.bias[:160]) and torch.equal(ffn.up.bias, both.bias[160:])
+    # A product by half the rows may add in another order: 64 terms, as numeric.py counts.
+    torch.testing.assert_close(ffn.gate(x), both(x)[:, :160])
+    torch.testing.assert_close(ffn.up(x), both(x)[:, 160:])
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_dense_is_the_module_bit_for_bit(kind, dtype):
+    model = tiny.make_model(kind, dtype=dtype)
+    draw = torch.Generator().manual_seed(0)
+    for ffn in models.find_ffns(model):
+        for shape in ((1, 1, 64), (3, 7, 64), (5, 64)):
+            x = torch.randn(shape, generator=draw).to(dtype)
+            with torch.no_grad():
+                gate, a = ffn.activations(x)
+                assert torch.equal(ffn.dense(x), ffn.module(x))
+                assert torch.equal(ffn.down(a), ffn.module(x))
+            assert gate.shape == a.shape == (*shape[:-1], 160)
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_offset_is_what_biases_add_to_readings(kind):
+    (ffn, _) = models.find_ffns(tiny.make_model(kind))
+    norm = ffn.down.weight.detach().norm(dim=0)
+    torch.testing.assert_close(ffn.down_norm(), norm)
+    if kind != "llama-bias":
+        assert ffn.offset() is None
+        return
+    offset = ffn.offset()
+    assert torch.equal(offset[:, 0], ffn.gate.bias)
+    assert torch.equal(offset[:, 1], ffn.up.bias * ffn.down_norm())
+    x = torch.randn(9, 64)
+    reading = x @ ffn.up.weight.T * norm + offset[:, 1]
+    torch.testing.assert_close(reading, ffn.up(x) * norm)
+
+
+def test_one_bias_alone_is_taken():
+    model = tiny.make_model()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.bias = nn.Parameter(torch.randn(160))
+    for ffn in models.find_ffns(model):
+        assert ffn.gate.bias is None and ffn.down.bias is None
+        assert ffn.offset()[:, 0].eq(0).all() and ffn.offset()[:, 1].ne(0).all()
+
+
+def test_same_activation_under_another_name_is_taken():
+    model = tiny.make_model("gemma", hidden_activation="gelu_new", hidden_act="gelu_new")
+    assert {f.activation for f in models.find_ffns(model)} == {"gelu_tanh"}
+
+
+def test_finding_leaves_the_model_alone():
+    model = tiny.make_model()
+    before = {name: (p._version, p.data_ptr()) for name, p in model.named_parameters()}
+    models.find_ffns(model)
+    assert {name: (p._version, p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def _mlp(change):
+    """A model whose first layer was changed."""
+
+    def make():
+        model = tiny.make_model()
+        change(model.model.layers[0].mlp)
+        return model
+
+    return make
+
+
+class Multiplied(nn.Module):
+    """The four children of a layer, put to another use."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x):
+        return 0.5 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Sharded(torch.Tensor):
+    """Stands for a tensor that lies on several devices."""
+
+
+class Quantised(nn.Linear):
+    """Stands for a linear layer of another library."""
+
+
+def _adapter(mlp):
+    mlp.up_proj = nn.Module()
+    mlp.up_proj.base_layer = nn.Linear(64, 160, bias=False)
+
+
+def _quantised(mlp):
+    mlp.gate_proj = Quantised(64, 160, bias=False)
+
+
+def _multiplied():
+    model = tiny.make_model()
+    model.model.layers[0].mlp = Multiplied(model.model.layers[0].mlp)
+    return model.eval()
+
+
+def _meta():
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.SIZES)).eval()
+
+
+def _shared():
+    model = tiny.make_model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    return model
+
+
+def _tied():
+    model = tiny.make_model()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def _mixture():
+    sizes = {**tiny.SIZES, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+
+
+def _expert_list():
+    model = tiny.make_model()
+    layer = model.model.layers[0]
+    layer.second = tiny.make_model(seed=1).model.layers[0].mlp
+    return model
+
+
+def _in_sequence(layer):
+    return lambda: nn.Sequential(layer).eval()
+
+
+def _odd_rows():
+    layer = Fused()
+    layer.gate_up_proj = nn.Linear(64, 321)
+    return nn.Sequential(layer).eval()
+
+
+def _two_activations():
+    model = tiny.make_model()
+    model.model.layers[1].mlp.act_fn = nn.GELU(approximate="tanh")
+    return model
+
+
+def _half_bias(mlp):
+    mlp.up_proj.bias = nn.Parameter(torch.zeros(160, dtype=torch.bfloat16))
+
+
+def _without_activation():
+    model = tiny.make_model()
+    del model.model.layers[0].mlp.act_fn
+    return model
+
+
+def _other_family():
+    sizes = {"vocab_size": 260, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+def _compiled_in_place(mlp):
+    mlp.compile(backend="eager")
+
+
+def _mixed_dtypes():
+    model = tiny.make_model()
+    model.model.layers[1].mlp.to(torch.bfloat16)
+    return model
+
+
+UNSUPPORTED = {
+    "training": (lambda: tiny.make_model().train(), "in training mode: call model.eval"),
+    "exact GELU": (
+        lambda: tiny.make_model(hidden_act="gelu"),
+        f"{FIRST}.act_fn: GELU.*want SiLU or GELU approximated by tanh",
+    ),
+    "ReLU": (lambda: tiny.make_model("gemma2", hidden_activation="relu"), "act_fn: ReLU.*: want"),
+    "ReLU of a fused layer": (
+        lambda: tiny.make_model("phi3", hidden_act="relu"),
+        f"{FIRST}.activation_fn: ReLU.*: want",
+    ),
+    "softmax": (
+        _mlp(lambda m: setattr(m, "act_fn", nn.Softmax(dim=-1))),
+        "act_fn: Softmax.*: want",
+    ),
+    "no activation": (_without_activation, f"{FIRST}: want an activation named act_fn or"),
+    "several activations": (_two_activations, "layers of several activations; want one"),
+    "bias of another dtype": (_mlp(_half_bias), f"{FIRST}: want one device and one dtype"),
+    "up before gate": (
+        _in_sequence(Fused(gate_first=False)),
+        "0: computes something else than",
+    ),
+    "odd number of fused rows": (_odd_rows, "0.gate_up_proj: a weight of 321 rows; want those of"),
+    "float64": (
+        lambda: tiny.make_model(dtype=torch.float64),
+        f"{FIRST}.gate_proj: a weight of torch.float64; want one of float32",
+    ),
+    "compiled": (lambda: torch.compile(tiny.make_model()), "made by torch.compile"),
+    "compiled layer": (_mlp(_compiled_in_place), "mlp: compiled; want the original"),
+    "mixture": (_mixture, "experts"),
+    "two in a layer": (_expert_list, "several feed-forward layers in one"),
+    "other family": (
+        _other_family,
+        "GPT2LMHeadModel: want layers with gate_proj, up_proj and down_proj, as in Llama, or gate_",
+    ),
+    "parameter of its own": (
+        _mlp(lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))),
+        f"{FIRST}: want no parameter of its own, not 'scale'",
+    ),
+    "quantised": (_mlp(_quantised), "gate_proj: Quantised, perhaps quantised"),
+    "adapter": (_mlp(_adapter), r"up_proj: an adapter \(LoRA\)"),
+    "meta": (_meta, "gate_proj: a meta tensor; want a weight that is loaded"),
+    "offloaded": (_mlp(lambda m: setattr(m, "_hf_hook", 1)), "forward was replaced"),
+    "offloaded linear": (_mlp(lambda m: setattr(m.up_proj, "_hf_hook", 1)), "up_proj: hooked"),
+    "patched": (_mlp(lambda m: setattr(m, "forward", m.forward)), "forward was replaced"),
+    "hooked": (
+        _mlp(lambda m: m.down_proj.register_forward_hook(lambda *a: None)),
+        "down_proj: hooked",
+    ),
+    "shared module": (_shared, "shares weights with model.layers.0.mlp"),
+    "tied": (_tied, "model.layers.1.mlp: shares weights with model.layers.0.mlp"),
+    "extra child": (
+        _mlp(lambda m: m.add_module("norm", nn.LayerNorm(64))),
+        "want gate_proj, up_proj, down_proj, act_fn only, not 'norm'",
+    ),
+    "other formula": (_multiplied, "computes something else than"),
+    "other sizes": (
+        _mlp(lambda m: setattr(m, "up_proj", nn.Linear(64, 96, bias=False))),
+        r"weights \(160, 64\), \(96, 64\), \(64, 160\): want",
+    ),
+    "strided": (
+        _mlp(lambda m: setattr(m.gate_proj, "weight", nn.Parameter(torch.zeros(64, 160).T))),
+        r"gate_proj: a weight of strides \(1, 160\); want it contiguous",
+    ),
+    "strided bias": (
+        _mlp(lambda m: setattr(m.up_proj, "bias", nn.Parameter(torch.zeros(320)[::2]))),
+        r"up_proj: a bias of strides \(2,\); want it contiguous",
+    ),
+    "several dtypes": (_mixed_dtypes, "several devices or dtypes"),
+    "weight subclass": (
+        _mlp(lambda m: setattr(m.gate_proj, "weight", nn.Parameter(Sharded(torch.zeros(160, 64))))),
+        "perhaps sharded; want a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_refuses_models_it_cannot_run(name):
+    make, message = UNSUPPORTED[name]
+    with pytest.raises(UnsupportedModelError, match=message):
+        models.find_ffns(make())
+
+
+def test_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match=r"model of type str: want an nn\.Module"):
+        models.find_ffns("a model")
+
+
+def test_fingerprint_follows_content_alone():
+    found = models.fingerprint(tiny.make_model(dtype=torch.bfloat16))
+    assert found == models.fingerprint(tiny.make_model(dtype=torch.bfloat16))
+    assert (found.model_type, found.dtype) == ("llama", "bfloat16")
+    others = [
+        tiny.make_model(),
+        tiny.make_model(seed=1, dtype=torch.bfloat16),
+        tiny.make_model("qwen2", dtype=torch.bfloat16),
+    ]
+    hashes = {found.model_hash, *(models.fingerprint(m).model_hash for m in others)}
+    assert len(hashes) == 4
+
+
+def test_fingerprint_covers_biases_and_activation():
+    model = tiny.make_model("llama-bias")
+    hashes = [models.fingerprint(model).model_hash]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        with torch.no_grad():
+            getattr(model.model.layers[1].mlp, name).bias[3] += 1
+        hashes.append(models.fingerprint(model).model_hash)
+    gelu, silu = tiny.make_model(hidden_act="gelu_pytorch_tanh"), tiny.make_model()
+    assert models.fingerprint(gelu).activation == "gelu_tanh"
+    assert models.fingerprint(silu).activation == "silu"
+    hashes += [models.fingerprint(m).model_hash for m in (gelu, silu)]
+    assert len(set(hashes)) == 6
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fingerprint_covers_fused_weights(kind):
+    model = tiny.make_model(kind)
+    before = models.fingerprint(model).model_hash
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_up_proj.weight[200, 3] += 1
+    assert models.fingerprint(model).model_hash != before
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.make_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "tiny")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_load_gives_back_what_was_saved(folder, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    model, tokenizer = models.load(folder)
+    assert models.fingerprint(model) == models.fingerprint(tiny.make_model(dtype=torch.bfloat16))
+    assert not model.training and tokenizer.eos_token_id == 257
+    assert models.load(str(folder), dtype=torch.float32)[0].dtype == torch.float32
+
+
+def _edit(name, change):
+    """A change of a JSON file of the model folder."""
+
+    def edit(folder):
+        values = json.loads((folder / name).read_text())
+        change(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return edit
+
+
+def _pickle_instead(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _cut(folder):
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+
+
+BAD_FOLDERS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "want a model folder with config"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "want a"),
+    "own code": (
+        _edit("config.json", lambda c: c.update(model_type="x", auto_map={"AutoConfig": "a.B"})),
+        "without code of its author",
+    ),
+    "not causal": (
+        _edit("config.json", lambda c: c.update(model_type="vit", architectures=[])),
+        "want a causal language model",
+    ),
+    "quantised": (
+        _edit("config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"})),
+        "want weights that are not quantised",
+    ),
+    "pickled": (_pickle_instead, "want weights in .safetensors files"),
+    "cut": (_cut, "want a whole model folder"),
+    "no tokenizer": (
+        lambda f: [p.unlink() for p in f.glob("tokenizer*")],
+        "want a tokenizer beside the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_load_refuses_other_folders(folder, name):
+    change, message = BAD_FOLDERS[name]
+    change(folder)
+    with pytest.raises(UnsupportedModelError, match=message):
+        models.load(folder)
+
+
+def test_load_downloads_nothing():
+    with pytest.raises(FileNotFoundError, match="or the name of a model in the local cache"):
+        models.load("nobody/no-such-model")
+
+
+def test_own_code_is_never_run(folder):
+    marker = folder / "was_run"
+    (folder / "a.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    _edit("config.json", lambda c: c.update(model_type="x", auto_map={"AutoConfig": "a.B"}))(folder)
+    with pytest.raises(UnsupportedModelError):
+        models.load(folder)
+    assert not marker.exists()
+
+
+def test_demo_folder_is_in_the_package():
+    assert models.demo_folder().parent == pathlib.Path(models.__file__).parents[1]
+
+
+BOS, EOS = 256, 257
+
+
+def tokens(text):
+    return tiny.make_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def test_encode_marks_where_the_response_begins():
+    found = models.encode(tiny.make_tokenizer(), Document("math", "ab", " c"), max_tokens=100)
+    assert found.ids.tolist() == [[BOS, *tokens("ab"), *tokens(" c"), EOS]]
+    assert found.ids.dtype == torch.int64 and found.n_prompt == 3
+
+
+def test_encode_runs_the_start_of_plain_text_dense():
+    long, short = ("x" * n for n in (100, 10))
+    found = models.encode(tiny.make_tokenizer(), Document("prose", "", long), max_tokens=64)
+    assert found.ids.tolist() == [[BOS, *tokens(long)][:64]] and found.n_prompt == 32
+    found = models.encode(tiny.make_tokenizer(), Document("prose", "", short), max_tokens=64)
+    assert found.ids.shape == (1, 11) and found.n_prompt == 11
+
+
+def test_encode_cuts_the_end_of_a_response():
+    found = models.encode(tiny.make_tokenizer(), Document("math", "ab", "c" * 50), max_tokens=10)
+    assert found.ids.tolist() == [[BOS, *tokens("ab"), *tokens("c" * 7)]]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (Document("math", "a" * 20, "b"), "a prompt of 21 tokens: want fewer than 21"),
+        (Document("math", "a", ""), "a document of 'math' without text"),
+    ],
+)
+def test_encode_refuses(document, message):
+    with pytest.raises(ValueError, match=message):
+        models.encode(tiny.make_tokenizer(), document, max_tokens=21)
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_streamed_text_is_that_of_generate(kind):
+    model, tokenizer = tiny.make_model(kind), tiny.make_tokenizer()
+    ids = torch.tensor([[BOS, *tokens("hello")]])
+    wanted = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    pieces = list(models.stream_text(model, tokenizer, "hello", max_new_tokens=40))
+    assert "".join(pieces) == tokenizer.decode(wanted, skip_special_tokens=True)
+    assert len(pieces) > 1 and all(pieces)
+
+
+def test_streaming_ends_at_the_mark():
+    model = tiny.make_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens are equally likely: the first wins
+    model.generation_config.eos_token_id = [5, 0]
+    assert list(models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9)) == []
+    model.generation_config.eos_token_id = 5
+    text = "".join(models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9))
+    assert text == "!" * 9
+
+
+def test_half_characters_are_held_back():
+    tokenizer = tiny.make_tokenizer()
+    pieces = list(structure._pieces(tokenizer, iter(tokens("aé€b"))))
+    assert pieces == ["a", "é", "€", "b"]
+    assert list(structure._pieces(tokenizer, iter(tokens("é")[:1]))) == ["\ufffd"]
+
+
+def test_draws_follow_the_seed():
+    model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
+    before = torch.random.get_rng_state()
+
+    def text(seed):
+        pieces = models.stream_text(
+            model, tokenizer, "a", max_new_tokens=20, temperature=1.0, seed=seed
+        )
+        return "".join(pieces)
+
+    assert text(1) == text(1) != text(2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_stops_the_model_comes_out_of_the_stream(error):
+    model = tiny.make_model()
+    pieces = models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9)
+    next(pieces)
+
+    def stop(*_):
+        raise error("stopped")
+
+    model.model.layers[0].register_forward_pre_hook(stop)
+    with pytest.raises(error, match="stopped"):
+        next(pieces)
+    assert list(pieces) == []
+
+
+def test_caller_of_a_stream_may_ask_for_gradients():
+    pieces = models.stream_text(tiny.make_model(), tiny.make_tokenizer(), "a", max_new_tokens=5)
+    for _ in itertools.islice(pieces, 2):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_copies_of_a_folder_are_the_same_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    first, second = (models.load(p)[0] for p in (folder, tmp_path / "copy"))
+    assert models.fingerprint(first) == models.fingerprint(second)
+
+
+def test_missing_device_is_named(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device = 'cuda:0': want cpu"):
+        models.load(folder, device="cuda:0")

@@ -1,0 +1,216 @@
+import pytest
+import torch
+
+from csfast import ops
+from csfast.bench.cases import CASES
+from numeric import made, middle_threshold
+
+
+def bound(p, threshold, **more):
+    return dict(
+        codes=p.codes,
+        equal=p.equal,
+        row_scale=p.row_scale,
+        threshold=threshold,
+        gate=p.gate,
+        up=p.up,
+        down_t=p.down_t,
+        bits=p.bits,
+        **more,
+    )
+
+
+def opened(device, case=CASES[5], dtype=torch.bfloat16, bits=2, **more):
+    p = made(case, dtype, device, bits=bits)
+    threshold = middle_threshold(p)
+    session = ops.Session(torch.device(device))
+    layer = session.bind(**bound(p, threshold, max_batch=case.batch, **more))
+    return session, layer, p, threshold
+
+
+def want(p, threshold, x):
+    return ops.ffn(
+        p.codes,
+        p.equal,
+        p.row_scale,
+        threshold[: len(x)],
+        p.gate,
+        p.up,
+        p.down_t,
+        x,
+        bits=p.bits,
+    )
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7, 16])
+def test_equals_ffn(batch, dtype, bits, device):
+    session, layer, p, threshold = opened(device, dtype=dtype, bits=bits)
+    x = p.x[:batch]
+    out = torch.full_like(x, 7)
+    session.ffn(layer, x, out)
+    assert torch.equal(out, want(p, threshold, x))
+
+
+@pytest.mark.parametrize("batch", [0, 7, 16])
+@pytest.mark.parametrize("tile_rows", [1, 100])
+@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
+    case, activation = CASES[5], "gelu_tanh"
+    p = made(case, dtype, device)
+    biases = case.make_biases(p)
+    weight = torch.linspace(0, 1, 16).to(device) if is_joint else None
+    told = {"tile_rows": tile_rows, "activation": activation}
+    threshold = middle_threshold(p, biases=biases, weight=weight, **told)
+    more = {"offset": biases.offset, **biases.of_execute(), **told}
+    session = ops.Session(torch.device(device))
+    bound_threshold = threshold.expand(16).contiguous()
+    layer = session.bind(**bound(p, bound_threshold, max_batch=16, weight=weight, **more))
+    out = torch.full_like(p.x[:batch], 7)
+    session.ffn(layer, p.x[:batch], out)
+    expected = ops.ffn(
+        p.codes,
+        p.equal,
+        p.row_scale,
+        threshold if is_joint else threshold[:batch],
+        p.gate,
+        p.up,
+        p.down_t,
+        p.x[:batch],
+        bits=2,
+        weight=weight[:batch] if is_joint else None,
+        **more,
+    )
+    assert torch.equal(out, expected)
+
+
+def test_reads_weights_and_the_first_threshold_at_every_call(device):
+    case = CASES[5]
+    p = made(case, torch.bfloat16, device)
+    weight = torch.ones(16, device=device)
+    threshold = torch.full((16,), float("inf"), device=device)
+    threshold[0] = 0
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    session = ops.Session(torch.device(device))
+    layer = session.bind(**bound(p, threshold, max_batch=16, weight=weight, stats=stats))
+    out = torch.empty_like(p.x)
+    session.ffn(layer, p.x, out)
+    assert stats.tolist() == [16, 16 * 1152]
+    weight.zero_()
+    session.ffn(layer, p.x, out)
+    assert stats.tolist() == [32, 16 * 1152]
+    assert not out.any()
+
+
+def test_refuses_a_weight_that_turned_negative():
+    p = made(CASES[2], torch.bfloat16, "cpu")
+    weight = torch.ones(3)
+    session = ops.Session(torch.device("cpu"))
+    layer = session.bind(**bound(p, torch.ones(3), max_batch=3, weight=weight))
+    weight[2] = -1
+    with pytest.raises(ValueError, match=r"\[ffn\] weight\[2\] = -1\.0+: want at least 0\."):
+        session.ffn(layer, p.x, torch.empty_like(p.x))
+
+
+def test_layers_of_several_sizes(device):
+    session = ops.Session(torch.device(device))
+    problems = [made(case, torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]
+    thresholds = [middle_threshold(p) for p in problems]
+    layers = [
+        session.bind(**bound(p, t, max_batch=3)) for p, t in zip(problems, thresholds, strict=True)
+    ]
+    assert layers == [0, 1, 2]
+    for layer, p, threshold in zip(layers, problems, thresholds, strict=True):
+        out = torch.empty_like(p.x)
+        session.ffn(layer, p.x, out)
+        assert torch.equal(out, want(p, threshold, p.x))
+
+
+def test_reads_the_threshold_at_every_call(device):
+    session, layer, p, threshold = opened(device)
+    out = torch.empty_like(p.x)
+    session.ffn(layer, p.x, out)
+    threshold.fill_(float("inf"))
+    session.ffn(layer, p.x, out)
+    assert not out.any()
+
+
+def test_counts(device):
+    stats = torch.zeros(2, dtype=torch.int64, device=device)
+    session, layer, p, threshold = opened(device, stats=stats)
+    out = torch.empty_like(p.x)
+    for _ in range(3):
+        session.ffn(layer, p.x, out)
+    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2)
+    assert stats.tolist() == [48, 3 * int(tiles.n_tiles.sum())]
+
+
+def test_keeps_what_was_bound_alive(device):
+    session, layer, p, threshold = opened(device)
+    x, out = p.x.clone(), torch.empty_like(p.x)
+    expected = want(p, threshold, x)
+    del p, threshold
+    noise = [torch.full((1152, 384), 9.0, dtype=torch.bfloat16, device=device) for _ in range(20)]
+    session.ffn(layer, x, out)
+    assert torch.equal(out, expected)
+    assert len(noise) == 20
+
+
+def test_weights_that_want_gradients(device):
+    p = made(CASES[2], torch.bfloat16, device)
+    threshold = middle_threshold(p)
+    tensors = bound(p, threshold, max_batch=3)
+    tensors["gate"] = torch.nn.Parameter(p.gate)
+    session = ops.Session(torch.device(device))
+    out = torch.empty_like(p.x)
+    session.ffn(session.bind(**tensors), p.x, out)
+    assert torch.equal(out, want(p, threshold, p.x))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": (17, 384)}, ValueError, "batch = 17: layer 0 was bound for at most 16"),
+        ({"x": (4, 383)}, ValueError, r"want \(batch, d = 384\)"),
+        ({"out": (5, 384)}, ValueError, r"want \(batch, d = 384\)"),
+        ({"layer": 1}, ValueError, "layer = 1: want one of 1 bound"),
+        ({"layer": -1}, ValueError, "layer = -1: want one of 1 bound"),
+        ({"dtype": torch.float32}, TypeError, "want torch.bfloat16"),
+        ({"transposed": True}, TypeError, "other strides"),
+        ({"device": "meta"}, ValueError, "on meta"),
+    ],
+    ids=str,
+)
+def test_refuses_calls_that_do_not_fit(change, error, message):
+    session, layer, _, _ = opened("cpu")
+    options = {
+        "dtype": change.get("dtype", torch.bfloat16),
+        "device": change.get("device", "cpu"),
+    }
+    x = torch.zeros(change.get("x", (4, 384)), **options)
+    out = torch.zeros(change.get("out", x.shape), **options)
+    if "transposed" in change:
+        x = torch.zeros(384, 4, **options).T
+    with pytest.raises(error, match=r"\[session\] .*" + message):
+        session.ffn(change.get("layer", layer), x, out)
+
+
+def test_refuses_other_devices():
+    with pytest.raises(ValueError, match=r"\[session\] device = meta: want cpu or cuda"):
+        ops.Session(torch.device("meta"))
+
+
+def test_refuses_a_threshold_of_another_size():
+    p = made(CASES[2], torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match=r"\[session\] .*max_batch = 4"):
+        ops.Session(torch.device("cpu")).bind(**bound(p, torch.zeros(3), max_batch=4))
+
+
+def test_a_refused_layer_leaves_the_session_usable():
+    session, layer, p, threshold = opened("cpu")
+    tensors = bound(p, threshold, max_batch=16)
+    with pytest.raises(ValueError, match="row_scale"):
+        session.bind(**{**tensors, "row_scale": p.row_scale[:5]})
+    out = torch.empty_like(p.x)
+    session.ffn(layer, p.x, out)
+    assert torch.equal(out, want(p, threshold, p.x))
+    assert session.bind(**tensors) == 1

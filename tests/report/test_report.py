@@ -1,0 +1,595 @@
+"""The page: whole, self-contained, honest about who wins, legible, and safe with any text."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import pages
+from csfast.report import fronts, panels, plots
+from csfast.report import page as page_
+from csfast.types import ResultsError
+from pages import Page, words
+
+HOSTILE = '"><script>alert(1)</script>&<b>'
+
+
+@pytest.fixture
+def ablation():
+    return pages.MADE["ablation"]()
+
+
+@pytest.fixture
+def everything():
+    return pages.everything()
+
+
+def sections(text):
+    return re.findall(r'<h2 id="(\w+)">', text)
+
+
+# What is shown
+
+
+def test_the_page_holds_every_part(tmp_path, everything):
+    path = tmp_path / "page.html"
+    page_.write_report(path, **everything)
+    text = path.read_text()
+    assert sections(text) == list(page_.SECTIONS)
+    for part in (
+        "planes-b2 loses +0.0200 nats",
+        "cats cannot reach",
+        "+0.0625",
+        "382 of 400 response tokens",
+        "50.0 %",
+        "75.0 %",
+        "31.5 tokens/s",
+        "Small layers are slower.",
+        "0.88",
+        "What is 1 + 1?",
+        "M = 1.90 k log(G / k)",
+        "nothing that decoding needs is guaranteed",
+        "17M parameters",
+        "Bits stored for a weight",
+    ):
+        assert part in words(text), part
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize("kind", page_.SECTIONS)
+def test_each_part_stands_alone(kind):
+    text = page_.render(**{kind: pages.MADE[kind]()})
+    assert sections(text) == [kind] and "<nav>" not in text
+    assert page_.SECTIONS[kind][0] in words(text)
+
+
+@pytest.mark.parametrize("kind", page_.SECTIONS)
+def test_a_part_that_was_not_given_is_not_there(kind, everything):
+    del everything[kind]
+    text = page_.render(**everything)
+    assert kind not in sections(text)
+    assert sections(text) == re.findall(r'<a href="#(\w+)">', text)
+
+
+def test_the_page_needs_nothing_from_elsewhere(everything):
+    text = page_.render(**everything)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<script|<link|<iframe|src=", text)
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    for name, value in page.attributes:
+        assert name != "href" or value.startswith("#")
+        assert name != "style" or re.fullmatch(r"max-width:\d+px", value)
+
+
+def test_old_results_without_the_newer_keys_are_shown(ablation):
+    for of in ablation["rows"]:
+        for key in ("structure", "recall", "energy", "density_per_layer", "density_per_task"):
+            del of[key]
+        del of["density_per_task_layer"], of["select_delta"]
+    text = page_.render(ablation=ablation)
+    assert "Where the work is done" not in text and "What the rules find" not in text
+    assert "planes-b2" in text
+
+
+def hostile(value):
+    """The same structure with every text made hostile, keys of free names included."""
+    if isinstance(value, str):
+        return HOSTILE
+    if isinstance(value, list):
+        return [hostile(member) for member in value]
+    if isinstance(value, dict):
+        return {key: hostile(inner) for key, inner in value.items()}
+    return value
+
+
+def test_hostile_text_is_escaped(everything):
+    hostiles = {kind: hostile(value) for kind, value in everything.items()}
+    ablated = hostiles["ablation"]
+    ablated["dense"] = {HOSTILE: 1.0, **ablated["dense"]}
+    for of in ablated["rows"]:
+        for key in ("per_task", "per_task_ci95", "density_per_task", "density_per_task_layer"):
+            of[key] = {HOSTILE: of[key]["math"], **of[key]}
+    hostiles["evaluation"]["tasks"] = {HOSTILE: hostiles["evaluation"]["tasks"]["math"]}
+    hostiles["evaluation"]["density_per_task_layer"] = {HOSTILE: [0.1, 0.2]}
+    for diagram in hostiles["phase"]["diagrams"]:
+        diagram["methods"] = {HOSTILE: diagram["methods"]["omp"], **diagram["methods"]}
+    hostiles["demo"]["bench"][0]["baselines"] = {HOSTILE: 70.0}
+    hostiles["demo"]["machine"] = {HOSTILE: HOSTILE}
+    text = page_.render(**hostiles)
+    page = Page(text)
+    assert HOSTILE in "".join(page.text)
+    assert "<script" not in text
+    # Bold are two sides of a demo, a mean and a front: no tag came from a text.
+    assert page.tags.count("b") == Page(page_.render(**everything)).tags.count("b") == 4
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert {value for name, value in page.attributes if name == "style"} == {
+        value for name, value in page.attributes if name == "style" and "<" not in value
+    }
+
+
+def test_nothing_to_show_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^\[report\] nothing to show: want one of .*\.$"):
+        page_.write_report(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path, ablation):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError):
+        page_.write_report(tmp_path / "none" / "page.html", ablation=ablation)
+    with pytest.raises(ResultsError):
+        page_.write_report(path, ablation={})
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+# Sentences
+
+
+def test_sentences_follow_the_rows(ablation):
+    said = page_.findings(ablation)
+    assert said[0].endswith("teal, +1.3000: 2% of it.")
+    assert said[1].endswith("cats, +0.2500: the other rule is better.")
+    assert said[2] == "At 0.10 of the dense bytes no few-bit rule can be compared."
+    assert said[3].startswith("rtn-int2") and "gets by with so little" in said[3]
+    assert said[4].endswith("selection wins.")
+    assert said[5].endswith("their intervals overlap.")
+    assert said[6].endswith("quantisation wins.")
+    assert said[7].startswith("Of 4 quantised rows 1 beat ") and " 1 lose to it" in said[7]
+
+
+def test_sentences_turn_when_the_rows_turn(ablation):
+    for of in ablation["rows"]:
+        if of["method"] == "rtn-int8":
+            of.update(delta=0.9, ci95=[0.8, 1.0])
+    assert "rtn-int8 reads 0.52 and loses +0.9000" in page_.findings(ablation)[6]
+    assert page_.findings(ablation)[6].endswith("selection wins.")
+
+
+def test_quantisation_wins_with_fewer_bytes_and_less_loss(ablation):
+    for of in ablation["rows"]:
+        if of["method"] == "rtn-int2":
+            of.update(delta=0.01, ci95=[0.005, 0.015])
+    said = page_.findings(ablation)[3]
+    assert said == (
+        "rtn-int2 reads 0.14 and loses +0.0100; planes-b2 reads more, 0.35, and loses more, "
+        "+0.0200: quantisation wins."
+    )
+
+
+def test_mixed_precision_is_told_beside_weights_quantised_alike():
+    def row(method, family, read, delta):
+        return {
+            **{"method": method, "family": family, "target": read, "bytes_fraction": read},
+            **{"delta": delta, "ci95": [delta - 0.001, delta + 0.001], "select_delta": delta},
+        }
+
+    rows = [
+        row("rtn-int3", "quantised", 0.2, 0.25),
+        row("gptq-int4", "quantised", 0.281, 0.02),
+        row("rtn-int8", "quantised", 0.531, 0.0),
+        row("mixed-3+3", "mixed", 0.15, 0.3),
+        row("mixed-3+3", "mixed", 0.25, 0.0067),
+        row("mixed-3+3", "mixed", 0.399, -0.001),
+        {**row("mixed-3+3", "mixed", 0.399, -0.001), "target": 0.75},
+    ]
+    said = page_.findings({"best": [], "rows": rows})[4:]
+    assert said == [
+        "mixed-3+3 reads 0.15 and loses +0.3000; no weights quantised alike get by with so "
+        "little, and the first to lose no more read 0.20 (rtn-int3).",
+        "mixed-3+3 reads 0.25 and loses +0.0067; weights quantised alike lose +0.2500 within "
+        "these bytes (rtn-int3), and the first to lose no more read 0.53 (rtn-int8).",
+        "mixed-3+3 reads 0.40 and loses -0.0010; weights quantised alike lose +0.0200 within "
+        "these bytes (gptq-int4), and none lose as little.",
+    ]
+
+
+def test_phases_are_told_with_their_failures():
+    found = pages.MADE["phase"]()
+    said = panels.phase_findings(found)
+    assert said[0].startswith("Half of the made signals are recovered wholly at M = 1.90 k log")
+    # 45 % of 24 groups; 1.9 * 10.8 * log(1 / .45) = 16.4 measurements.
+    assert said[1].startswith("90 % of the energy of the usage is held by 11 of 24 groups, 45%")
+    assert "want 16 measurements, 68% of the groups" in said[1]
+    assert said[3] == (
+        "Usage, 6 measurements for 4 of 24 groups: of what is wanted is found by pursuit 0.10, "
+        "largest correlations 0.10 (chance 0.17); all of it by pursuit in 10% of the signals."
+    )
+    assert len(said) == 6 and "task mean alone 0.10" in said[5]
+    found["constant"] = None
+    assert panels.phase_findings(found)[0] == (
+        "On this grid pursuit recovers half of the made signals nowhere."
+    )
+
+
+def test_coherence_is_told_with_what_it_does_not_promise():
+    found = pages.MADE["dictionaries"]()
+    groups, rows = panels.dictionary_findings(found)
+    # (1 + 1 / .45) / 2 = 1.6; (1 + 1 / .8) / 2 = 1.1
+    assert "coherence 0.45 to 0.45. Pursuit is certain to find k groups if mu < 1 / (2 k - 1), so "
+    assert "for k = 1 at most (k = 1 by the cumulative coherence)" in groups
+    assert "a token's support at density 0.25 has 32. So nothing that decoding needs" in groups
+    assert groups.endswith("of atoms of unit norm go down to 0.05.")
+    assert "has 288. So nothing" in rows and rows.endswith(
+        "some supports are not even independent."
+    )
+    for layer in found["layers"]:
+        layer["groups"][0].update(coherence=0.01, guaranteed=50)
+    assert "So nothing" not in panels.dictionary_findings(found)[0]
+    assert "for k = 50 at most" in panels.dictionary_findings(found)[0]
+
+
+@pytest.mark.parametrize(
+    ("coherence", "k"),
+    [(1.0, 0), (0.5, 1), (1 / 3, 1), (0.33, 2), (0.2, 2), (0.19, 3), (0.0, 10**9)],
+)
+def test_the_bound_of_coherence_is_strict(coherence, k):
+    assert panels._sure(coherence) == k
+    if 0 < k < 10**9:
+        assert coherence < 1 / (2 * k - 1) and coherence >= 1 / (2 * k + 1)
+
+
+# Fronts and families
+
+
+def test_the_front_is_what_no_other_row_beats(ablation):
+    front = fronts.front(ablation["rows"], None)
+    assert [(r["method"], r["bytes_fraction"]) for r in front] == [
+        ("rtn-int2", 0.14),
+        ("planes-b2", 0.35),
+        ("rtn-int8", 0.52),
+        ("planes-b2", 0.55),
+    ]
+    for member in front:
+        for other in ablation["rows"]:
+            if other["family"] != "oracle":
+                assert not (
+                    other["bytes_fraction"] <= member["bytes_fraction"]
+                    and other["delta"] < member["delta"]
+                )
+    text = page_.render(ablation=ablation)
+    assert "rtn-int2 (0.14, +1.0000), planes-b2 (0.35, +0.0200)" in words(text)
+    assert text.count('<tr class="front">') == 4
+
+
+def test_of_equal_bytes_the_lesser_loss_is_the_front():
+    rows = [pages.row(name, "selection", 0.5, delta) for name, delta in (("a", 0.2), ("b", 0.1))]
+    assert [r["method"] for r in fronts.front(rows, None)] == ["b"]
+    assert [r["method"] for r in fronts.front([rows[1], rows[1]], None)] == ["b"]
+
+
+def test_lines_join_what_was_chosen_elsewhere_and_rings_mark_the_front():
+    """The best on the text for choosing is joined, the best on the text shown is ringed."""
+    lucky = pages.row("lucky", "few-bit", 0.5, 0.1, target=0.5)
+    chosen = pages.row("chosen", "few-bit", 0.5, 0.2, target=0.5)
+    lucky["select_delta"], chosen["select_delta"] = 0.3, 0.2
+    rows = [lucky, chosen]
+    joined, loose = fronts.family_lines(rows, None, fronts.front(rows, None))
+    assert [p.name for p in joined.points] == ["chosen"] and not joined.points[0].ring
+    assert [p.name for p in loose.points] == ["lucky"] and loose.points[0].ring
+    assert joined.joined and not loose.joined and joined.name == loose.name
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "shown"),
+    [
+        ("random-144", "selection", "compressed"),
+        ("innovation-36", "selection", "compressed"),
+        ("mmse-72", "selection", "compressed"),
+        ("probe-72", "selection", "compressed"),
+        ("random", "selection", "selection"),
+        ("lowrank-96", "selection", "selection"),
+        ("random-1", "few-bit", "few-bit"),
+        ("mixed-2-4", "mixed", "mixed"),
+        ("new", "unheard-of", "unheard-of"),
+    ],
+)
+def test_compressed_sensing_stands_apart(method, family, shown):
+    assert fronts.family({"method": method, "family": family}) == shown
+
+
+def test_families_differ_in_more_than_colour():
+    marks = [mark for _, _, mark, _ in fronts.FAMILIES.values()]
+    assert len(set(marks)) == len(marks) == 6
+
+
+def test_attention_is_not_compared_with_feed_forward_layers():
+    rows = pages.wide_ablation()["rows"]
+    text = page_.render(ablation={**pages.ablation(), "rows": rows})
+    assert "attention: bytes of its linear layers" in words(text)
+    main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
+    assert "oracle-head" not in main and "oracle-block" in main
+
+
+def test_an_ablation_of_one_kind_of_rule_is_shown():
+    for wanted in ("oracle-neuron", "rtn-int8", "planes-b2"):
+        made = pages.MADE["ablation"]()
+        made["rows"] = [of for of in made["rows"] if of["method"] == wanted]
+        shown = words(page_.render(ablation=made))
+        assert wanted in shown and ("The front" in shown) == (wanted != "oracle-neuron")
+    made["rows"] = [{**of, "structure": "attention"} for of in made["rows"]]
+    assert "planes-b2" in words(page_.render(ablation=made))
+
+
+# Effort
+
+
+def spans_of(text):
+    return re.findall(r'<span class="e(\d)( worse)?" title="([^"]*)">([^<]*)</span>', text)
+
+
+def test_tokens_are_coloured_by_effort_and_underlined_by_loss():
+    text = page_.render(effort=pages.MADE["effort"]())
+    first, second, third, other = spans_of(text)
+    assert [s[3] for s in (first, second, third, other)] == [" is", "↵\n", "two", "y"]
+    assert first[0] < other[0] < second[0] < third[0]
+    assert [bool(s[1]) for s in (first, second, third, other)] == [False, True, False, False]
+    assert second[2] == "effort 0.50; loss 2.00, dense 1.00; entropy 2.00; layers .40 .60"
+    assert ">0.30</span>" in text and ">0.75</span>" in text  # the ends of the scale
+    assert "1 of 3 tokens underlined" in words(text)
+    assert "…" in words(text)  # of a long prompt the end
+
+
+def test_the_scale_of_effort_holds_constant_effort():
+    made = pages.MADE["effort"]()
+    for example in made["examples"]:
+        for token in example["tokens"]:
+            token["density"] = [1.0, 1.0]
+    levels = {int(level) for level, *_ in spans_of(page_.render(effort=made))}
+    assert len(levels) == 1
+    made["examples"] = []
+    assert "Effort" in words(page_.render(effort=made))
+
+
+# Legibility
+
+
+def colours(dark):
+    """Colours of the page by name, as the style sheet has them."""
+    text = page_.render(demo=pages.demo())
+    blocks = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    found = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
+    if dark:
+        found |= dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[1]))
+    return {name: [int(value[i : i + 2], 16) for i in (1, 3, 5)] for name, value in found.items()}
+
+
+def mixed(top, share, bottom):
+    return [share * a + (1 - share) * b for a, b in zip(top, bottom, strict=True)]
+
+
+def luminance(colour):
+    """Relative luminance, WCAG 2.1."""
+    parts = [c / 255 for c in colour]
+    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(a, b):
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_and_marks_stand_out_from_what_is_behind_them(dark):
+    """WCAG 2.1 wants 4.5 for text and 3 for what a plot is understood by."""
+    of = colours(dark)
+    for name in ("ink", "soft", "bad"):
+        assert contrast(of[name], of["card"]) >= 4.5, name
+        assert contrast(of[name], of["page"]) >= 4.5, name
+    styles = [style for _, style, _, _ in fronts.FAMILIES.values()]
+    for name in (*styles, *(f"s{i}" for i in range(plots.PALETTE)), "unknown", "ghost", "over"):
+        assert contrast(of[name], of["card"]) >= 3, name
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_effort_is_told_by_lightness_and_leaves_the_text_legible(dark):
+    of = colours(dark)
+    text = page_.render(effort=pages.MADE["effort"]())
+    shares = [
+        int(share) / 100
+        for share in re.findall(r"\.tokens \.e\d \{ background: .*?var\(--veil\) (\d+)%", text)
+    ]
+    assert len(shares) == panels.LEVELS
+    behind = [luminance(mixed(of["veil"], share, of["card"])) for share in shares]
+    assert behind == sorted(behind, reverse=not dark)
+    # Neighbours are told apart less than the ends, which must be: 1.5 is plain to see.
+    ends = [mixed(of["veil"], share, of["card"]) for share in (shares[0], shares[-1])]
+    assert contrast(*ends) > 1.5
+    for share in shares:
+        assert contrast(of["ink"], mixed(of["veil"], share, of["card"])) >= 4.5
+    heat = [luminance(mixed(of["heat"], i / 10, of["card"])) for i in range(11)]
+    assert heat == sorted(heat, reverse=not dark)
+    assert contrast(of["heat"], of["card"]) > 7
+
+
+def test_no_label_covers_another(everything):
+    assert not pages.collisions(page_.render(**everything))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_label_covers_another_among_a_hundred_rows(seed):
+    ablation = pages.wide_ablation(seed)
+    assert len(ablation["rows"]) > 90
+    text = page_.render(ablation=ablation)
+    assert not pages.collisions(text)
+    assert len(Page(text).tags) > 1000
+    # Every method is named beside a plot, and every row stands in the table.
+    for of in ablation["rows"]:
+        name = (
+            re.sub(r"-int\d+$", "", of["method"]) if of["family"] == "quantised" else of["method"]
+        )
+        assert f">{name}</text>" in text
+        assert f"<td>{of['method']}</td>" in text
+
+
+def test_a_page_of_everything_is_of_moderate_size():
+    made = {**pages.everything(), "ablation": pages.wide_ablation()}
+    made["phase"] = pages.phase(steps=12)
+    assert len(page_.render(**made)) < 2 << 20
+
+
+# Rendered
+
+# A window has a least width, a frame has none: the page reports from within one.
+FRAME = """<!doctype html>
+<body><iframe src="page.html" style="border: 0; width: WIDTHpx; height: 1000px"></iframe>
+<script>addEventListener("message", event => { document.body.textContent = event.data; });</script>
+</body>
+"""
+MEASURE = """
+<script>
+document.querySelectorAll("details").forEach(each => each.open = true);
+const found = [];
+const root = document.documentElement;
+if (root.scrollWidth > root.clientWidth) found.push(`page is ${root.scrollWidth} wide`);
+let plots = 0;
+document.querySelectorAll("svg").forEach(svg => {
+  const frame = svg.getBoundingClientRect();
+  if (!frame.width) return;
+  plots++;
+  const texts = [...svg.querySelectorAll("text")];
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  boxes.forEach((a, i) => {
+    if (a.left < frame.left - 1 || a.right > frame.right + 1 || a.top < frame.top - 1 ||
+        a.bottom > frame.bottom + 1) found.push("leaves: " + texts[i].textContent);
+    boxes.slice(0, i).forEach((b, j) => {
+      const width = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const height = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      // A line of text has room above and below its letters.
+      if (width > 1 && height > 3) found.push(texts[i].textContent + " on " + texts[j].textContent);
+    });
+  });
+});
+parent.postMessage(JSON.stringify({plots, width: root.clientWidth, found}), "*");
+</script>
+"""
+BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+BROWSER = next((path for path in BROWSERS if path), None)
+OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --hide-scrollbars --dump-dom"
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium to render the page")
+@pytest.mark.parametrize("width", [400, 1600])
+def test_a_browser_finds_every_label_in_its_place(tmp_path, width):
+    """Measured as rendered: nothing is wider than the window, no label covers another."""
+    made = {**pages.everything(), "ablation": pages.wide_ablation(), "phase": pages.phase(steps=12)}
+    text = page_.render(**made).replace("</body>", f"{MEASURE}</body>")
+    (tmp_path / "page.html").write_text(text)
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)))
+    done = subprocess.run(
+        [
+            str(BROWSER),
+            *OPTIONS.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1800,1100",
+            "--virtual-time-budget=20000",
+            frame.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    body = re.search(r"<body>(\{.*?\})</body>", done.stdout, re.DOTALL)
+    assert body, done.stderr[-500:]
+    measured = json.loads(pages.html_text(body[1]))
+    assert measured["found"] == []
+    assert measured["width"] == width
+    assert measured["plots"] > 40
+
+
+# Scales
+
+
+def points_of(text, style):
+    return [
+        [tuple(map(float, pair.split(","))) for pair in line.split()]
+        for line in re.findall(rf'<polyline class="line {style}[^>]*points="([^"]*)"', text)
+    ]
+
+
+def test_the_plot_puts_less_loss_lower_and_more_bytes_to_the_right(ablation):
+    (left, right), *_ = points_of(page_.render(ablation=ablation), "few-bit")
+    assert left[0] < right[0] and left[1] < right[1]
+
+
+def test_extreme_losses_stay_on_the_plot(ablation):
+    for of, delta in zip(
+        ablation["rows"], (0.0, 0.0, 0.0, 500.0, -3.0, 1e-9, 0.0, 0.0), strict=True
+    ):
+        of.update(delta=delta, ci95=[-1e9, 1e9])
+    text = page_.render(ablation=ablation)
+    for number in re.findall(r'\b(?:cx|cy|x1|x2|y1|y2)="([^"]*)"', text):
+        assert -1 <= float(number) <= plots.WIDE
+    assert not pages.collisions(text)
+
+
+def test_theory_is_drawn_where_its_measurements_are():
+    found = pages.MADE["phase"]()
+    n, ks, ms = found["n_groups"], found["sparsity"], found["measurements"]
+    curve = panels._theory(found)
+    assert len(curve) > 4
+    for across, down in curve:
+        j, i = across - 0.5, len(ms) - down - 0.5
+        k = ks[int(j)] + (j - int(j)) * (ks[min(int(j) + 1, len(ks) - 1)] - ks[int(j)])
+        m = ms[int(i)] + (i - int(i)) * (ms[min(int(i) + 1, len(ms) - 1)] - ms[int(i)])
+        assert m == pytest.approx(found["constant"] * k * math.log(n / k))
+    text = page_.render(phase=found)
+    assert text.count('class="over"') == 8  # two maps of pursuit for each of four kinds
+    found["constant"] = None
+    assert 'class="over"' not in page_.render(phase=found)
+
+
+def test_strongest_cells_of_a_phase_map_are_at_the_top_left():
+    text = page_.render(phase=pages.MADE["phase"]())
+    first = re.search(
+        r"<svg viewBox[^>]*aria-label=\"pursuit: all wanted found\">(.*?)</svg>", text
+    )[1]
+    cells = [float(v) for v in re.findall(r'fill-opacity="([^"]*)"', first)]
+    rows = [cells[i : i + 4] for i in range(0, 16, 4)]
+    assert rows[0][0] == max(cells) and rows[-1][-1] == min(cells)
+    assert rows == [sorted(row, reverse=True) for row in rows]
+
+
+def test_studies_are_drawn_against_both_of_their_numbers():
+    text = page_.render(size_curve=pages.size_curve(), storage=pages.storage())
+    shown = words(text)
+    for part in ("longest training", "17M parameters", "120M parameters", "Density 0.25"):
+        assert part in shown
+    assert "Bits read for a weight, on average" in shown and "Bits stored for a weight" in shown
+    # One size, one length: nothing to draw a line through, so no plot, and no fault.
+    alone = [of for of in pages.size_curve() if of["params"] == 17e6 and of["tokens"] == 1e8]
+    assert "Size and training" in words(page_.render(size_curve=alone))
+    assert "<polyline" not in page_.render(size_curve=alone)
