@@ -352,7 +352,7 @@ void omp_on_cpu(const OmpParams& p) {
 namespace {
 
 // What a kernel is like, for the choice. Registers follow from the largest block, see
-// cuda/omp_chip.cuh.
+// cuda/omp/chip.cuh.
 struct Shape {
   OmpKernel kernel;
   int atoms, held, registers, threads_max;

@@ -309,7 +309,7 @@ def test_an_operation_is_the_same_word_everywhere(verb):
     for path in (
         f"cpp/include/csfast/{verb}.h",
         f"cpp/{verb}.cc",
-        f"cuda/{verb}.cu",
+        f"cuda/{verb}/{verb}.cu",
         f"python/bindings/{verb}.cc",
         f"tests/ops/test_{verb}.py",
     ):

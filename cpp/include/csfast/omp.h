@@ -142,7 +142,7 @@ inline constexpr int kOmpHeldDeep = 16;         // 128 of 255
 inline constexpr int kOmpQuadAtoms = 1024;       // of a dictionary, at most
 inline constexpr int kOmpQuadBudget = 32;        // at most: 28 rows in registers, 112 of 255
 inline constexpr int kOmpQuadThreadsMax = 256;   // of 255 registers
-inline constexpr int64_t kOmpQuadShared = 5248;  // bytes beside D, see cuda/omp_quad.cuh
+inline constexpr int64_t kOmpQuadShared = 5248;  // bytes beside D, see cuda/omp/quad.cuh
 
 // How a batch is launched.
 struct OmpPlan {

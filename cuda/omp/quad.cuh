@@ -10,12 +10,12 @@
 
 #include <cstddef>
 
-#include "common/early.cuh"
-#include "common/index.cuh"
-#include "common/root.cuh"
 #include "common/shared.cuh"
 #include "common/warp.cuh"
-#include "omp_rules.cuh"
+#include "omp/early.cuh"
+#include "omp/index.cuh"
+#include "omp/root.cuh"
+#include "omp/rules.cuh"
 
 namespace csfast::cuda {
 

@@ -4,9 +4,9 @@
 // over its neurons a few times: usages, for top-k four rounds of counting, then compaction.
 #include "common/compact.cuh"
 #include "common/launch.cuh"
-#include "common/rank.cuh"
-#include "common/usage.cuh"
 #include "csfast/recover.h"
+#include "recover/rank.cuh"
+#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 namespace {

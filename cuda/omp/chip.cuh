@@ -10,11 +10,11 @@
 // its registers hold.
 #pragma once
 
-#include "common/index.cuh"
 #include "common/shared.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
-#include "omp_rules.cuh"
+#include "omp/index.cuh"
+#include "omp/rules.cuh"
 
 namespace csfast::cuda {
 

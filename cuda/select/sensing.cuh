@@ -16,12 +16,12 @@
 #include <cstdint>
 
 #include "common/async.cuh"
-#include "common/measure.cuh"
 #include "common/mma.cuh"
 #include "common/quantize.cuh"
 #include "common/segment.cuh"
 #include "common/warp.cuh"
 #include "csfast/planes.h"
+#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 

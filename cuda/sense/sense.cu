@@ -5,9 +5,9 @@
 // take five operations for each product. The activation stays in the L1 cache.
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
-#include "common/measure.cuh"
 #include "common/quantize.cuh"
 #include "csfast/sense.h"
+#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 namespace {

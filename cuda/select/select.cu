@@ -11,14 +11,14 @@
 #include "common/compact.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
-#include "common/measure.cuh"
 #include "common/quantize.cuh"
-#include "common/rank.cuh"
-#include "common/sensing.cuh"
-#include "common/usage.cuh"
 #include "common/workspace.cuh"
 #include "csfast/tile.h"
-#include "select.cuh"
+#include "recover/rank.cuh"
+#include "recover/usage.cuh"
+#include "select/select.cuh"
+#include "select/sensing.cuh"
+#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 namespace {

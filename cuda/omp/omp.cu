@@ -1,9 +1,9 @@
 // Omp on CUDA: the whole pursuit in one launch. choose_omp() says by which kernel.
 #include "common/launch.cuh"
 #include "csfast/omp.h"
-#include "omp_chip.cuh"
-#include "omp_general.cuh"
-#include "omp_quad.cuh"
+#include "omp/chip.cuh"
+#include "omp/general.cuh"
+#include "omp/quad.cuh"
 
 namespace csfast::cuda {
 namespace {

@@ -16,10 +16,10 @@
 #include <cstdint>
 
 #include "common/async.cuh"
-#include "common/gather.cuh"
 #include "common/mma.cuh"
-#include "common/usage.cuh"
 #include "common/warp.cuh"
+#include "execute/gather.cuh"
+#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 

@@ -5,10 +5,10 @@
 // the L1 cache.
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
-#include "common/measure.cuh"
 #include "common/quantize.cuh"
 #include "common/warp.cuh"
 #include "csfast/nested.h"
+#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/workspace.cuh"
-#include "omp_rules.cuh"
+#include "omp/rules.cuh"
 
 namespace csfast::cuda {
 

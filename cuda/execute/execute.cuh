@@ -2,9 +2,9 @@
 // a block's share of an output without execute's own kernel.
 #pragma once
 
-#include "common/gather.cuh"
 #include "common/segment.cuh"
 #include "csfast/execute.h"
+#include "execute/gather.cuh"
 
 namespace csfast::cuda {
 

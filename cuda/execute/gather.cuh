@@ -15,9 +15,9 @@
 #include <cstdint>
 
 #include "common/async.cuh"
-#include "common/usage.cuh"
 #include "common/warp.cuh"
 #include "csfast/types.h"
+#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 

@@ -7,9 +7,9 @@
 
 #include "common/async.cuh"
 #include "common/segment.cuh"
-#include "common/sensing.cuh"
-#include "common/usage.cuh"
 #include "csfast/select.h"
+#include "recover/usage.cuh"
+#include "select/sensing.cuh"
 
 namespace csfast::cuda {
 

@@ -11,8 +11,8 @@
 #include "common/launch.cuh"
 #include "common/workspace.cuh"
 #include "csfast/ffn.h"
-#include "execute.cuh"
-#include "select.cuh"
+#include "execute/execute.cuh"
+#include "select/select.cuh"
 
 namespace csfast::cuda {
 namespace {

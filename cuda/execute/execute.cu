@@ -16,13 +16,13 @@
 
 #include "common/async.cuh"
 #include "common/dispatch.cuh"
-#include "common/gather.cuh"
 #include "common/launch.cuh"
-#include "common/rows.cuh"
-#include "common/usage.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
-#include "execute.cuh"
+#include "execute/execute.cuh"
+#include "execute/gather.cuh"
+#include "execute/rows.cuh"
+#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 namespace {
