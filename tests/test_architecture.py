@@ -68,6 +68,19 @@ MAY_INCLUDE = {
     "session": {"ffn"},
 }
 ALL_MAY_INCLUDE = {"design", "types", "planes", "isa"}
+# Each folder of cuda/ may include headers of the folders on its line, its own and those of common.
+ROOMS = {
+    "common": set(),
+    "sense": set(),
+    "nested": set(),
+    "recover": set(),
+    "tile": set(),
+    "omp": set(),
+    "project": set(),
+    "execute": set(),
+    "select": {"sense", "recover"},
+    "ffn": {"select", "execute"},
+}
 
 
 def tree_of(path: pathlib.Path) -> ast.Module:
@@ -297,9 +310,27 @@ def test_float_results_need_no_atomics():
 @pytest.mark.parametrize("verb", MAY_INCLUDE)
 def test_operations_include_only_what_they_compose(verb):
     for path in NATIVE:
-        if path.stem == verb and path.relative_to(ROOT).parts[0] in ("cpp", "cuda"):
+        is_own = path.stem == verb and path.relative_to(ROOT).parts[0] == "cpp"
+        if is_own or path.parent == ROOT / "cuda" / verb:
             found = set(re.findall(r'#include "csfast/(\w+)\.h"', path.read_text()))
             assert found <= MAY_INCLUDE[verb] | ALL_MAY_INCLUDE | {verb}, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_kernels_include_only_what_they_compose(room):
+    paths = [path for path in NATIVE if path.parent == ROOT / "cuda" / room]
+    assert paths
+    for path in paths:
+        text = path.read_text()
+        folders = set(re.findall(r'#include "(\w+)/', text))
+        assert folders <= ROOMS[room] | {room, "common", "csfast"}, path
+        if room == "common":
+            assert set(re.findall(r'#include "csfast/(\w+)\.h"', text)) <= ALL_MAY_INCLUDE, path
+
+
+def test_every_folder_of_kernels_is_a_room():
+    folders = {path.parent.name for path in NATIVE if path.parent.parent == ROOT / "cuda"}
+    assert folders == set(ROOMS)
 
 
 @pytest.mark.parametrize(

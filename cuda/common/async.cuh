@@ -33,12 +33,6 @@ __device__ __forceinline__ void wait_for_prior() {
 #endif
 }
 
-// The shared memory whose size the launch says.
-__device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(128) char bytes[];
-  return bytes;
-}
-
 // Brings `bytes`, a multiple of 16, from `from`, likewise, to the L2 cache. Reads nothing, so it
 // may come before wait_for_prior().
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {

@@ -3,66 +3,12 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "common/warp.cuh"
-
 namespace csfast::cuda {
 
 // Its first byte, aligned for every type that kernels load.
-__device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
-  return shared_bytes;
-}
-
-// An address in shared memory, for kernels that cannot wait for the machine to make one of a
-// pointer again and again. What follows is in the order written, as all of it is volatile.
-using SharedAddress = uint32_t;
-
-// By a whole warp. Of what a lane of it says, the compiler cannot make the address anew.
-__device__ __forceinline__ SharedAddress shared_begin() {
-  const auto begin = static_cast<SharedAddress>(__cvta_generic_to_shared(dynamic_shared()));
-  return __shfl_sync(kFull, begin, 0);
-}
-
-__device__ __forceinline__ void load_shared(SharedAddress from, float& v) {
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
-}
-
-__device__ __forceinline__ void load_shared(SharedAddress from, float (&v)[4]) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void load_shared(SharedAddress from, unsigned& first, int& second) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-               : "=r"(first), "=r"(second)
-               : "r"(from)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(SharedAddress to, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(SharedAddress to, const float (&v)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]),
-               "f"(v[2]), "f"(v[3])
-               : "memory");
-}
-
-// Where `when` says so, without a branch.
-__device__ __forceinline__ void store_shared_if(bool when, SharedAddress to, const float4& v) {
-  asm volatile(
-      "{\n"
-      ".reg .pred when;\n"
-      "setp.ne.u32 when, %5, 0;\n"
-      "@when st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n"
-      "}" ::"r"(to),
-      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(static_cast<unsigned>(when))
-      : "memory");
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(128) char bytes[];
+  return bytes;
 }
 
 }  // namespace csfast::cuda

@@ -1,6 +1,8 @@
 // The elements that one load of 16 bytes brings.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <bit>
 #include <cstdint>
 
@@ -18,18 +20,9 @@ struct alignas(16) Vector {
   T at[kVector<T>];
 };
 
-// The first n elements at `from`, zeros beyond; nothing beyond them is read. If kAligned, `from` is
-// a multiple of 16 bytes and n one of a vector.
-template <typename T, bool kAligned>
-__device__ __forceinline__ Vector<T> load_vector(const T* from, int64_t n) {
-  if constexpr (kAligned) {
-    if (n > 0) return std::bit_cast<Vector<T>>(__ldg(reinterpret_cast<const uint4*>(from)));
-  }
-  Vector<T> v;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    v.at[i] = !kAligned && i < n ? from[i] : static_cast<T>(0.0f);
-  return v;
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* from) {
+  return std::bit_cast<Vector<T>>(__ldg(reinterpret_cast<const uint4*>(from)));
 }
 
 }  // namespace csfast::cuda

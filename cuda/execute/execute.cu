@@ -11,18 +11,19 @@
 //   sum       as above
 // If a row of the weights or of x begins off a multiple of 16 bytes, all go by single elements.
 // Shares are counted from the sizes of one row, so a row's result does not depend on its batch.
-#include <bit>
 #include <type_traits>
 
+#include "common/activate.cuh"
 #include "common/async.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
+#include "common/shared.cuh"
+#include "common/vector.cuh"
 #include "common/warp.cuh"
 #include "common/workspace.cuh"
 #include "execute/execute.cuh"
 #include "execute/gather.cuh"
 #include "execute/rows.cuh"
-#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 namespace {
@@ -35,21 +36,6 @@ constexpr int kSumShares = (kBlocksMax + kSumWarps - 1) / kSumWarps;  // of a wa
 constexpr int kRowsAtOnce = 16;  // of the batch, in one launch of gather: the workspace has room
 constexpr int kUnroll = 4;       // loads of 16 bytes that a lane has in flight, a matrix
 constexpr int kPanel = 4096;     // channels of x in shared memory: 16 KB at most
-
-template <typename T>
-constexpr int kVector = 16 / sizeof(T);  // elements of one load
-template <typename T>
-constexpr int kStrip = kWarp * kVector<T>;  // columns of one warp of combine
-
-template <typename T>
-struct alignas(16) Vector {
-  T at[kVector<T>];
-};
-
-template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* from) {
-  return std::bit_cast<Vector<T>>(__ldg(reinterpret_cast<const uint4*>(from)));
-}
 
 // Shares of the list: about 512 blocks of combine, four on each of 128 SMs, for strips of 256
 // columns; no more than 32, whose partial sums, written and read, are as many bytes as 128 rows of

@@ -14,10 +14,10 @@
 
 #include <cstdint>
 
+#include "common/activate.cuh"
 #include "common/async.cuh"
 #include "common/warp.cuh"
 #include "csfast/types.h"
-#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 

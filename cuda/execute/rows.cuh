@@ -15,11 +15,11 @@
 
 #include <cstdint>
 
+#include "common/activate.cuh"
 #include "common/async.cuh"
 #include "common/mma.cuh"
 #include "common/warp.cuh"
 #include "execute/gather.cuh"
-#include "recover/usage.cuh"
 
 namespace csfast::cuda {
 

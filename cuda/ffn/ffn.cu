@@ -9,6 +9,7 @@
 
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
+#include "common/shared.cuh"
 #include "common/workspace.cuh"
 #include "csfast/ffn.h"
 #include "execute/execute.cuh"

@@ -3,12 +3,12 @@
 // Reads a level once, n_neurons * 2 * (row_bytes + step_groups), which bounds it; a lane takes 16
 // bytes of every plane of a row at a time, half of either group of a chunk. The activation stays in
 // the L1 cache.
+#include "common/codes.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/quantize.cuh"
 #include "common/warp.cuh"
 #include "csfast/nested.h"
-#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 namespace {

@@ -10,8 +10,8 @@
 
 #include <cstddef>
 
-#include "common/shared.cuh"
 #include "common/warp.cuh"
+#include "omp/address.cuh"
 #include "omp/early.cuh"
 #include "omp/index.cuh"
 #include "omp/root.cuh"

@@ -15,6 +15,20 @@ constexpr int kProjectWarps = 4;  // a block: small ones, so that few measuremen
 constexpr int kBatch = 4;         // rows of the batch at once
 constexpr int kUnroll = 4;        // loads of 16 bytes of phi that a lane has in flight
 
+// The first n elements at `from`, zeros beyond; nothing beyond them is read. If kAligned, `from` is
+// a multiple of 16 bytes and n one of a vector.
+template <typename T, bool kAligned>
+__device__ __forceinline__ Vector<T> load_part(const T* from, int64_t n) {
+  if constexpr (kAligned) {
+    if (n > 0) return load_vector(from);
+  }
+  Vector<T> v;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    v.at[i] = !kAligned && i < n ? from[i] : static_cast<T>(0.0f);
+  return v;
+}
+
 // y[b] of kRows activations and one row of phi: in every lane.
 template <typename T, bool kAligned, int kRows>
 __device__ __forceinline__ void dot_rows(const T* phi, const T* x, int64_t d, float (&y)[kRows]) {
@@ -25,14 +39,14 @@ __device__ __forceinline__ void dot_rows(const T* phi, const T* x, int64_t d, fl
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int64_t c = c0 + k * kStrip<T>;
-      w[k] = load_vector<T, kAligned>(phi + c, d - c);
+      w[k] = load_part<T, kAligned>(phi + c, d - c);
     }
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       const int64_t c = c0 + k * kStrip<T>;
 #pragma unroll
       for (int b = 0; b < kRows; ++b) {
-        const Vector<T> v = load_vector<T, kAligned>(x + b * d + c, d - c);
+        const Vector<T> v = load_part<T, kAligned>(x + b * d + c, d - c);
 #pragma unroll
         for (int i = 0; i < kVector<T>; ++i) {
           sum[b] = fmaf(static_cast<float>(w[k].at[i]), static_cast<float>(v.at[i]), sum[b]);

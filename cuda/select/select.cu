@@ -12,6 +12,7 @@
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/quantize.cuh"
+#include "common/shared.cuh"
 #include "common/workspace.cuh"
 #include "csfast/tile.h"
 #include "recover/rank.cuh"

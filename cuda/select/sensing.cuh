@@ -16,12 +16,12 @@
 #include <cstdint>
 
 #include "common/async.cuh"
+#include "common/codes.cuh"
 #include "common/mma.cuh"
 #include "common/quantize.cuh"
-#include "common/segment.cuh"
 #include "common/warp.cuh"
+#include "csfast/design.h"
 #include "csfast/planes.h"
-#include "sense/measure.cuh"
 
 namespace csfast::cuda {
 
