@@ -1,14 +1,19 @@
 // Execute on CUDA: partial outputs of shares of the list, then their sum.
 //
 // Reads gate, up and down_t of the listed neurons once, 3 * d elements a neuron, which bounds it.
-//   gather    one block a share of the list: activations and their down rows at once, see
-//   gather.cuh sum       adds the shares up, in their order
-// That is for 16-bit rows at multiples of 16 bytes, up to 8,192 wide. The general path has three
-// kernels and activations in memory between them:
-//   activate  one warp per neuron; x in shared memory, weights straight to registers
-//   combine   one block per strip of columns and share of the list; each warp takes every eighth
-//             neuron of the share
-//   sum       as above
+//
+// - gather: one block a share of the list, activations and their down rows at once, see gather.cuh.
+// - sum: adds the shares up, in their order.
+//
+// That is for 16-bit rows at multiples of 16 bytes, up to 8,192 wide. Rows of a batch that share a
+// list have two kernels in the place of gather, activate_rows and combine_rows, see rows.cuh. The
+// general path has three kernels and activations in memory between them:
+//
+// - activate: one warp a neuron; x in shared memory, weights straight to registers.
+// - combine: one block a strip of columns and share of the list, of which each warp takes every
+//   eighth neuron.
+// - sum: as above.
+//
 // If a row of the weights or of x begins off a multiple of 16 bytes, all go by single elements.
 // Shares are counted from the sizes of one row, so a row's result does not depend on its batch.
 #include <type_traits>

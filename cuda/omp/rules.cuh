@@ -125,9 +125,10 @@ __device__ __forceinline__ OmpStatus pursue(Engine& engine, const OmpParams& p, 
 // of the chain. What ends the pursuit at an atom is looked at when that atom has been refitted, as
 // if it had been taken, and told apart behind the loop. Of the engine it wants one function more:
 //
-//   Taken take_or_end(int atom, bool allowed)     as take(), but if not allowed, or not taken,
-//   count,
-//                                                 left and gained stay and nothing may follow
+//   Taken take_or_end(int atom, bool allowed)
+//
+// It is take(), but if the atom is not allowed, or not taken, count, left and gained stay as they
+// are and nothing may follow.
 template <typename Engine>
 __device__ __forceinline__ OmpStatus pursue_one_by_one(Engine& engine, const OmpParams& p, int b) {
   static_assert(Engine::kSingle);
