@@ -86,58 +86,19 @@ struct Loops {
 
 namespace base {
 extern const Loops kLoops;
-float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
-             int64_t batch, int32_t* y, int64_t y_stride) noexcept;
-void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
-                   bool more, float* y, int64_t y_stride) noexcept;
-void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-void usage(const Measured& m, int64_t n, float* usage) noexcept;
-Kept keep(const float* usage, int64_t n, float threshold) noexcept;
-void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            int64_t n_ahead, bool first) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
-            void* out) noexcept;
-int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
-                 const float* weight, float* c) noexcept;
+#include "loops.inc"
 }  // namespace base
 
 namespace avx2 {
 // Null where the processor lacks one of AVX2, FMA and F16C.
 const Loops* loops();
-float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
-             int64_t batch, int32_t* y, int64_t y_stride) noexcept;
-void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
-                   bool more, float* y, int64_t y_stride) noexcept;
-void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-void usage(const Measured& m, int64_t n, float* usage) noexcept;
-Kept keep(const float* usage, int64_t n, float threshold) noexcept;
-void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            int64_t n_ahead, bool first) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
-            void* out) noexcept;
-int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
-                 const float* weight, float* c) noexcept;
+#include "loops.inc"
 }  // namespace avx2
 
 namespace avx512 {
 // Null where the processor lacks one of AVX-512 F, BW, DQ, VL, VNNI and BF16.
 const Loops* loops();
-float quantize(const void* x, const float* equal, int64_t d, DType dtype, int8_t* q) noexcept;
-void measure(const uint8_t* codes, int64_t rows, int64_t d, Code code, const int8_t* q,
-             int64_t batch, int32_t* y, int64_t y_stride) noexcept;
-void measure_level(const NestedLevel& level, int64_t n, int64_t d, const int8_t* q, int64_t batch,
-                   bool more, float* y, int64_t y_stride) noexcept;
-void project(const ProjectParams& p, int64_t first, int64_t n) noexcept;
-void usage(const Measured& m, int64_t n, float* usage) noexcept;
-Kept keep(const float* usage, int64_t n, float threshold) noexcept;
-void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
-            int64_t n_ahead, bool first) noexcept;
-void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,
-            void* out) noexcept;
-int32_t subtract(const float* gram, int64_t n, const int32_t* row, const float* step, int64_t rows,
-                 const float* weight, float* c) noexcept;
+#include "loops.inc"
 }  // namespace avx512
 
 // The loops in use, see isa.h.

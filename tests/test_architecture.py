@@ -290,7 +290,7 @@ def test_host_code_knows_no_cuda():
         folder = path.relative_to(ROOT).parts[0]
         if folder == "cpp" or (folder == "bench" and path.suffix != ".cu"):
             assert "cuda_runtime" not in path.read_text(), path
-            assert path.suffix in (".h", ".cc"), path
+            assert path.suffix in (".h", ".inc", ".cc"), path
 
 
 def test_every_launch_is_checked():

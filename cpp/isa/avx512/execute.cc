@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "avx512/activation.h"
-#include "avx512/number.h"
+#include "isa/avx512/activation.h"
+#include "isa/avx512/number.h"
 #include "loops.h"
 
 namespace csfast::avx512 {

@@ -6,7 +6,7 @@
 
 #include <immintrin.h>
 
-#include "avx2/number.h"
+#include "isa/avx2/number.h"
 #include "loops.h"
 
 namespace csfast::avx2 {

@@ -11,9 +11,9 @@
 #include <bit>
 #include <limits>
 
-#include "avx2/number.h"
-#include "avx2/planes.h"
 #include "factor.h"
+#include "isa/avx2/number.h"
+#include "isa/avx2/planes.h"
 #include "loops.h"
 
 namespace csfast::avx2 {

@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "avx2/activation.h"
-#include "avx2/number.h"
+#include "isa/avx2/activation.h"
+#include "isa/avx2/number.h"
 #include "loops.h"
 
 namespace csfast::avx2 {

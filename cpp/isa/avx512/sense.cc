@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "avx512/planes.h"
+#include "isa/avx512/planes.h"
 #include "loops.h"
 
 namespace csfast::avx512 {

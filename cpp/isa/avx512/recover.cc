@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "avx512/activation.h"
+#include "isa/avx512/activation.h"
 #include "loops.h"
 
 namespace csfast::avx512 {

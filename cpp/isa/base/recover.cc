@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "base/activation.h"
+#include "isa/base/activation.h"
 #include "loops.h"
 
 namespace csfast::base {

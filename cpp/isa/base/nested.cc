@@ -1,8 +1,8 @@
 #include "csfast/nested.h"
 
-#include "base/number.h"
-#include "base/planes.h"
 #include "factor.h"
+#include "isa/base/number.h"
+#include "isa/base/planes.h"
 #include "loops.h"
 
 namespace csfast::base {

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "avx2/number.h"
+#include "isa/avx2/number.h"
 #include "loops.h"
 
 namespace csfast::avx2 {

@@ -10,8 +10,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "avx2/number.h"
-#include "avx2/planes.h"
+#include "isa/avx2/number.h"
+#include "isa/avx2/planes.h"
 #include "loops.h"
 
 namespace csfast::avx2 {

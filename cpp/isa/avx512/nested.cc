@@ -12,8 +12,8 @@
 #include <algorithm>
 #include <bit>
 
-#include "avx512/planes.h"
 #include "factor.h"
+#include "isa/avx512/planes.h"
 #include "loops.h"
 
 namespace csfast::avx512 {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "base/number.h"
+#include "isa/base/number.h"
 
 namespace csfast::base {
 

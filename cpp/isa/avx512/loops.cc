@@ -4,16 +4,7 @@
 namespace csfast::avx512 {
 
 const Loops* loops() {
-  static constexpr Loops kLoops{.name = "avx512",
-                                .quantize = quantize,
-                                .measure = measure,
-                                .measure_level = measure_level,
-                                .project = project,
-                                .usage = usage,
-                                .keep = keep,
-                                .gather = gather,
-                                .subtract = subtract,
-                                .finish = finish};
+  static constexpr Loops kLoops = as_loops("avx512");
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&

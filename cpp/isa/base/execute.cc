@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "base/activation.h"
-#include "base/dot.h"
-#include "base/number.h"
+#include "isa/base/activation.h"
+#include "isa/base/dot.h"
+#include "isa/base/number.h"
 #include "loops.h"
 
 namespace csfast::base {

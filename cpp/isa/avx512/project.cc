@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "avx512/number.h"
+#include "isa/avx512/number.h"
 #include "loops.h"
 
 namespace csfast::avx512 {

@@ -1,4 +1,4 @@
-// Stands in for avx512/ where the processor is not an x86-64.
+// Stands in for isa/avx512/ where the processor is not an x86-64.
 #include "loops.h"
 
 namespace csfast::avx512 {

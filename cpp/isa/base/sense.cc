@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
-#include "base/number.h"
-#include "base/planes.h"
+#include "isa/base/number.h"
+#include "isa/base/planes.h"
 #include "loops.h"
 
 namespace csfast::base {

@@ -1,4 +1,4 @@
-// Stands in for avx2/ where the processor is not an x86-64.
+// Stands in for isa/avx2/ where the processor is not an x86-64.
 #include "loops.h"
 
 namespace csfast::avx2 {

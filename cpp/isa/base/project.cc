@@ -1,7 +1,7 @@
 #include "csfast/project.h"
 
-#include "base/dot.h"
-#include "base/number.h"
+#include "isa/base/dot.h"
+#include "isa/base/number.h"
 #include "loops.h"
 
 namespace csfast::base {
