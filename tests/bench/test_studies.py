@@ -11,11 +11,11 @@ import pytest
 import tiny
 from texts import make_documents
 
-TOOLS = pathlib.Path(__file__).parents[2] / "tools"
+STUDIES = pathlib.Path(__file__).parents[2] / "bench" / "studies"
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, STUDIES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -23,7 +23,7 @@ def load(name):
 
 @pytest.fixture
 def study():
-    return load("gpu_study")
+    return load("run_all")
 
 
 def test_the_largest_model_is_studied_at_its_longest(study, tmp_path):
@@ -85,7 +85,7 @@ def test_a_job_that_takes_too_long_is_interrupted(study, tmp_path):
 
 @pytest.fixture
 def curve(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.syspath_prepend(STUDIES)
     yield load("size_curve")
     for name in ("demo_data", "train_demo"):
         sys.modules.pop(name, None)

@@ -1,7 +1,7 @@
 """Train the models of the size curve and run every study that wants a GPU, by one command.
 
-    python tools/gpu_study.py train --data DATA --out RUNS
-    python tools/gpu_study.py measure --data DATA --runs RUNS --out RESULTS [--commit HASH]
+    python bench/studies/run_all.py train --data DATA --out RUNS
+    python bench/studies/run_all.py measure --data DATA --runs RUNS --out RESULTS [--commit HASH]
 
 `train` needs the training text in DATA/train and leaves nine models in RUNS, three sizes at three
 lengths. `measure` needs DATA/valid.jsonl.xz and writes, to RESULTS,
@@ -72,7 +72,7 @@ def measurements(args: argparse.Namespace) -> list[Job]:
     """Give what there is to measure."""
     of_largest = [p for p in args.runs.iterdir() if p.name.startswith(f"{LARGEST}-")]
     if not of_largest:
-        raise SystemExit(f"gpu_study: no model of {LARGEST} in {args.runs.name}: train first.")
+        raise SystemExit(f"run_all: no model of {LARGEST} in {args.runs.name}: train first.")
     largest = str(max(of_largest, key=lambda path: float(path.name.split("-")[1][:-1])))
     valid, tokens = str(args.data / "valid.jsonl.xz"), str(args.tokens)
     commit = () if args.commit is None else ("--commit", args.commit)
@@ -87,7 +87,7 @@ def measurements(args: argparse.Namespace) -> list[Job]:
 
     def storage(name: str, model: str) -> Job:
         options = ("--data", str(args.data), "--tokens", tokens, "--device", "cuda", *commit)
-        command = tool("storage_study", model, *options, "--json", str(of(name)))
+        command = tool("storage", model, *options, "--json", str(of(name)))
         return Job(name, command, of(name))
 
     models = ("measure", "--data", str(args.data), "--runs", str(args.runs), "--tokens", tokens)
@@ -197,7 +197,7 @@ def main() -> int:
     args = parser.parse_args()
     args.gpus = torch.cuda.device_count()
     if args.gpus == 0:
-        sys.stderr.write("gpu_study: no CUDA device: want one.\n")
+        sys.stderr.write("run_all: no CUDA device: want one.\n")
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = training(args) if args.verb == "train" else measurements(args)

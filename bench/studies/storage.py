@@ -1,6 +1,6 @@
 """How should few-bit weights be stored? Compare codes at equal bytes read and equal bytes stored.
 
-    python tools/storage_study.py MODEL --data DATA --json storage-demo.json
+    python bench/studies/storage.py MODEL --data DATA --json storage-demo.json
 
 Every way of storing the weights is run by the rule it is stored for (`csfast.mixed`), at several
 numbers of bits read for a weight, scales, norms and indices counted; plain and calibrated

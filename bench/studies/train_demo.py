@@ -1,8 +1,8 @@
 """Train the demo model that ships in the package, and measure it.
 
-    python tools/train_demo.py prepare --data DATA --out python/csfast/demo_model
-    python tools/train_demo.py train --data DATA --out RUN --seconds 560
-    python tools/train_demo.py evaluate --data DATA --model RUN --out RUN/evaluation.json
+    python bench/studies/train_demo.py prepare --data DATA --out python/csfast/demo_model
+    python bench/studies/train_demo.py train --data DATA --out RUN --seconds 560
+    python bench/studies/train_demo.py evaluate --data DATA --model RUN --out RUN/evaluation.json
 
 `prepare` trains the tokenizer and writes the configuration and the sample file, `train` needs one
 GPU and writes `model.safetensors` in bfloat16, `evaluate` reads that back through transformers.
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import demo_data
 
-HERE = Path(__file__).resolve().parents[1] / "python" / "csfast" / "demo_model"
+HERE = Path(__file__).resolve().parents[2] / "python" / "csfast" / "demo_model"
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

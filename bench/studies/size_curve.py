@@ -1,7 +1,7 @@
 """Does what csfast saves grow with the model? Train three sizes at three lengths, and measure.
 
-    python tools/size_curve.py train --data DATA --out RUNS --size 120m --lengths 20 60 180
-    python tools/size_curve.py measure --data DATA --runs RUNS --json size-curve.json
+    python bench/studies/size_curve.py train --data DATA --out RUNS --size 120m --lengths 20 60 180
+    python bench/studies/size_curve.py measure --data DATA --runs RUNS --json size-curve.json
 
 `train` needs one GPU and writes RUNS/<size>-<tokens>m for every length, in bfloat16 as transformers
 reads it. All sizes share the tokenizer and the recipe of the demo model (`train_demo.py`): one run

@@ -64,7 +64,7 @@ class Document:
 
 def load_tasks() -> ModuleType:
     """Import csfast/tasks.py by its path, so that the package need not be built."""
-    path = Path(__file__).resolve().parents[1] / "python" / "csfast" / "judge" / "retrieval.py"
+    path = Path(__file__).resolve().parents[2] / "python" / "csfast" / "judge" / "retrieval.py"
     spec = importlib.util.spec_from_file_location("csfast_tasks", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
