@@ -5,9 +5,9 @@
 From the root of the repository, with csfast installed with CUDA. Stages, in this order, each with
 the file that it writes:
 
-    layers    csfast bench --device cuda         bench-cuda.json
-    pursuits  csfast bench omp --device cuda     bench-omp-cuda.json
-    native    bench/bench_ffn.cu                 bench-cpp-cuda.json
+    layers    csfast bench --device cuda         layers.json
+    pursuits  csfast bench omp --device cuda     pursuits.json
+    native    bench/bench_ffn.cu                 native.json
 
 The native benchmark is built while the others run, at the lowest priority and for this GPU alone:
 what they measure are graphs, which do not wait for the host. Last, what is to be reached is shown
@@ -32,11 +32,7 @@ from csfast.bench import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu-bench"
-FILES = {
-    "layers": "bench-cuda.json",
-    "pursuits": "bench-omp-cuda.json",
-    "native": "bench-cpp-cuda.json",
-}
+FILES = {stage: f"{stage}.json" for stage in ("layers", "pursuits", "native")}
 SECONDS = 330  # of a stage, at most: twice what the longest is expected to take
 
 
@@ -88,7 +84,7 @@ def run(stage: str, command: list[str], out: pathlib.Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results" / "h200")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--only", nargs="+", choices=tuple(FILES), default=tuple(FILES))
     asked = parser.parse_args(arguments)

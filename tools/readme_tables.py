@@ -76,7 +76,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Read every results file, in the order of their names, each with its own as `file`."""
     return [
         {**json.loads(path.read_text(encoding="utf-8")), "file": path.stem}
-        for path in sorted(folder.glob("*.json"))
+        for path in sorted(folder.rglob("*.json"))
     ]
 
 
