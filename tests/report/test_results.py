@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import pathlib
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,6 +15,9 @@ from csfast.report import page, results
 from csfast.types import ResultsError
 
 KINDS = sorted(pages.MADE)
+ROOT = pathlib.Path(__file__).parents[2]
+SECTIONS = {"dictionaries": "Dictionaries", "phase": "Phases", "size_curve": "Size and training"}
+FREE = {*pages.TASKS, "omp", "matched", "prior"}  # keys that are names of the user's or of methods
 
 
 def test_every_kind_is_described():
@@ -32,6 +37,31 @@ def test_more_than_is_needed_may_be_there(kind):
     made = pages.MADE[kind]()
     extra = [{**made[0], "more": [1, None]}] if isinstance(made, list) else {**made, "more": {}}
     results.check(kind, extra)
+
+
+def keys(value):
+    """Every key of a structure."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys, value.values()))
+    return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "layers", "pursuits"])
+def test_every_key_is_explained_on_the_page_of_schemas(kind):
+    """Results that tests make up have every key; those of the benchmarks are recorded ones."""
+    text = (ROOT / "docs" / "schemas.md").read_text(encoding="utf-8")
+    parts = dict(re.findall(r"(?ms)^## ([^\n]+)\n(.*?)(?=^## |\Z)", text))
+    mine = parts["What stands in all of them"] + parts[SECTIONS.get(kind, kind.capitalize())]
+    if kind in KINDS:
+        found = keys(pages.MADE[kind]())
+    else:
+        made = json.loads((ROOT / "bench" / "results" / "cpu" / f"{kind}.json").read_text())
+        found = {"machine"}.union(*(set(row) for row in made["rows"]))
+    if kind == "demo":  # its other parts have sections of their own
+        found -= {"machine", "case", "variant", "median_us", "baselines", "ratio_vs_best"}
+        found -= {"cpu", "threads", "torch bf16", "torch f32"}
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", mine))))
+    assert found - FREE - named == set()
 
 
 def changed(kind, change):
