@@ -19,7 +19,7 @@ import csfast
 import tiny
 from csfast import Document, models
 from csfast import plan as plan_
-from csfast.cli import run
+from csfast.cli import app
 from csfast.judge import ablate, evaluate
 from csfast.plan import Plan
 
@@ -65,7 +65,7 @@ class Setting:
         """The command line, with the error itself in place of its one line."""
         names = {"folder": self.folder, "plan": self.folder / "cli.plan"}
         self.plan.save(names["plan"])
-        run.app(["--debug", *(a.format(**names) for a in arguments)], standalone_mode=False)
+        app.app(["--debug", *(a.format(**names) for a in arguments)], standalone_mode=False)
 
     def stream(self, prompt="a", **options):
         options = {"max_new_tokens": 4, **options}

@@ -8,7 +8,7 @@ import pytest
 
 import csfast
 from csfast.bench import layers
-from csfast.cli import run
+from csfast.cli import app
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -32,13 +32,13 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_exist(page):
-    known = {c.name or c.callback.__name__ for c in run.app.registered_commands}
+    known = {c.name or c.callback.__name__ for c in app.app.registered_commands}
     named = set(re.findall(r"(?m)^(?:    |\| `)csfast (\w+)", page.read_text(encoding="utf-8")))
     assert named <= known
 
 
 def test_every_command_has_its_line():
-    known = {c.name or c.callback.__name__ for c in run.app.registered_commands}
+    known = {c.name or c.callback.__name__ for c in app.app.registered_commands}
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?m)^\| `csfast (\w+)", text)) == known
 

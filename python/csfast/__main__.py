@@ -1,6 +1,6 @@
 """``python -m csfast`` is the command ``csfast``."""
 
-from .cli.run import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import csfast
 import pages
 from csfast import Document, documents
-from csfast.cli import run
+from csfast.cli import app
 from csfast.judge import phase
 from csfast.report import page as page_
 from csfast.report import results
@@ -50,13 +50,13 @@ def plan(folder, data):
 
 
 def call(*arguments):
-    return CliRunner().invoke(run.app, [str(a) for a in arguments])
+    return CliRunner().invoke(app.app, [str(a) for a in arguments])
 
 
 def refused(*arguments):
     """The one line that a mistake gives."""
     done = call(*arguments)
-    assert done.exit_code == run.USAGE_ERROR, done.output
+    assert done.exit_code == app.USAGE_ERROR, done.output
     assert "Traceback" not in done.output
     *notes, line = done.stderr.splitlines()
     assert all("bytes beside the model" in note for note in notes)
@@ -246,7 +246,7 @@ def test_version_and_help():
 
 
 def test_a_sample_limit_counts_for_every_task(data):
-    kept = run._documents(data, run.Part.ALL, 2)
+    kept = app.read_documents(data, app.Part.ALL, 2)
     assert [d.group for d in kept] == ["prose", "prose", "math", "math"]
 
 
@@ -317,7 +317,7 @@ def test_a_missing_device_is_one_line(command):
 
 def test_wrong_options_are_refused_before_any_work():
     for arguments in (("bench", "prefill"), ("eval", "demo"), ("eval", "demo", "p", "--limit", 0)):
-        assert call(*arguments).exit_code == run.USAGE_ERROR
+        assert call(*arguments).exit_code == app.USAGE_ERROR
 
 
 def test_debug_shows_where_an_error_came_from(folder):
@@ -329,16 +329,16 @@ def test_results_name_no_folders_of_a_machine(monkeypatch):
     given = ["eval", "org/model", "/data/of/someone/a.plan", "--json", "results/a.json"]
     monkeypatch.setattr(sys, "argv", ["csfast", *given])
     want = ["csfast", "eval", "org/model", "a.plan", "--json", "results/a.json"]
-    assert run._command() == want
+    assert app.command() == want
 
 
 def test_results_are_not_half_written(folder, monkeypatch):
     out = folder / "whole.json"
     out.write_text("before")
     with pytest.raises(ValueError, match="not JSON compliant"):
-        run._write_json(out, {"loss": float("nan")})
+        app.write_json(out, {"loss": float("nan")})
     assert out.read_text() == "before"
-    run._write_json(out, {"loss": 1.0})
+    app.write_json(out, {"loss": 1.0})
     assert json.loads(out.read_text()) == {"loss": 1.0}
     assert not list(folder.glob(".whole.json*"))
 
@@ -359,7 +359,7 @@ def test_ctrl_c_ends_calibration_and_it_resumes(folder):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == run.INTERRUPTED, errors
+    assert process.returncode == app.INTERRUPTED, errors
     assert "csfast: interrupted." in errors and "Traceback" not in errors
     assert not out.exists() and partial.exists()
     done = subprocess.run(
@@ -391,7 +391,7 @@ def test_ctrl_c_ends_an_ablation_and_leaves_its_rows(data, folder):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == run.INTERRUPTED, errors
+    assert process.returncode == app.INTERRUPTED, errors
     assert "csfast: interrupted." in errors and "Traceback" not in errors
     assert not out.exists()
     assert list(json.loads(partial.read_text())["rows"]) == ["oracle-neuron"]

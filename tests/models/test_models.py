@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from csfast import models
-from csfast.models import structure
+from csfast.models import text
 from csfast.types import Document, LayerShape, UnsupportedModelError
 
 FIRST = "model.layers.0.mlp"
@@ -520,9 +520,9 @@ def test_streaming_ends_at_the_mark():
 
 def test_half_characters_are_held_back():
     tokenizer = tiny.make_tokenizer()
-    pieces = list(structure._pieces(tokenizer, iter(tokens("aé€b"))))
+    pieces = list(text._pieces(tokenizer, iter(tokens("aé€b"))))
     assert pieces == ["a", "é", "€", "b"]
-    assert list(structure._pieces(tokenizer, iter(tokens("é")[:1]))) == ["\ufffd"]
+    assert list(text._pieces(tokenizer, iter(tokens("é")[:1]))) == ["\ufffd"]
 
 
 def test_draws_follow_the_seed():

@@ -1,5 +1,6 @@
-"""The command line."""
+"""The command line: one command for every job."""
 
-from .run import app, main
+from . import bench, judge, run  # each puts its commands into the application
+from .app import main
 
-__all__ = ["app", "main"]
+__all__ = ["bench", "judge", "main", "run"]

@@ -1,23 +1,18 @@
-"""Models of Hugging Face transformers: found by structure, loaded, fingerprinted, fed with text."""
+"""Models of Hugging Face transformers: found by structure, loaded, fingerprinted, fed with text.
 
-from .structure import (
-    ACTIVATIONS,
-    APART,
-    DTYPES,
-    FUSED,
+The one room that imports transformers, and only where it is called: importing it takes seconds.
+"""
+
+from .fingerprint import Fingerprint, fingerprint
+from .load import demo_folder, load
+from .structure import ACTIVATIONS, APART, DTYPES, FUSED, Ffn, Projection, find_ffns
+from .text import (
     N_DENSE,
     Encoded,
-    Ffn,
-    Fingerprint,
-    Projection,
     cache_argument,
     context_length,
-    demo_folder,
     encode,
-    find_ffns,
-    fingerprint,
     hidden_states,
-    load,
     stream_text,
 )
 

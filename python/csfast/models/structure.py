@@ -1,29 +1,17 @@
-"""Hugging Face models: found by structure, loaded, fingerprinted, run.
-
-The one module that imports transformers, and only where it is called: importing it takes seconds.
-"""
+"""Gated feed-forward layers of a model, found by their structure."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import inspect
-import json
-import pathlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..types import Document, LayerShape, UnsupportedModelError
+from ..types import LayerShape, UnsupportedModelError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-N_DENSE = 32  # first tokens of a plain text that run dense, as a prompt would
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 APART = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "down_proj")  # gate rows first, then up, in one weight
@@ -33,9 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
 }
 ACTIVATIONS = tuple(_ACTIVATIONS)  # by the names that the kernels know
-_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # names of their files
 _EXPERTS = ("experts", "expert", "shared_expert", "block_sparse_moe")
-_HASH_BYTES = 1 << 24  # hashed at a time, so that a copy from a GPU stays small and Ctrl-C works
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,39 +140,6 @@ class Ffn:
         return torch.stack([columns[0], columns[1] * norm], dim=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Fingerprint:
-    """What identifies a model to a plan.
-
-    Attributes:
-        model_type: Name of the architecture in its configuration, ``"llama"``.
-        shapes: Sizes of the feed-forward layers, in order.
-        dtype: Of their weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        activation: Of their gates, one of `ACTIVATIONS`.
-        model_hash: SHA-256 over all of the above and the feed-forward weights and biases,
-            hexadecimal.
-    """
-
-    model_type: str
-    shapes: tuple[LayerShape, ...]
-    dtype: str
-    activation: str
-    model_hash: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Encoded:
-    """A document in tokens.
-
-    Attributes:
-        ids: ``(1, n_tokens)``, int64.
-        n_prompt: Positions at the start that run dense; the others run sparse.
-    """
-
-    ids: Tensor
-    n_prompt: int
-
-
 def find_ffns(model: nn.Module) -> list[Ffn]:
     """Find the gated feed-forward layers of a model by their structure.
 
@@ -226,291 +179,6 @@ def find_ffns(model: nn.Module) -> list[Ffn]:
         )
     _refuse_mixture(ffns)
     return ffns
-
-
-def load(
-    path: str | pathlib.Path,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str = "cpu",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer from a folder, or by name from the local cache.
-
-    Nothing is downloaded, no code of the model's author is run, and only safetensors are read.
-
-    Args:
-        path: Folder, or name of a model in the cache of Hugging Face.
-        dtype: Of the weights; ``"auto"`` takes the one they are stored in.
-        device: Where to put the model.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer.
-
-    Raises:
-        FileNotFoundError: Neither a folder nor a name in the cache.
-        ValueError: There is no such device.
-        UnsupportedModelError: Not a causal language model that csfast may load.
-    """
-    import safetensors
-    import transformers
-
-    folder = pathlib.Path(path)
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"[load] device = {str(device)!r}: want cpu, torch sees no other here.")
-    config = _config(folder, str(path))
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"[load] {path}: want weights that are not quantised.")
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"[load] {path}: model type {config.model_type!r}: want a causal language model that "
-            "transformers knows without code of its author."
-        )
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UnsupportedModelError(f"[load] {path}: want weights in .safetensors files.")
-    if folder.is_dir() and not any(path for n in _TOKENIZERS for path in folder.glob(n)):
-        raise UnsupportedModelError(f"[load] {path}: want a tokenizer beside the weights.")
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with _without_bars():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, use_safetensors=True, **options
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UnsupportedModelError(
-            f"[load] {path}: want a whole model folder ({error})."
-        ) from error
-    return cast("PreTrainedModel", nn.Module.to(model, device)), tokenizer
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars of its own on stderr."""
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def demo_folder() -> pathlib.Path:
-    """Give the folder of the model that ships with csfast."""
-    return pathlib.Path(__file__).parents[1] / "demo_model"
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Give how many tokens the model was made for, if its configuration says so."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, document: Document, *, max_tokens: int) -> Encoded:
-    """Turn a document into tokens: ``[bos] prompt response [eos]``, or ``[bos] text``.
-
-    Prompt and response are tokenised apart, so that the border between them is one of tokens. The
-    end of a text or response that is too long is cut off.
-
-    Args:
-        tokenizer: Of the model. A tokenizer without bos or eos leaves them out.
-        document: What to encode.
-        max_tokens: Most tokens to give.
-
-    Raises:
-        ValueError: The document is empty, or its prompt alone fills ``max_tokens``.
-    """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompt = _tokens(tokenizer, document.prompt)
-    response = _tokens(tokenizer, document.response)
-    if not response:
-        raise ValueError(f"[encode] a document of {document.task!r} without text: want some.")
-    if document.prompt:
-        if len(bos) + len(prompt) >= max_tokens:
-            raise ValueError(
-                f"[encode] a prompt of {len(bos) + len(prompt)} tokens: want fewer than "
-                f"{max_tokens}, so that something of the response remains."
-            )
-        ids = (bos + prompt + response + eos)[:max_tokens]
-        n_prompt = len(bos) + len(prompt)
-    else:
-        ids = (bos + response)[:max_tokens]
-        n_prompt = min(N_DENSE, len(ids))
-    return Encoded(torch.tensor([ids], dtype=torch.int64), n_prompt)
-
-
-def hidden_states(model: nn.Module, ids: Tensor) -> None:
-    """Run the layers of a model over whole sequences, without its output projection.
-
-    For the hooks that watch the layers; sequences of a batch are padded at their end, which a
-    causal model's earlier positions do not see.
-
-    Args:
-        model: A causal language model.
-        ids: ``(batch, n_tokens)``, int64, on the model's device.
-    """
-    body = getattr(model, "base_model", model)
-    body(input_ids=ids, use_cache=False)
-
-
-def cache_argument(model: nn.Module) -> str:
-    """Give the name of the argument, and of the output, that holds a model's keys and values."""
-    parameters = inspect.signature(type(model).forward).parameters
-    # Newer transformers call it `cache`, and warn of the older name.
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """Identify a model by its type and its feed-forward layers, weights included.
-
-    Raises:
-        UnsupportedModelError: csfast does not run on the model.
-    """
-    ffns = find_ffns(model)
-    model_type = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
-    dtype = str(ffns[0].gate.weight.dtype).removeprefix("torch.")
-    shapes = tuple(f.shape for f in ffns)
-    activation = ffns[0].activation
-    sizes = [[s.d, s.n_neurons] for s in shapes]
-    parts = [part for f in ffns for p in (f.gate, f.up, f.down) for part in (p.weight, p.bias)]
-    head = [model_type, dtype, activation, sizes, [part is not None for part in parts]]
-    digest = hashlib.sha256(json.dumps(head).encode())
-    for part in parts:
-        if part is not None:
-            for raw in torch.split(part.detach().view(torch.uint8).flatten(), _HASH_BYTES):
-                digest.update(raw.cpu().numpy().tobytes())
-    return Fingerprint(model_type, shapes, dtype, activation, digest.hexdigest())
-
-
-def stream_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Iterator[str]:
-    """Continue a prompt and give the text piece by piece, as it is made.
-
-    The tokens are those of ``model.generate`` for a model whose generation settings name no
-    penalties: the likeliest at temperature 0, else drawn from the whole distribution. It runs in
-    the caller's thread, so that Ctrl-C and errors come out of the iterator at once.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokenizer: Of the model.
-        prompt: Text to continue.
-        max_new_tokens: Most tokens to make, at least 1.
-        temperature: 0 for the likeliest token; else what the logits are divided by.
-        seed: Of the draws.
-
-    Yields:
-        Pieces whose concatenation is the continuation; never half a character.
-
-    Raises:
-        ValueError: The prompt is empty, or does not fit into the context with what is to come, or
-            a number is out of range. Raised by the call, not by the iterator.
-        TypeError: An argument is of another type; likewise.
-    """
-    if not isinstance(prompt, str):
-        raise TypeError(f"[generate] prompt of type {type(prompt).__name__}: want text.")
-    if not prompt:
-        raise ValueError("[generate] an empty prompt: want text.")
-    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
-        if type(value) is not int:
-            raise TypeError(f"[generate] {name} = {value!r}: want a whole number.")
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"[generate] temperature = {temperature!r}: want a number.")
-    if max_new_tokens < 1:
-        raise ValueError(f"[generate] max_new_tokens = {max_new_tokens}: want at least 1.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"[generate] temperature = {temperature}: want 0 or more.")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = bos + _tokens(tokenizer, prompt)
-    length = context_length(model)
-    if length is not None and len(ids) + max_new_tokens > length:
-        raise ValueError(
-            f"[generate] a prompt of {len(ids)} tokens and {max_new_tokens} new ones: want at most "
-            f"{length} together, the model's context."
-        )
-    return _pieces(tokenizer, _new_tokens(model, ids, max_new_tokens, temperature, seed))
-
-
-def _new_tokens(
-    model: PreTrainedModel, ids: list[int], n: int, temperature: float, seed: int
-) -> Iterator[int]:
-    """Tokens that continue `ids`, up to the end-of-text mark, which is not among them."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    stops = set(ends) if isinstance(ends, list) else {ends}
-    device = next(model.parameters()).device
-    draw = torch.Generator(device=device).manual_seed(seed)
-    step = torch.tensor([ids], device=device)
-    cache_name = cache_argument(model)
-    cache: dict[str, Any] = {cache_name: None}
-    for _ in range(n):
-        # Not around the yield: the caller's code must not run in this mode.
-        with torch.inference_mode():
-            out = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
-            cache[cache_name] = out[cache_name]
-            logits = out.logits[:, -1].float()
-            if temperature == 0:
-                step = logits.argmax(dim=-1, keepdim=True)
-            else:
-                chance = torch.softmax(logits / temperature, dim=-1)
-                step = torch.multinomial(chance, 1, generator=draw)
-            token = int(step)
-        if token in stops:
-            return
-        yield token
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int]) -> Iterator[str]:
-    """Text of the tokens so far, less what was given; held back while a character is unfinished."""
-    seen: list[int] = []
-    given = 0
-    text = ""
-    for token in tokens:
-        seen.append(token)
-        text = str(tokenizer.decode(seen, skip_special_tokens=True))
-        if len(text) > given and not text.endswith("�"):
-            yield text[given:]
-            given = len(text)
-    if len(text) > given:
-        yield text[given:]
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if not text:
-        return []
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _config(folder: pathlib.Path, name: str) -> Any:
-    """The configuration of a model folder or of a model in the cache."""
-    import transformers
-
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UnsupportedModelError(f"[load] {name}: want a model folder with config.json.")
-    try:
-        return transformers.AutoConfig.from_pretrained(
-            name, local_files_only=True, trust_remote_code=False
-        )
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UnsupportedModelError(
-            f"[load] {name}: want a configuration that transformers reads without code of its "
-            f"author ({error})."
-        ) from error
-    except OSError as error:
-        if folder.exists():
-            raise UnsupportedModelError(f"[load] {name}: want a sound config.json.") from error
-        raise FileNotFoundError(
-            f"[load] {name!r}: want a model folder, or the name of a model in the local cache."
-        ) from error
 
 
 def _refuse_kind(name: str, module: nn.Module) -> None:

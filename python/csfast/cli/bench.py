@@ -1,0 +1,92 @@
+"""The command that times."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from ..bench import layers as bench_
+from ..bench import pursuits as bench_omp_
+from ..report import tables
+from .app import (
+    DeviceName,
+    Json,
+    Where,
+    app,
+    command,
+    notes,
+    write_json,
+)
+
+
+class Operation(StrEnum):
+    """What to measure."""
+
+    FFN = "ffn"
+    EXECUTE = "execute"
+    SELECT = "select"
+    SENSE = "sense"
+    NESTED = "nested"
+    OMP = "omp"
+
+
+@app.command()
+def bench(
+    operation: Annotated[Operation | None, typer.Argument(help="All but omp if left out.")] = None,
+    device: Where = DeviceName.CPU,
+    json_file: Json = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
+) -> None:
+    """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
+    if operation is Operation.OMP:
+        _bench_omp(device, json_file, quick, commit)
+        return
+    names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
+    where = torch.device(device.value)
+    settings: Sequence[bench_.Setting] = (
+        bench_.CUDA_SETTINGS if where.type == "cuda" else bench_.CPU_SETTINGS
+    )
+    if quick:
+        settings = (bench_.Setting(512, 1024, 0.25),)
+    with notes().status("bench") as status:
+        results = bench_.run(
+            settings,
+            device=where,
+            runs=5 if quick else 40,
+            variants=names[operation] if operation in names else (str(operation),),
+            compiled=not quick,
+            progress=status.update,
+            found=lambda results: _write_bench(json_file, results, commit),
+        )
+    Console().print(tables.speed(results))
+
+
+def _write_bench(
+    json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
+) -> None:
+    """Write what was measured so far."""
+    results["machine"] |= {"command": command(), "commit": commit}
+    write_json(json_file, results)
+
+
+def _bench_omp(
+    device: DeviceName, json_file: pathlib.Path | None, quick: bool, commit: str | None
+) -> None:
+    """Time orthogonal matching pursuit."""
+    where = torch.device(device.value)
+    with notes().status("bench") as status:
+        results = bench_omp_.run(
+            bench_omp_.QUICK if quick else None,
+            device=where,
+            runs=3 if quick else 20,
+            progress=status.update,
+            found=lambda results: _write_bench(json_file, results, commit),
+        )
+    Console().print(tables.pursuits(results))

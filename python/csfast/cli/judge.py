@@ -1,0 +1,289 @@
+"""Commands that judge: what sparsity costs, token by token and beside other rules."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..judge import dictionaries as dictionaries_
+from ..judge import effort
+from ..judge import phase as phase_
+from ..judge.ablate import ablate as ablate_
+from ..judge.evaluate import evaluate
+from ..plan import Plan
+from ..report import page, panels, tables
+from ..report import results as results_
+from ..types import POOLED
+from .app import (
+    Bits,
+    Block,
+    Data,
+    Density,
+    DeviceName,
+    Html,
+    Json,
+    Limit,
+    Model,
+    Part,
+    PlanFile,
+    Seed,
+    Where,
+    app,
+    code,
+    headed,
+    load,
+    progress,
+    read_documents,
+    write_json,
+)
+
+
+@app.command("eval")
+def evaluate_(
+    model: Model,
+    plan: PlanFile,
+    data: Data = None,
+    density: Density = 0.5,
+    bits: Bits = "2",
+    block: Block = 1,
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
+    limit: Limit = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 4000,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
+    samples = read_documents(data, part, limit)
+    loaded = Plan.load(plan)
+    net, tokenizer = load(model, device)
+    with progress("eval") as advance:
+        results = evaluate(
+            net,
+            tokenizer,
+            loaded,
+            samples,
+            density=density,
+            bits=code(bits),
+            block=block,
+            task=task,
+            tokens=tokens,
+            seed=seed,
+            progress=advance,
+        )
+    Console().print(tables.quality(results))
+    write_json(json_file, headed(results, device))
+    if html_file is not None:
+        page.write_report(html_file, evaluation=results)
+
+
+@app.command()
+def ablate(
+    model: Model,
+    data: Data = None,
+    limit: Limit = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 2000,
+    methods: Annotated[
+        str, typer.Option(help="full, quick, or names with commas between.", metavar="NAMES")
+    ] = "full",
+    bytes_: Annotated[
+        str, typer.Option("--bytes", help="Fractions of the dense bytes.", metavar="FRACTIONS")
+    ] = ".25,.35,.55,.75",
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Compare csfast's selection with other rules and with quantisation, loss against bytes."""
+    if resume and json_file is None:
+        raise ValueError(
+            "[ablate] --resume without --json: want the file of the run to go on with."
+        )
+    try:
+        fractions = [float(part) for part in bytes_.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"[ablate] --bytes {bytes_!r}: want fractions with commas between."
+        ) from error
+    select = read_documents(data, Part.SELECT, limit)
+    kept = read_documents(data, Part.REPORT, limit)
+    net, tokenizer = load(model, device, dtype="float32")  # rounding would blur small differences
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
+    with progress("ablate") as advance:
+        results = ablate_(
+            net,
+            tokenizer,
+            select,
+            kept,
+            methods=methods if methods in ("full", "quick") else methods.split(","),
+            bytes_fractions=fractions,
+            tokens=tokens,
+            seed=seed,
+            resume=partial,
+            progress=advance,
+        )
+    table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
+    for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
+        table.add_row(
+            row["method"],
+            f"{row['density']:.3f}",
+            f"{row['sensor_fraction']:.3f}",
+            f"{row['bytes_fraction']:.3f}",
+            f"{row['delta']:+.4f}",
+        )
+    Console().print(table)
+    write_json(json_file, headed(results, device))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    if html_file is not None:
+        page.write_report(html_file, ablation=results)
+
+
+@app.command()
+def tokens(
+    model: Model,
+    plan: PlanFile,
+    data: Data = None,
+    density: Density = 0.5,
+    bits: Bits = "2",
+    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Continue the prompts instead of following the text.")
+    ] = False,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=3, help="Tokens of one text, at most.")
+    ] = 160,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
+    limit: Limit = None,
+    json_file: Json = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Show what every token of a text cost, one text of every task."""
+    samples = read_documents(data, part, limit)
+    loaded = Plan.load(plan)
+    net, tokenizer = load(model, device)
+    with progress("tokens") as advance:
+        found = effort.examples(
+            net,
+            tokenizer,
+            loaded,
+            samples,
+            density=density,
+            bits=code(bits),
+            task=task,
+            generate=generate,
+            tokens=limit_tokens,
+            seed=seed,
+            progress=advance,
+        )
+    Console().print(tables.effort(found))
+    write_json(json_file, headed(found, device))
+    if html_file is not None:
+        page.write_report(html_file, effort=found)
+
+
+@app.command()
+def phase(
+    model: Model,
+    data: Data = None,
+    groups: Annotated[int, typer.Option(min=2, help="Groups of neurons a layer.")] = 128,
+    steps: Annotated[int, typer.Option(min=2, help="Values of either axis.")] = 12,
+    trials: Annotated[int, typer.Option(min=1, help="Signals of a cell.")] = 200,
+    limit_tokens: Annotated[
+        int, typer.Option("--tokens", min=2, help="Tokens of every task and part to look at.")
+    ] = 400,
+    limit: Limit = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
+    ] = False,
+    json_file: Json = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--dictionaries", help="Write coherence and isometry of all layers here."),
+    ] = None,
+    html_file: Html = None,
+    device: Where = DeviceName.CPU,
+    seed: Seed = 0,
+) -> None:
+    """Measure which sparsity is recovered from how many measurements, and what theory promises."""
+    if resume and json_file is None:
+        raise ValueError("[phase] --resume without --json: want the file of the run to go on with.")
+    select = read_documents(data, Part.SELECT, limit)
+    kept = read_documents(data, Part.REPORT, limit)
+    net, tokenizer = load(model, device, dtype="float32")
+    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
+    if partial is not None and not resume:
+        partial.unlink(missing_ok=True)
+    with progress("capture") as advance:
+        fit, shown = phase_.capture(
+            net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
+        )
+    with progress("phase") as advance:
+        found = phase_.diagrams(
+            fit,
+            shown,
+            n_groups=groups,
+            steps=steps,
+            trials=trials,
+            resume=partial,
+            progress=advance,
+        )
+    with progress("dictionaries") as advance:
+        known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
+    for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
+        Console().print(sentence)
+    write_json(json_file, headed(found, device))
+    write_json(dictionaries_file, headed(known, device))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    if html_file is not None:
+        page.write_report(html_file, phase=found, dictionaries=known)
+
+
+@app.command("report")
+def report_(
+    out: Annotated[pathlib.Path, typer.Argument(help="Page to write.", metavar="OUT.html")],
+    ablation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast ablate.")] = None,
+    evaluation: Annotated[pathlib.Path | None, typer.Option(help="Of csfast eval.")] = None,
+    phase_file: Annotated[
+        pathlib.Path | None, typer.Option("--phase", help="Of csfast phase.")
+    ] = None,
+    dictionaries_file: Annotated[
+        pathlib.Path | None, typer.Option("--dictionaries", help="Of csfast phase.")
+    ] = None,
+    effort_file: Annotated[
+        pathlib.Path | None, typer.Option("--effort", help="Of csfast tokens.")
+    ] = None,
+    size_curve: Annotated[pathlib.Path | None, typer.Option(help="Rows of a size curve.")] = None,
+    storage: Annotated[pathlib.Path | None, typer.Option(help="Rows of a storage study.")] = None,
+    demo_file: Annotated[
+        pathlib.Path | None, typer.Option("--demo", help="Of csfast demo.")
+    ] = None,
+) -> None:
+    """Write one page of results from files of them."""
+    files = {
+        "ablation": ablation,
+        "evaluation": evaluation,
+        "phase": phase_file,
+        "dictionaries": dictionaries_file,
+        "effort": effort_file,
+        "size_curve": size_curve,
+        "storage": storage,
+        "demo": demo_file,
+    }
+    given = {kind: results_.read(path, kind) for kind, path in files.items() if path is not None}
+    page.write_report(out, **given)
+    Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
