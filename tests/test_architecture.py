@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "models": {"types"},
     "plan": {"codes", "container", "files", "models", "types"},
     "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
-    "patch": {"codes", "models", "ops", "plan", "types"},
+    "votes": set(),
+    "patch": {"codes", "models", "ops", "plan", "types", "votes"},
     "__init__": {"_version", "calibration", "documents", "models", "ops", "patch", "plan", "types"},
     "doctor": {"_version", "codes", "models", "ops", "reference"},
     "bench": {"codes", "doctor", "ops", "reference", "types"},
@@ -52,7 +53,7 @@ MAY_IMPORT = {
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
     "__init__ _native _version calibration codes container documents files models ops patch plan "
-    "types"
+    "types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 MAY_INCLUDE = {

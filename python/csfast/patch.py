@@ -24,8 +24,8 @@ from .codes import planes
 from .models import Ffn
 from .plan import BLOCK_MAX, LayerPlan, Plan
 from .types import POOLED, TERNARY, Code
+from .votes import BATCH_MAX, Votes
 
-BATCH_MAX = 16  # sequences that decode together; a larger batch runs dense
 _MEMORY_SHARE = 0.8  # of the free memory: the cache of keys and values needs some too
 _log = logging.getLogger("csfast")
 
@@ -89,30 +89,6 @@ class Stats:
 
 
 @dataclasses.dataclass(eq=False)
-class _Votes:
-    """Who has a vote in joint supports, on the device."""
-
-    weight: Tensor  # (BATCH_MAX,), float32: 1 / number of votes for a row that has one, else 0
-    table: Tensor  # (1 + BATCH_MAX, n_layers), float32: thresholds by the number of votes
-    n_votes: Tensor  # (1,), float32
-    index: Tensor  # (1,), int64: the same, to look thresholds up
-    row: Tensor  # (1, n_layers), float32: what was looked up
-    n_rows: int = 0  # that the weights were written for
-    are_given: bool = False  # by `set_votes`; otherwise every row votes
-
-    def write(self, votes: Tensor, threshold: Tensor) -> None:
-        """Give ``votes (n_rows,)`` the weights and thresholds of their number."""
-        weight = self.weight[: len(votes)]
-        weight.copy_(votes)
-        torch.sum(weight, dim=0, keepdim=True, out=self.n_votes)
-        self.index.copy_(self.n_votes)
-        weight.div_(self.n_votes.clamp_(min=1))
-        torch.index_select(self.table, 0, self.index, out=self.row)
-        threshold[:, 0] = self.row[0]
-        self.n_rows = len(votes)
-
-
-@dataclasses.dataclass(eq=False)
 class _Shared:
     """What the layers of one model have in common."""
 
@@ -123,7 +99,7 @@ class _Shared:
     activation: str
     threshold: Tensor  # (n_layers, BATCH_MAX), float32; joint: the first of a layer counts
     counts: Tensor  # (n_layers, 2), int64: tokens, neurons; written by the kernels
-    votes: _Votes | None  # of joint supports
+    votes: Votes | None  # of joint supports
     full: bool  # density 1: original modules
     dense_depth: int = 0  # nesting of `dense`
     has_warned: bool = False
@@ -245,7 +221,7 @@ def apply(
             activation=ffns[0].activation,
             threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
             counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
-            votes=_no_votes(len(ffns), device) if joint else None,
+            votes=Votes.none(len(ffns), device) if joint else None,
             full=density == 1,
         )
     _write_thresholds(shared, table)
@@ -323,27 +299,7 @@ def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
     of = shared.votes
     if of is None:
         raise ValueError("[set_votes] a model with joint = False: want apply(..., joint=True).")
-    if votes is None:
-        of.are_given = False
-        if of.n_rows:
-            # At once: a captured graph of this batch does not come by to see to it.
-            of.write(torch.ones(of.n_rows, dtype=torch.bool), shared.threshold)
-        return
-    if not isinstance(votes, Tensor):
-        booleans = isinstance(votes, Sequence) and all(isinstance(v, bool) for v in votes)
-        if not booleans or isinstance(votes, str):
-            raise TypeError(f"[set_votes] votes = {votes!r}: want booleans.")
-        votes = torch.tensor(votes, dtype=torch.bool)
-    if votes.dtype != torch.bool:
-        raise TypeError(f"[set_votes] votes of {votes.dtype}: want torch.bool.")
-    if votes.ndim != 1 or not 1 <= len(votes) <= BATCH_MAX:
-        raise ValueError(
-            f"[set_votes] votes of shape {tuple(votes.shape)}: want (n,), n from 1 to {BATCH_MAX}."
-        )
-    if votes.device not in (torch.device("cpu"), of.weight.device):
-        raise ValueError(f"[set_votes] votes on {votes.device}: want cpu or {of.weight.device}.")
-    of.write(votes, shared.threshold)
-    of.are_given = True
+    of.give(votes, shared.threshold)
 
 
 @contextlib.contextmanager
@@ -445,7 +401,7 @@ def _run(module: Any, layer: _Layer, x: Tensor) -> Tensor:
     if now != layer.seen or x.dtype != layer.dtype or x.device != layer.device:
         _refuse_stale(layer, x, now)
     if layer.shared.votes is not None:
-        _await_votes(layer.shared, layer.shared.votes, x.shape[0])
+        layer.shared.votes.expect(x.shape[0], layer.shared.threshold)
     out = torch.empty_like(x)
     try:
         layer.shared.session.ffn(layer.number, x.view(-1, x.shape[2]), out.view(-1, x.shape[2]))
@@ -466,7 +422,7 @@ def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
     threshold, weight = layer.shared.threshold[layer.number, :batch], None
     if shared.votes is not None:
         if shared.votes.are_given:
-            _check_rows(shared.votes, batch)
+            shared.votes.check_rows(batch)
             threshold, weight = threshold[:1], shared.votes.weight[:batch]
         else:
             threshold = shared.votes.table[batch, layer.number : layer.number + 1]
@@ -490,24 +446,6 @@ def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
         weight=weight,
         activation=shared.activation,
     )[:, None]
-
-
-def _await_votes(shared: _Shared, votes: _Votes, batch: int) -> None:
-    """See to it that the weights are those of a batch of this size."""
-    if votes.n_rows == batch:
-        return
-    if votes.are_given:
-        _check_rows(votes, batch)
-    everyone = torch.ones(batch, dtype=torch.bool, device=votes.weight.device)
-    votes.write(everyone, shared.threshold)
-
-
-def _check_rows(votes: _Votes, batch: int) -> None:
-    if votes.n_rows != batch:
-        raise ValueError(
-            f"[ffn] a batch of {batch} sequences and {votes.n_rows} votes: want one for each; call "
-            "csfast.set_votes."
-        )
 
 
 def _seen(
@@ -632,16 +570,6 @@ def _write_thresholds(shared: _Shared, table: Tensor) -> None:
     votes.table.copy_(table)
     torch.index_select(votes.table, 0, votes.index, out=votes.row)
     shared.threshold.copy_(votes.row[0, :, None])
-
-
-def _no_votes(n_layers: int, device: torch.device) -> _Votes:
-    return _Votes(
-        weight=torch.zeros(BATCH_MAX, device=device),
-        table=torch.zeros(1 + BATCH_MAX, n_layers, device=device),
-        n_votes=torch.zeros(1, device=device),
-        index=torch.zeros(1, dtype=torch.int64, device=device),
-        row=torch.zeros(1, n_layers, device=device),
-    )
 
 
 def _needed_bytes(ffns: Sequence[Ffn], bits: Code, block: int) -> int:
