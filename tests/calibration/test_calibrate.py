@@ -9,7 +9,8 @@ import torch
 import tiny
 from csfast import models, reference
 from csfast.calibration import calibrate, passes
-from csfast.calibration.passes import _BINS, _SHIFT, _thresholds
+from csfast.calibration.samples import Batch
+from csfast.calibration.thresholds import BINS, SHIFT, quantiles
 from csfast.codes import planes
 from csfast.plan import LayerPlan, Plan
 from csfast.types import Document, PlanError
@@ -205,7 +206,7 @@ def test_memory_for_inputs_is_bounded(monkeypatch):
 def test_positions_for_ordering_are_few_and_of_every_task():
     draw = torch.Generator().manual_seed(0)
     batches = [
-        passes._Batch(task, torch.zeros(4, n), torch.rand(4, n, generator=draw) < 0.5)
+        Batch(task, torch.zeros(4, n), torch.rand(4, n, generator=draw) < 0.5)
         for task, n in ((0, 3000), (0, 500), (1, 12))
     ]
     thinned = passes._thinned(batches, 2)
@@ -218,13 +219,13 @@ def test_positions_for_ordering_are_few_and_of_every_task():
 
 def test_pooled_weighs_tasks_equally():
     draw = torch.Generator().manual_seed(0)
-    histogram = torch.zeros(1, 2, _BINS, dtype=torch.int64)
+    histogram = torch.zeros(1, 2, BINS, dtype=torch.int64)
     few = torch.rand(1000, generator=draw) + 1
     many = torch.rand(9000, generator=draw) + 2
     for task, usage in enumerate((few, many)):
-        bins = usage.view(torch.int32) >> _SHIFT
-        histogram[0, task] = torch.bincount(bins, minlength=_BINS)
-    pooled, first, second = _thresholds(histogram, (0.5, 0.75, 1.0))[0]
+        bins = usage.view(torch.int32) >> SHIFT
+        histogram[0, task] = torch.bincount(bins, minlength=BINS)
+    pooled, first, second = quantiles(histogram, (0.5, 0.75, 1.0))[0]
     assert pooled[0] == pytest.approx(2, rel=1 / 64) and pooled[1] == pytest.approx(1.5, rel=1 / 64)
     assert first[0] == pytest.approx(float(few.median()), rel=1 / 64)
     assert second[0] == pytest.approx(float(many.median()), rel=1 / 64)
@@ -232,10 +233,10 @@ def test_pooled_weighs_tasks_equally():
 
 
 def test_dead_neurons_have_threshold_zero():
-    histogram = torch.zeros(1, 1, _BINS, dtype=torch.int64)
+    histogram = torch.zeros(1, 1, BINS, dtype=torch.int64)
     histogram[0, 0, 0] = 90  # usages of 0
-    histogram[0, 0, 127 << (23 - _SHIFT)] = 10  # usages of about 1
-    found = _thresholds(histogram, (0.05, 0.5, 1.0))[0, 0]
+    histogram[0, 0, 127 << (23 - SHIFT)] = 10  # usages of about 1
+    found = quantiles(histogram, (0.05, 0.5, 1.0))[0, 0]
     assert 1 <= found[0] <= 1 + 1 / 64 and found[1] == 0
 
 

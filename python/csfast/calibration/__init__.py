@@ -1,6 +1,8 @@
 """Calibration: from a model and sample texts to a plan."""
 
-from .passes import DENSITIES, FORMAT, PLAIN, TOKENS_MAX, Progress, Sample, T, Watch, calibrate
+from .passes import DENSITIES, TOKENS_MAX, Progress, Watch, calibrate
+from .resume import FORMAT
+from .samples import PLAIN, Sample
 
 __all__ = [
     "DENSITIES",
@@ -9,7 +11,6 @@ __all__ = [
     "TOKENS_MAX",
     "Progress",
     "Sample",
-    "T",
     "Watch",
     "calibrate",
 ]
