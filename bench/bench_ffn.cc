@@ -105,25 +105,36 @@ Layer random_layer(const Sizes& s, std::mt19937& random) {
   return layer;
 }
 
-csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace) {
-  return {.codes = layer.codes.data(),
-          .equal = layer.equal.data(),
-          .row_scale = layer.row_scale.data(),
-          .offset = nullptr,
-          .weight = nullptr,
-          .threshold = &layer.threshold,
+csfast::Layer bound(const Sizes& s, const Layer& layer) {
+  csfast::Layer bound{};
+  bound.form = {.d = s.d,
+                .n_neurons = s.n_neurons,
+                .dtype = csfast::DType::kBF16,
+                .activation = csfast::Activation::kSilu};
+  bound.sensor = {.codes = layer.codes.data(),
+                  .equal = layer.equal.data(),
+                  .row_scale = layer.row_scale.data(),
+                  .offset = nullptr,
+                  .code = kCode};
+  bound.weights.gate = layer.gate.data();
+  bound.weights.up = layer.up.data();
+  bound.weights.down_t = layer.down_t.data();
+  bound.decision.threshold = &layer.threshold;
+  bound.decision.tile_rows = 1;
+  return bound;
+}
+
+csfast::FfnParams ffn_params(const Sizes& s, const Layer& layer, void* workspace, void* out) {
+  return {.layer = bound(s, layer),
           .x = layer.x.data(),
           .workspace = workspace,
-          .tile = layer.tile.data(),
-          .n_tiles = &layer.n_tiles,
-          .missed = nullptr,
-          .batch = 1,
-          .d = s.d,
-          .n_neurons = s.n_neurons,
-          .code = kCode,
-          .tile_rows = 1,
-          .dtype = csfast::DType::kBF16,
-          .activation = csfast::Activation::kSilu};
+          .out = out,
+          .batch = 1};
+}
+
+csfast::SelectParams select_params(const Sizes& s, Layer& layer, void* workspace) {
+  return ffn_params(s, layer, nullptr, nullptr)
+      .selection(workspace, layer.tile.data(), &layer.n_tiles, nullptr);
 }
 
 // Sets the threshold that keeps `density` of the neurons, and the tile list that goes with it.
@@ -223,25 +234,10 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
 
   const auto execute = [&](const Layer& layer, const int32_t* tile, const int32_t* n_tiles,
                            int tile_rows) {
-    csfast::execute({.gate = layer.gate.data(),
-                     .up = layer.up.data(),
-                     .down_t = layer.down_t.data(),
-                     .gate_bias = nullptr,
-                     .up_bias = nullptr,
-                     .down_bias = nullptr,
-                     .x = layer.x.data(),
-                     .tile = tile,
-                     .n_tiles = n_tiles,
-                     .workspace = execute_space.data(),
-                     .out = out.data(),
-                     .batch = 1,
-                     .d = s.d,
-                     .n_neurons = s.n_neurons,
-                     .tile_rows = tile_rows,
-                     .shared = false,
-                     .dtype = csfast::DType::kBF16,
-                     .activation = csfast::Activation::kSilu},
-                    Device::kCpu, nullptr);
+    csfast::ExecuteParams p =
+        ffn_params(s, layer, nullptr, out.data()).execution(execute_space.data(), tile, n_tiles);
+    p.tile_rows = tile_rows;
+    csfast::execute(p, Device::kCpu, nullptr);
   };
   double kept = 0, blocks = 0;
   for (const Layer& layer : layers) {
@@ -259,30 +255,7 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
   std::vector<Variant> variants = {
       {"complete", 1, sensed + executed, ffn_bytes,
        [&](Layer& layer) {
-         csfast::ffn({.codes = layer.codes.data(),
-                      .equal = layer.equal.data(),
-                      .row_scale = layer.row_scale.data(),
-                      .offset = nullptr,
-                      .weight = nullptr,
-                      .threshold = &layer.threshold,
-                      .gate = layer.gate.data(),
-                      .up = layer.up.data(),
-                      .down_t = layer.down_t.data(),
-                      .gate_bias = nullptr,
-                      .up_bias = nullptr,
-                      .down_bias = nullptr,
-                      .x = layer.x.data(),
-                      .workspace = ffn_space.data(),
-                      .out = out.data(),
-                      .stats = nullptr,
-                      .batch = 1,
-                      .d = s.d,
-                      .n_neurons = s.n_neurons,
-                      .code = kCode,
-                      .tile_rows = 1,
-                      .dtype = csfast::DType::kBF16,
-                      .activation = csfast::Activation::kSilu},
-                     Device::kCpu, nullptr);
+         csfast::ffn(ffn_params(s, layer, ffn_space.data(), out.data()), Device::kCpu, nullptr);
        }},
       {"execute", 1, executed, execute_bytes,
        [&](Layer& layer) { execute(layer, layer.tile.data(), &layer.n_tiles, 1); }},

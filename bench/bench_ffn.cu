@@ -341,13 +341,9 @@ class Operations {
   }
 
   void select(const Case& c, const Layer& layer) const {
-    csfast::SelectParams p{};
-    set_selection(p, c, layer);
-    p.workspace = select_space_.data();
-    p.tile = layer.tile.data();
-    p.n_tiles = layer.n_tiles.data();
-    p.design = design_;
-    csfast::select(p, Device::kCuda, stream_);
+    csfast::select(params(c, layer).selection(select_space_.data(), layer.tile.data(),
+                                              layer.n_tiles.data(), nullptr),
+                   Device::kCuda, stream_);
   }
 
   void execute(const Case& c, const Layer& layer) const {
@@ -359,12 +355,7 @@ class Operations {
   }
 
   void ffn(const Case& c, const Layer& layer) const {
-    csfast::FfnParams p{};
-    set_selection(p, c, layer);
-    set_weights(p, layer);
-    p.workspace = ffn_space_.data();
-    p.design = design_;
-    csfast::ffn(p, Device::kCuda, stream_);
+    csfast::ffn(params(c, layer), Device::kCuda, stream_);
   }
 
   // Sets the threshold that keeps the density of the case, and the list that goes with it. Throws
@@ -380,7 +371,9 @@ class Operations {
     sense.q = q_.data();
     sense.y = y_.data();
     sense.scale = scale_.data();
-    set_sizes(sense, c);
+    sense.batch = c.batch;
+    sense.d = c.d;
+    sense.n_neurons = c.n_neurons;
     sense.code = kCode;
     sense.dtype = csfast::DType::kBF16;
     csfast::sense(sense, Device::kCuda, stream_);
@@ -449,51 +442,35 @@ class Operations {
   // Rows of a batch decide together, a single row for itself.
   const float* vote(const Case& c) const { return c.batch > 1 ? weight_.data() : nullptr; }
 
-  template <typename Params>
-  static void set_sizes(Params& p, const Case& c) {
-    p.batch = c.batch;
-    p.d = c.d;
-    p.n_neurons = c.n_neurons;
-  }
-
-  template <typename Params>
-  void set_selection(Params& p, const Case& c, const Layer& layer) const {
-    p.codes = layer.codes.data();
-    p.equal = layer.equal.data();
-    p.row_scale = layer.row_scale.data();
-    p.weight = vote(c);
-    p.threshold = layer.threshold.data();
+  csfast::FfnParams params(const Case& c, const Layer& layer) const {
+    csfast::FfnParams p{};
+    p.layer.form = {.d = c.d,
+                    .n_neurons = c.n_neurons,
+                    .dtype = csfast::DType::kBF16,
+                    .activation = csfast::Activation::kSilu};
+    p.layer.sensor = {.codes = layer.codes.data(),
+                      .equal = layer.equal.data(),
+                      .row_scale = layer.row_scale.data(),
+                      .offset = nullptr,
+                      .code = kCode};
+    p.layer.weights.gate = layer.gate.data();
+    p.layer.weights.up = layer.up.data();
+    p.layer.weights.down_t = layer.down_t.data();
+    p.layer.decision.threshold = layer.threshold.data();
+    p.layer.decision.weight = vote(c);
+    p.layer.decision.tile_rows = 1;
     p.x = layer.x.data();
-    set_sizes(p, c);
-    p.code = kCode;
-    p.tile_rows = 1;
-    p.dtype = csfast::DType::kBF16;
-    p.activation = csfast::Activation::kSilu;
-  }
-
-  template <typename Params>
-  static void set_weights(Params& p, const Layer& layer) {
-    p.gate = layer.gate.data();
-    p.up = layer.up.data();
-    p.down_t = layer.down_t.data();
+    p.workspace = ffn_space_.data();
     p.out = layer.out.data();
+    p.batch = c.batch;
+    p.design = design_;
+    return p;
   }
 
   void execute(const Case& c, const Layer& layer, const int32_t* tile,
                const int32_t* n_tiles) const {
-    csfast::ExecuteParams p{};
-    set_weights(p, layer);
-    p.x = layer.x.data();
-    p.tile = tile;
-    p.n_tiles = n_tiles;
-    p.workspace = execute_space_.data();
-    set_sizes(p, c);
-    p.tile_rows = 1;
-    p.shared = c.batch > 1;
-    p.dtype = csfast::DType::kBF16;
-    p.activation = csfast::Activation::kSilu;
-    p.design = design_;
-    csfast::execute(p, Device::kCuda, stream_);
+    csfast::execute(params(c, layer).execution(execute_space_.data(), tile, n_tiles), Device::kCuda,
+                    stream_);
   }
 
   csfast::Design design_;

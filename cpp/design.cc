@@ -49,8 +49,8 @@ bool is_aligned(const void* address) {
 
 // Whether loads of 16 bytes bring whole parts of rows.
 bool is_vectored(const ExecuteParams& p) {
-  return p.dtype != DType::kF32 && p.d % kColumns == 0 && is_aligned(p.gate) && is_aligned(p.up) &&
-         is_aligned(p.down_t) && is_aligned(p.x);
+  return p.form.dtype != DType::kF32 && p.form.d % kColumns == 0 && is_aligned(p.weights.gate) &&
+         is_aligned(p.weights.up) && is_aligned(p.weights.down_t) && is_aligned(p.x);
 }
 
 void refuse(const std::string& what) {
@@ -116,7 +116,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
 
   Chosen chosen = general;
   const auto in_parts = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
-  const int64_t loads = in_parts(p.d, kColumns);
+  const int64_t loads = in_parts(p.form.d, kColumns);
   const int vectors = loads <= kThreads ? 1 : kVectorsMax;
   const bool is_batch = p.shared && p.batch > 1;
   const bool is_range = senses && vectors == 1 && asked.loads != Loads::kBulk;
@@ -125,8 +125,8 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
                 : is_range                ? Path::kRange
                                           : Path::kList;
   // A tile of more rows than there are is the only one.
-  const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.n_neurons));
-  const int64_t places = n_tiles_max(p.n_neurons, tile_rows) * tile_rows;
+  const auto tile_rows = static_cast<int>(std::min<int64_t>(p.tile_rows, p.form.n_neurons));
+  const int64_t places = n_tiles_max(p.form.n_neurons, tile_rows) * tile_rows;
   const int64_t most = std::min(chip.n_processors, kBlocksMax);
   const auto list_blocks = [&] {
     return asked.blocks > 0 ? asked.blocks
@@ -136,7 +136,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
   int64_t bytes = kOtherBytes;
   bool fits = is_vectored(p);
   if (chosen.path == Path::kBatch) {
-    const int64_t columns = in_parts(p.d, kCombineColumns);
+    const int64_t columns = in_parts(p.form.d, kCombineColumns);
     const int64_t wanted = std::max<int64_t>((asked.blocks > 0 ? asked.blocks : most) / columns, 1);
     chosen.blocks = list_blocks();
     chosen.shares = static_cast<int>(std::min(wanted, in_parts(places, kStepNeurons)));
@@ -146,7 +146,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
                    : fits_bulk                 ? Loads::kBulk
                                                : Loads::kRegister;
     bytes = chosen.loads == Loads::kBulk ? kRowsBulkBytes : kRowsBytes;
-    fits = fits && p.shared && p.d <= kBatchWidth;
+    fits = fits && p.shared && p.form.d <= kBatchWidth;
   } else {
     chosen.vectors = vectors;
     chosen.group_threads = kWarpThreads;
@@ -158,7 +158,7 @@ Chosen choose(const ExecuteParams& p, const Chip& chip, bool senses) {
     chosen.loads = asked.loads == Loads::kAuto ? Loads::kRegister : asked.loads;
     if (chosen.loads == Loads::kBulk) bytes += kRingBytes;
     if (chosen.path == Path::kRange) {
-      Runs runs = Runs::on(chip, p.n_neurons, tile_rows);
+      Runs runs = Runs::on(chip, p.form.n_neurons, tile_rows);
       if (asked.blocks > 0) runs.blocks = asked.blocks;
       chosen.blocks = runs.blocks;
       room = runs.tiles_max() * tile_rows;

@@ -23,12 +23,12 @@ constexpr int64_t kSegmentNeurons = 32;
 constexpr int64_t kRowsTogether = 4;
 
 void check(const ExecuteParams& p, Device device) {
-  check_neurons("execute", p.batch, p.n_neurons);
-  check_width("execute", p.d);
+  check_neurons("execute", p.batch, p.form.n_neurons);
+  check_width("execute", p.form.d);
   check_group_rows("execute", "tile_rows", p.tile_rows);
   if (device == Device::kCpu) {
     check_lists("execute", "tile", p.tile, p.n_tiles, p.shared ? 1 : p.batch,
-                n_tiles_max(p.n_neurons, p.tile_rows));
+                n_tiles_max(p.form.n_neurons, p.tile_rows));
   }
 }
 
@@ -57,7 +57,7 @@ void for_neurons(const ExecuteParams& p, const Segment& segment, F&& f) {
     const int64_t first = int64_t{segment.tile[t]} * p.tile_rows;
     for (int64_t row = 0; row < p.tile_rows; ++row) {
       const int64_t j = first + (apart > 0 ? row % 4 * apart + row / 4 : row);
-      if (j < p.n_neurons) f(static_cast<int32_t>(j));
+      if (j < p.form.n_neurons) f(static_cast<int32_t>(j));
     }
   }
 }
@@ -94,12 +94,12 @@ int64_t host::execute_workspace(int64_t batch, int64_t d) {
 
 void host::execute(const ExecuteParams& p) {
   const Loops& loop = loops();
-  const int64_t width = n_tiles_max(p.n_neurons, p.tile_rows);
-  const int64_t size = p.dtype == DType::kF32 ? 4 : 2;
+  const int64_t width = n_tiles_max(p.form.n_neurons, p.tile_rows);
+  const int64_t size = p.form.dtype == DType::kF32 ? 4 : 2;
   char* workspace = static_cast<char*>(p.workspace);
   float* sums = reinterpret_cast<float*>(workspace);  // (batch, kSegments, d)
   int32_t* n_done =                                   // (batch), of which the groups are used
-      reinterpret_cast<int32_t*>(workspace + line_up(p.batch * kSegments * p.d * 4));
+      reinterpret_cast<int32_t*>(workspace + line_up(p.batch * kSegments * p.form.d * 4));
   // Rows that share a list go through its weights together.
   const int64_t group_rows = p.shared ? kRowsTogether : 1;
   const int64_t n_groups = (p.batch + group_rows - 1) / group_rows;
@@ -133,22 +133,22 @@ void host::execute(const ExecuteParams& p) {
       return {group, s, n_segments, {p.tile + list_of(group) * width + begin, end - begin}};
     }
   };
-#pragma omp parallel if (n_rows * 3 * p.d * size > kBytesAlone)
+#pragma omp parallel if (n_rows * 3 * p.form.d * size > kBytesAlone)
   for (Work now = take(), next; now.group < n_groups; now = next) {
     next = take();
     const int64_t first = now.group * group_rows;
     const int64_t end = std::min(first + group_rows, p.batch);
-    const Rows rows{.x = static_cast<const char*>(p.x) + first * p.d * size,
-                    .sum = sums + (first * kSegments + now.s) * p.d,
-                    .sum_stride = kSegments * p.d,
+    const Rows rows{.x = static_cast<const char*>(p.x) + first * p.form.d * size,
+                    .sum = sums + (first * kSegments + now.s) * p.form.d,
+                    .sum_stride = kSegments * p.form.d,
                     .n = end - first};
     sum_segment(p, rows, now.segment, next.segment);
     // Whoever finishes the last segment adds them all up: nobody waits for anybody.
     std::atomic_ref n_finished(n_done[now.group]);
     if (n_finished.fetch_add(1, std::memory_order_acq_rel) + 1 < now.n_segments) continue;
     for (int64_t b = first; b < end; ++b) {
-      loop.finish(sums + b * kSegments * p.d, now.n_segments, p.d, p.dtype, p.down_bias,
-                  static_cast<char*>(p.out) + b * p.d * size);
+      loop.finish(sums + b * kSegments * p.form.d, now.n_segments, p.form.d, p.form.dtype,
+                  p.weights.down_bias, static_cast<char*>(p.out) + b * p.form.d * size);
     }
   }
 }

@@ -7,12 +7,13 @@
 
 namespace csfast {
 
-int64_t Session::bind(const FfnParams& layer) {
-  check_neurons("session", layer.batch, layer.n_neurons);
-  check_width("session", layer.d);
-  check_code("session", layer.d, layer.code);
-  check_group_rows("session", "tile_rows", layer.tile_rows);
-  layers_.push_back(layer);
+int64_t Session::bind(const FfnParams& p) {
+  const auto& [form, sensor, weights, decision] = p.layer;
+  check_neurons("session", p.batch, form.n_neurons);
+  check_width("session", form.d);
+  check_code("session", form.d, sensor.code);
+  check_group_rows("session", "tile_rows", decision.tile_rows);
+  layers_.push_back(p);
   return n_layers() - 1;
 }
 

@@ -68,7 +68,7 @@ MAY_INCLUDE = {
     "ffn": {"select", "execute", "tile"},
     "session": {"ffn"},
 }
-ALL_MAY_INCLUDE = {"design", "types", "planes", "isa"}
+ALL_MAY_INCLUDE = {"design", "layer", "types", "planes", "isa"}
 # Each folder of cuda/ may include headers of the folders on its line, its own and those of common.
 ROOMS = {
     "common": set(),

@@ -87,9 +87,9 @@ struct TileList {
   int tile_rows;
 
   __device__ TileList(const ExecuteParams& p, int64_t b)
-      : n_neurons(p.n_neurons), tile_rows(p.tile_rows) {
+      : n_neurons(p.form.n_neurons), tile_rows(p.tile_rows) {
     const int64_t list = p.shared ? 0 : b;
-    const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
+    const int64_t most = n_tiles_max(p.form.n_neurons, p.tile_rows);
     tile = p.tile + list * most;
     count = min(max(int64_t{p.n_tiles[list]}, int64_t{0}), most) * tile_rows;
   }
@@ -170,22 +170,24 @@ __global__ void __launch_bounds__(kActivateWarps* kWarp, 4) activate_kernel(cons
   const int64_t b = blockIdx.y;
   const int64_t stride = int64_t{gridDim.x} * kActivateWarps;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const T* x = static_cast<const T*>(p.x) + b * p.d;  // (d)
+  const T* x = static_cast<const T*>(p.x) + b * p.form.d;  // (d)
   const TileList listed(p, b);
   float* activation =
-      at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).activation) + b * p.n_neurons;
+      at<float>(p.workspace, layout_of(p.batch, p.form.d, p.form.n_neurons).activation) +
+      b * p.form.n_neurons;
 
   bool loaded = false;
   for (int64_t first = int64_t{blockIdx.x} * kActivateWarps; first < listed.count;
        first += stride) {
     const int64_t j = listed.neuron(first + warp);
-    const T* gate = static_cast<const T*>(p.gate) + j * p.d;  // (d), of no meaning for j < 0
-    const T* up = static_cast<const T*>(p.up) + j * p.d;
+    const T* gate =
+        static_cast<const T*>(p.weights.gate) + j * p.form.d;  // (d), of no meaning for j < 0
+    const T* up = static_cast<const T*>(p.weights.up) + j * p.form.d;
     float g = 0.0f;
     float u = 0.0f;
-    for (int64_t c = 0; c < p.d; c += kPanel) {
-      const int width = static_cast<int>(min(p.d - c, int64_t{kPanel}));
-      if (!loaded || p.d > kPanel) {
+    for (int64_t c = 0; c < p.form.d; c += kPanel) {
+      const int width = static_cast<int>(min(p.form.d - c, int64_t{kPanel}));
+      if (!loaded || p.form.d > kPanel) {
         __syncthreads();  // the warps are done with the panel before
         load_panel<T, kAligned>(shared.x, x + c, width);
         __syncthreads();
@@ -196,8 +198,8 @@ __global__ void __launch_bounds__(kActivateWarps* kWarp, 4) activate_kernel(cons
     g = warp_sum(g);
     u = warp_sum(u);
     if (threadIdx.x % kWarp == 0 && j >= 0) {
-      activation[j] =
-          activate(p.activation, add_bias<T>(g, p.gate_bias, j)) * add_bias<T>(u, p.up_bias, j);
+      activation[j] = activate(p.form.activation, add_bias<T>(g, p.weights.gate_bias, j)) *
+                      add_bias<T>(u, p.weights.up_bias, j);
     }
   }
 }
@@ -216,11 +218,11 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp, 3) combine_kernel(const 
   const int64_t first_column = int64_t{blockIdx.x} * kStrip<T>;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const float* activation = at<float>(p.workspace, layout.activation) + b * p.n_neurons;
-  float* partial = at<float>(p.workspace, layout.partial) + (b * shares + share) * p.d;  // (d)
-  const T* down_t = static_cast<const T*>(p.down_t) + first_column;
-  const int width = static_cast<int>(min(p.d - first_column, int64_t{kStrip<T>}));
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
+  const float* activation = at<float>(p.workspace, layout.activation) + b * p.form.n_neurons;
+  float* partial = at<float>(p.workspace, layout.partial) + (b * shares + share) * p.form.d;  // (d)
+  const T* down_t = static_cast<const T*>(p.weights.down_t) + first_column;
+  const int width = static_cast<int>(min(p.form.d - first_column, int64_t{kStrip<T>}));
   const TileList listed(p, b);
   const int64_t begin = listed.count * share / shares;
   const int64_t end = listed.count * (share + 1) / shares;
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp, 3) combine_kernel(const 
 #pragma unroll
       for (int v = 0; v < kVector<T>; ++v) rows[k].at[v] = static_cast<T>(0.0f);
       if (j < 0) continue;
-      const T* row = down_t + j * p.d;
+      const T* row = down_t + j * p.form.d;
       if constexpr (kAligned) {
         if (lane * kVector<T> < width) rows[k] = load_vector(row + lane * kVector<T>);
       } else {
@@ -388,7 +390,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
   const int64_t list = p.shared ? 0 : blockIdx.y;
-  const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int64_t most = n_tiles_max(p.form.n_neurons, p.tile_rows);
   const int pieces = segments.blocks;
   const int32_t* tile = (pieces > 0 ? segments.tile : p.tile) + list * most;
   const int32_t* piece_tiles = segments.count + list * pieces;  // (pieces), if there are any
@@ -409,7 +411,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   int64_t first = 0;  // position in the list
   int64_t end = 0;
   if (share.path == Path::kRange) {
-    const Runs runs = Runs::of(p.n_neurons, p.tile_rows, share.blocks);
+    const Runs runs = Runs::of(p.form.n_neurons, p.tile_rows, share.blocks);
     if (pieces > 0) {  // as many as blocks, so this is the block's
       tile += runs.begin(share.block);
       end = int64_t{piece_tiles[share.block]} * p.tile_rows;
@@ -464,7 +466,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
   }
 
   const auto count = static_cast<int>(end - first);
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, max(pieces, 1));
+  const Runs runs = Runs::of(p.form.n_neurons, p.tile_rows, max(pieces, 1));
   for (int i = thread; i < count; i += static_cast<int>(blockDim.x)) {
     const auto position = static_cast<unsigned>(place_of(first, i));
     int64_t at = position / rows;
@@ -477,7 +479,7 @@ __device__ __forceinline__ Listed list_share(const ExecuteParams& p, const Segme
     }
     const int32_t t = is_ahead && i == thread ? tile_ahead : __ldcg(tile + at);
     const int64_t j = int64_t{t} * p.tile_rows + position % rows;
-    neurons[i] = j < 0 || j >= p.n_neurons ? -1 : static_cast<int32_t>(j);
+    neurons[i] = j < 0 || j >= p.form.n_neurons ? -1 : static_cast<int32_t>(j);
   }
   __syncthreads();
   return {.first = first, .count = count};
@@ -522,7 +524,7 @@ __global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams 
   const Gather gather = gather_of<T>(p, neurons, count, params.chosen.group_threads);
   const Place place(params.chosen.group_threads);
   OwnX<kVectors> x{shared.x};
-  load_x(gather, place, static_cast<const T*>(p.x) + b * p.d, x);
+  load_x(gather, place, static_cast<const T*>(p.x) + b * p.form.d, x);
   float sum[kVectors][kLaneColumns] = {};
   if constexpr (kBulk) {
     gather_bulk<T, kVectors>(gather, place, shared.gather, shared.arrival, ring, x, sum);
@@ -530,7 +532,7 @@ __global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams 
     gather_register<T, kVectors>(gather, place, shared.gather, x, sum);
   }
   write_partial<kVectors>(gather, place, sum, reinterpret_cast<float*>(ring),
-                          params.partial + (b * params.chosen.blocks + block) * p.d);
+                          params.partial + (b * params.chosen.blocks + block) * p.form.d);
 }
 
 template <typename T, int kVectors>
@@ -616,8 +618,8 @@ __global__ void __maxnreg__(kCombineRegisters<kBulk>) combine_rows_kernel(const 
   const Listed listed = list_share(p, params.segments, share, shared, neurons);
   const Gather gather = gather_of<T>(p, neurons, listed.count, 0);
   const auto batch = static_cast<int>(p.batch);
-  float* partial = params.partial + block * p.d;
-  const int64_t stride = params.chosen.shares * p.d;
+  float* partial = params.partial + block * p.form.d;
+  const int64_t stride = params.chosen.shares * p.form.d;
   if constexpr (kBulk) {
     combine_bulk<T>(gather, listed.first,
                     static_cast<const SplitActivations<kProducts>*>(params.activation), batch,
@@ -641,7 +643,8 @@ void launch_rows(const RowsParams& params, Stream stream) {
          dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kGatherThreads), stream, params,
          with(sizeof(Rows)));
   launch("execute", "combine_rows", combine_rows_kernel<T, kProducts, kBulk>,
-         dim3(blocks_of(params.p.d, kCombineColumns), static_cast<unsigned>(params.chosen.shares)),
+         dim3(blocks_of(params.p.form.d, kCombineColumns),
+              static_cast<unsigned>(params.chosen.shares)),
          dim3(kCombineThreads<kBulk>), stream, params,
          with(kBulk ? sizeof(CombineBulk<kProducts>) : 0));
 }
@@ -656,7 +659,7 @@ void launch_rows(const RowsParams& params, Stream stream) {
 template <typename T>
 void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
                    int64_t first, int64_t rows, Stream stream) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   RowsParams params{
       .p = p,
       .chosen = chosen,
@@ -665,16 +668,16 @@ void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& 
       .partial = at<float>(p.workspace, layout.sum),
       .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
   params.p.batch = rows;
-  params.p.x = static_cast<const T*>(p.x) + first * p.d;
+  params.p.x = static_cast<const T*>(p.x) + first * p.form.d;
   chosen.loads == Loads::kBulk ? launch_rows<T, true>(params, stream)
                                : launch_rows<T, false>(params, stream);
-  launch_sum<T>({.down_bias = p.down_bias,
+  launch_sum<T>({.down_bias = p.weights.down_bias,
                  .partial = params.partial,
                  .executed = params.executed,
-                 .out = static_cast<T*>(p.out) + first * p.d,
+                 .out = static_cast<T*>(p.out) + first * p.form.d,
                  .stats = listing.stats,
                  .batch = rows,
-                 .d = p.d,
+                 .d = p.form.d,
                  .shares = chosen.shares,
                  .n_counts = chosen.blocks,
                  .shared = true},
@@ -685,8 +688,8 @@ void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& 
 template <typename T>
 void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
                  int64_t first, int64_t rows, Stream stream) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const int64_t most = n_tiles_max(p.n_neurons, p.tile_rows);
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
+  const int64_t most = n_tiles_max(p.form.n_neurons, p.tile_rows);
   GatherParams params{
       .p = p,
       .chosen = chosen,
@@ -694,7 +697,7 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
       .partial = at<float>(p.workspace, layout.sum),
       .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
   params.p.batch = rows;
-  params.p.x = static_cast<const T*>(p.x) + first * p.d;
+  params.p.x = static_cast<const T*>(p.x) + first * p.form.d;
   if (!p.shared && params.segments.blocks > 0) {
     params.segments.tile += first * most;
     params.segments.count += first * params.segments.blocks;
@@ -704,13 +707,13 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
   }
   chosen.vectors == 1 ? launch_gather<T, 1>(params, stream)
                       : launch_gather<T, kVectorsMax>(params, stream);
-  launch_sum<T>({.down_bias = p.down_bias,
+  launch_sum<T>({.down_bias = p.weights.down_bias,
                  .partial = params.partial,
                  .executed = params.executed,
-                 .out = static_cast<T*>(p.out) + first * p.d,
+                 .out = static_cast<T*>(p.out) + first * p.form.d,
                  .stats = listing.stats,
                  .batch = rows,
-                 .d = p.d,
+                 .d = p.form.d,
                  .shares = chosen.blocks,
                  .n_counts = chosen.blocks,
                  .shared = p.shared},
@@ -720,24 +723,26 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
 template <typename T, bool kAligned>
 void launch_all(const ExecuteParams& p, Stream stream) {
   const auto batch = static_cast<unsigned>(p.batch);
-  const auto shares = static_cast<unsigned>(shares_of(p.d, p.n_neurons));
-  const unsigned needed = blocks_of(p.n_neurons, kActivateWarps);
+  const auto shares = static_cast<unsigned>(shares_of(p.form.d, p.form.n_neurons));
+  const unsigned needed = blocks_of(p.form.n_neurons, kActivateWarps);
   const unsigned most = blocks_of(kActivateBlocks, p.batch);
   launch("execute", "activate", activate_kernel<T, kAligned>,
          dim3(needed < most ? needed : most, batch), dim3(kActivateWarps * kWarp), stream, p);
   launch("execute", "combine", combine_kernel<T, kAligned>,
-         dim3(blocks_of(p.d, kStrip<T>), shares, batch), dim3(kCombineWarps * kWarp), stream, p);
-  launch_sum<T>({.down_bias = p.down_bias,
-                 .partial = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).partial),
-                 .executed = nullptr,
-                 .out = p.out,
-                 .stats = nullptr,
-                 .batch = p.batch,
-                 .d = p.d,
-                 .shares = static_cast<int>(shares),
-                 .n_counts = 0,
-                 .shared = p.shared},
-                false, stream);
+         dim3(blocks_of(p.form.d, kStrip<T>), shares, batch), dim3(kCombineWarps * kWarp), stream,
+         p);
+  launch_sum<T>(
+      {.down_bias = p.weights.down_bias,
+       .partial = at<float>(p.workspace, layout_of(p.batch, p.form.d, p.form.n_neurons).partial),
+       .executed = nullptr,
+       .out = p.out,
+       .stats = nullptr,
+       .batch = p.batch,
+       .d = p.form.d,
+       .shares = static_cast<int>(shares),
+       .n_counts = 0,
+       .shared = p.shared},
+      false, stream);
 }
 
 }  // namespace
@@ -750,11 +755,12 @@ void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing&
                     Stream stream) {
   // A tile of more rows than there are is the only one; so positions fit in 32 bits.
   ExecuteParams capped = p;
-  if (capped.tile_rows > p.n_neurons) capped.tile_rows = static_cast<int>(p.n_neurons);
+  if (capped.tile_rows > p.form.n_neurons) capped.tile_rows = static_cast<int>(p.form.n_neurons);
   if (chosen.path == Path::kGeneral) {
-    return dispatch(p.dtype, "execute", [&]<typename T>() {
-      const bool aligned = p.d % kVector<T> == 0 && is_aligned(p.gate) && is_aligned(p.up) &&
-                           is_aligned(p.down_t) && is_aligned(p.x);
+    return dispatch(p.form.dtype, "execute", [&]<typename T>() {
+      const bool aligned = p.form.d % kVector<T> == 0 && is_aligned(p.weights.gate) &&
+                           is_aligned(p.weights.up) && is_aligned(p.weights.down_t) &&
+                           is_aligned(p.x);
       aligned ? launch_all<T, true>(capped, stream) : launch_all<T, false>(capped, stream);
     });
   }
@@ -766,29 +772,29 @@ void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing&
                                   : gather_rows<T>(capped, chosen, listing, first, rows, stream);
     }
   };
-  if (p.dtype == DType::kF16) return in_parts.template operator()<__half>();
+  if (p.form.dtype == DType::kF16) return in_parts.template operator()<__half>();
   in_parts.template operator()<__nv_bfloat16>();
 }
 
 Partials partials_of(const ExecuteParams& p) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   return {.sum = at<float>(p.workspace, layout.sum),
           .executed = at<int32_t>(p.workspace, layout.executed)};
 }
 
 void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream) {
   const Partials partials = partials_of(p);
-  const SumParams params{.down_bias = p.down_bias,
+  const SumParams params{.down_bias = p.weights.down_bias,
                          .partial = partials.sum,
                          .executed = partials.executed,
                          .out = p.out,
                          .stats = stats,
                          .batch = p.batch,
-                         .d = p.d,
+                         .d = p.form.d,
                          .shares = chosen.blocks,
                          .n_counts = chosen.blocks,
                          .shared = p.shared};
-  if (p.dtype == DType::kF16) return launch_sum<__half>(params, chosen.overlaps, stream);
+  if (p.form.dtype == DType::kF16) return launch_sum<__half>(params, chosen.overlaps, stream);
   launch_sum<__nv_bfloat16>(params, chosen.overlaps, stream);
 }
 

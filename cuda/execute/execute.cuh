@@ -18,21 +18,21 @@ __device__ __forceinline__ int neurons_of(const int32_t* neurons, int n) {
 template <typename T>
 __device__ __forceinline__ Gather gather_of(const ExecuteParams& p, const int32_t* neurons,
                                             int count, int group_threads) {
-  return {.gate = static_cast<const char*>(p.gate),
-          .up = static_cast<const char*>(p.up),
-          .down_t = static_cast<const char*>(p.down_t),
-          .gate_bias = p.gate_bias,
-          .up_bias = p.up_bias,
+  return {.gate = static_cast<const char*>(p.weights.gate),
+          .up = static_cast<const char*>(p.weights.up),
+          .down_t = static_cast<const char*>(p.weights.down_t),
+          .gate_bias = p.weights.gate_bias,
+          .up_bias = p.weights.up_bias,
           .neurons = neurons,
           .count = count,
-          .row_bytes = static_cast<int>(p.d) * int{sizeof(T)},
+          .row_bytes = static_cast<int>(p.form.d) * int{sizeof(T)},
           .group_threads = group_threads,
-          .activation = p.activation};
+          .activation = p.form.activation};
 }
 
 // Whose list execute takes: p.tile and p.n_tiles, or pieces; and who counts.
 struct Listing {
-  Segments segments = {};    // of p.n_neurons and p.tile_rows; without blocks p.tile is the list
+  Segments segments = {};  // of p.form.n_neurons and p.tile_rows; without blocks p.tile is the list
   int64_t* stats = nullptr;  // (2) or null: += batch, += neurons executed, in all its rows
 };
 

@@ -86,7 +86,7 @@ struct RangeParams {
 // The list's place in dynamic shared memory; sums come first.
 template <Code kCode>
 constexpr int64_t list_at(const RangeParams& p) {
-  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.d, p.run_neurons));
+  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.form.d, p.run_neurons));
 }
 template <Code kCode>
 constexpr int64_t range_bytes(const RangeParams& p) {
@@ -103,14 +103,14 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
   };
   __shared__ Shared shared;
   const SelectParams& p = params.selection;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, params.chosen.blocks);
+  const Runs runs = Runs::of(p.form.n_neurons, p.decision.tile_rows, params.chosen.blocks);
   const auto block = static_cast<int>(blockIdx.x);
-  const int tile_rows = p.tile_rows;
+  const int tile_rows = p.decision.tile_rows;
   char* room = dynamic_shared();
   int32_t* neurons = reinterpret_cast<int32_t*>(room + list_at<kCode>(params));
   const auto bring = [&](int8_t* q, auto meanwhile) {
-    quantize_rows<kCode>(static_cast<const T*>(p.x), p.equal, 1, static_cast<int>(p.d), q,
-                         shared.run.sense, meanwhile);
+    quantize_rows<kCode>(static_cast<const T*>(p.x), p.sensor.equal, 1, static_cast<int>(p.form.d),
+                         q, shared.run.sense, meanwhile);
   };
   const SensedRun run = sense_tiles<kCode, 1>(p, runs, block, params.run_neurons, shared.run,
                                               room + kSumBytes<1>, bring);
@@ -125,7 +125,7 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
     if (rank < 0) return;
     for (int i = 0; i < tile_rows; ++i) {
       const int64_t j = t * tile_rows + i;
-      neurons[rank * tile_rows + i] = j < p.n_neurons ? static_cast<int32_t>(j) : -1;
+      neurons[rank * tile_rows + i] = j < p.form.n_neurons ? static_cast<int32_t>(j) : -1;
     }
   });
   gather.count = kept.count * tile_rows;
@@ -139,7 +139,7 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
   float sum[1][kLaneColumns] = {};
   gather_register<T, 1>(gather, place, shared.gather, x, sum);
   write_partial<1>(gather, place, sum, reinterpret_cast<float*>(room),
-                   params.partials.sum + int64_t{block} * p.d);
+                   params.partials.sum + int64_t{block} * p.form.d);
 }
 
 // Whether one kernel does all but the sum; then `params` is complete.
@@ -150,7 +150,7 @@ bool is_immediate(const RangeParams& params, const Chip& machine) {
     return false;
   }
   int64_t bytes = 0;
-  dispatch_code(params.selection.code, "ffn",
+  dispatch_code(params.selection.sensor.code, "ffn",
                 [&]<Code kCode>() { bytes = range_bytes<kCode>(params); });
   constexpr int kStaticBytes = 8 << 10;
   return bytes + kStaticBytes <= machine.shared_bytes;
@@ -163,9 +163,10 @@ void launch_range(const RangeParams& params, Stream stream) {
            {.shared_bytes = static_cast<int>(range_bytes<kCode>(params)),
             .overlaps = params.chosen.overlaps});
   };
-  dispatch_code(params.selection.code, "ffn", [&]<Code kCode>() {
-    params.selection.dtype == DType::kF16 ? launch_code.template operator()<kCode, __half>()
-                                          : launch_code.template operator()<kCode, __nv_bfloat16>();
+  dispatch_code(params.selection.sensor.code, "ffn", [&]<Code kCode>() {
+    params.selection.form.dtype == DType::kF16
+        ? launch_code.template operator()<kCode, __half>()
+        : launch_code.template operator()<kCode, __nv_bfloat16>();
   });
 }
 
@@ -176,61 +177,26 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
 }
 
 void ffn(const FfnParams& p, Stream stream) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Form& form = p.layer.form;
+  const Decision& decision = p.layer.decision;
+  const Layout layout = layout_of(p.batch, form.d, form.n_neurons);
   int32_t* tile = at<int32_t>(p.workspace, layout.tile);
   int32_t* n_tiles = at<int32_t>(p.workspace, layout.n_tiles);
   int32_t* dropped = at<int32_t>(p.workspace, layout.dropped);
-  const SelectParams selection{.codes = p.codes,
-                               .equal = p.equal,
-                               .row_scale = p.row_scale,
-                               .offset = p.offset,
-                               .weight = p.weight,
-                               .threshold = p.threshold,
-                               .cap = p.cap,
-                               .x = p.x,
-                               .workspace = at<void>(p.workspace, layout.select),
-                               .tile = tile,
-                               .n_tiles = n_tiles,
-                               .dropped = dropped,
-                               .missed = nullptr,
-                               .batch = p.batch,
-                               .d = p.d,
-                               .n_neurons = p.n_neurons,
-                               .code = p.code,
-                               .tile_rows = p.tile_rows,
-                               .dtype = p.dtype,
-                               .activation = p.activation,
-                               .design = p.design};
-  const ExecuteParams execution{.gate = p.gate,
-                                .up = p.up,
-                                .down_t = p.down_t,
-                                .gate_bias = p.gate_bias,
-                                .up_bias = p.up_bias,
-                                .down_bias = p.down_bias,
-                                .x = p.x,
-                                .tile = tile,
-                                .n_tiles = n_tiles,
-                                .workspace = at<void>(p.workspace, layout.execute),
-                                .out = p.out,
-                                .batch = p.batch,
-                                .d = p.d,
-                                .n_neurons = p.n_neurons,
-                                .tile_rows = p.tile_rows,
-                                .shared = p.weight != nullptr,
-                                .dtype = p.dtype,
-                                .activation = p.activation,
-                                .design = p.design};
+  const SelectParams selection =
+      p.selection(at<void>(p.workspace, layout.select), tile, n_tiles, dropped);
+  const ExecuteParams execution = p.execution(at<void>(p.workspace, layout.execute), tile, n_tiles);
   const Chip machine = chip("ffn");
   const Chosen chosen = choose(execution, machine, true);
-  const bool is_one = p.cap == nullptr && is_one_pass(selection, machine);
+  const bool is_one = decision.cap == nullptr && is_one_pass(selection, machine);
   const Runs runs = runs_of(selection, machine);
-  const RangeParams range{
-      .selection = selection,
-      .execution = execution,
-      .chosen = chosen,
-      .partials = partials_of(execution),
-      .run_neurons = static_cast<int>(std::min(runs.tiles_max() * p.tile_rows, int64_t{1} << 21)),
-      .counts = p.stats != nullptr};
+  const RangeParams range{.selection = selection,
+                          .execution = execution,
+                          .chosen = chosen,
+                          .partials = partials_of(execution),
+                          .run_neurons = static_cast<int>(
+                              std::min(runs.tiles_max() * decision.tile_rows, int64_t{1} << 21)),
+                          .counts = p.stats != nullptr};
   if (is_one && is_immediate(range, machine)) {
     launch_range(range, stream);
     return sum_partials(execution, chosen, p.stats, stream);
@@ -245,7 +211,7 @@ void ffn(const FfnParams& p, Stream stream) {
   }
   execute_chosen(execution, chosen, listing, stream);
   int64_t* stats = is_general ? p.stats : nullptr;
-  int64_t* all_dropped = p.cap == nullptr ? nullptr : p.dropped;
+  int64_t* all_dropped = decision.cap == nullptr ? nullptr : p.dropped;
   if (stats == nullptr && all_dropped == nullptr) return;
   launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
          CountParams{.tile = tile,
@@ -254,9 +220,9 @@ void ffn(const FfnParams& p, Stream stream) {
                      .stats = stats,
                      .all_dropped = all_dropped,
                      .batch = p.batch,
-                     .n_neurons = p.n_neurons,
-                     .tile_rows = p.tile_rows,
-                     .shared = p.weight != nullptr});
+                     .n_neurons = form.n_neurons,
+                     .tile_rows = decision.tile_rows,
+                     .shared = p.is_joint()});
 }
 
 }  // namespace csfast::cuda

@@ -61,7 +61,7 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
 
 // Whether a decision needs more than the usage of one neuron of one row.
 __host__ __device__ __forceinline__ bool is_pooled(const SelectParams& p) {
-  return p.tile_rows > 1 || p.weight != nullptr;
+  return p.decision.tile_rows > 1 || p.decision.weight != nullptr;
 }
 
 struct RunParams {
@@ -80,20 +80,20 @@ __global__ void __maxnreg__(kOverlapRegisters) run_kernel(const RunParams params
   __shared__ RunShared shared;
   const SelectParams& p = params.p;
   const int blocks = params.segments.blocks;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
+  const Runs runs = Runs::of(p.form.n_neurons, p.decision.tile_rows, blocks);
   const auto block = static_cast<int>(blockIdx.x);
   const auto batch = static_cast<int>(p.batch);
-  const auto d = static_cast<int>(p.d);
+  const auto d = static_cast<int>(p.form.d);
   const auto bring = [&](int8_t* q, auto meanwhile) {
     if (params.q != nullptr) {
       return copy_rows<kCode>(params.q, params.scale, batch, d, q, shared.sense, meanwhile);
     }
     const auto quantize = [&]<typename T>() {
-      quantize_rows<kCode>(static_cast<const T*>(p.x), p.equal, batch, d, q, shared.sense,
+      quantize_rows<kCode>(static_cast<const T*>(p.x), p.sensor.equal, batch, d, q, shared.sense,
                            meanwhile);
     };
-    if (p.dtype == DType::kF32) return quantize.template operator()<float>();
-    if (p.dtype == DType::kF16) return quantize.template operator()<__half>();
+    if (p.form.dtype == DType::kF32) return quantize.template operator()<float>();
+    if (p.form.dtype == DType::kF16) return quantize.template operator()<__half>();
     quantize.template operator()<__nv_bfloat16>();
   };
   const SensedRun run = sense_tiles<kCode, kProducts>(p, runs, block, params.run_neurons, shared,
@@ -116,7 +116,7 @@ __global__ void __maxnreg__(kOverlapRegisters) run_kernel(const RunParams params
     params.segments.count[list * blocks + block] = kept.count;
     params.missed[list * blocks + block] = kept.missed;
   };
-  const int lists = p.weight == nullptr ? batch : 1;
+  const int lists = p.decision.weight == nullptr ? batch : 1;
   if (lists == 1) {
     const Kept kept = keep_list(p, shared, run, keep_to(0));
     if (threadIdx.x < kWarp) write(0, kept);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kOverlapThreads) join_kernel(const JoinParams 
   const auto part = static_cast<int>(blockIdx.y);  // of the pieces
   const auto parts = static_cast<int>(gridDim.y);
   const int blocks = params.segments.blocks;
-  const Runs runs = Runs::of(p.n_neurons, p.tile_rows, blocks);
+  const Runs runs = Runs::of(p.form.n_neurons, p.decision.tile_rows, blocks);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int32_t* piece = params.segments.tile + list * runs.n_tiles;
@@ -203,33 +203,34 @@ __global__ void __launch_bounds__(kOverlapThreads) join_kernel(const JoinParams 
 
 template <Code kCode>
 __global__ void __launch_bounds__(kMeasureWarps* kWarp) usage_kernel(const SelectParams p) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
-  const float* scale = at<float>(p.workspace, layout.scale);               // (batch)
-  const float2* row_scale = reinterpret_cast<const float2*>(p.row_scale);  // (n_neurons)
-  float* usage = at<float>(p.workspace, layout.usage);                     // (batch, n_neurons)
-  measure_neurons<kCode>(
-      p.codes, at<int8_t>(p.workspace, layout.q), p.batch, p.d, p.n_neurons,
-      [&](int64_t b, int64_t j, int y_gate, int y_up) {
-        const float2 scales = row_scale[j];
-        const float gate = scaled(scale[b], scales.x, __int2float_rn(y_gate), p.offset, 2 * j);
-        const float up = scaled(scale[b], scales.y, __int2float_rn(y_up), p.offset, 2 * j + 1);
-        usage[b * p.n_neurons + j] = usage_of(p.activation, gate, up);
-      });
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
+  const float* scale = at<float>(p.workspace, layout.scale);                      // (batch)
+  const float2* row_scale = reinterpret_cast<const float2*>(p.sensor.row_scale);  // (n_neurons)
+  float* usage = at<float>(p.workspace, layout.usage);  // (batch, n_neurons)
+  measure_neurons<kCode>(p.sensor.codes, at<int8_t>(p.workspace, layout.q), p.batch, p.form.d,
+                         p.form.n_neurons, [&](int64_t b, int64_t j, int y_gate, int y_up) {
+                           const float2 scales = row_scale[j];
+                           const float gate = scaled(scale[b], scales.x, __int2float_rn(y_gate),
+                                                     p.sensor.offset, 2 * j);
+                           const float up = scaled(scale[b], scales.y, __int2float_rn(y_up),
+                                                   p.sensor.offset, 2 * j + 1);
+                           usage[b * p.form.n_neurons + j] = usage_of(p.form.activation, gate, up);
+                         });
 }
 
 __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const SelectParams p) {
   const int64_t list = blockIdx.y;
   const int64_t t = int64_t{blockIdx.x} * kPoolThreads + threadIdx.x;
-  const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int64_t n_tiles = n_tiles_max(p.form.n_neurons, p.decision.tile_rows);
   if (t >= n_tiles) return;
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const float* usage = at<float>(p.workspace, layout.usage);  // (batch, n_neurons)
   const auto of_row = [&](int64_t b) {
-    return group_usage(t, p.n_neurons, p.tile_rows,
-                       [&](int64_t j) { return usage[b * p.n_neurons + j]; });
+    return group_usage(t, p.form.n_neurons, p.decision.tile_rows,
+                       [&](int64_t j) { return usage[b * p.form.n_neurons + j]; });
   };
   at<float>(p.workspace, layout.pooled)[list * n_tiles + t] =
-      p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
+      p.decision.weight == nullptr ? of_row(list) : joint_usage(p.decision.weight, p.batch, of_row);
 }
 
 struct ListParams {
@@ -247,10 +248,10 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
   __shared__ Shared shared;
   const SelectParams& p = params.p;
   const int64_t list = blockIdx.x;
-  const int64_t n_tiles = n_tiles_max(p.n_neurons, p.tile_rows);
+  const int64_t n_tiles = n_tiles_max(p.form.n_neurons, p.decision.tile_rows);
   const float* usage = params.usage + list * n_tiles;
-  const Votes votes = votes_of(p.weight, params.scale, p.batch, list);
-  const float threshold = p.threshold[list];
+  const Votes votes = votes_of(p.decision.weight, params.scale, p.batch, list);
+  const float threshold = p.decision.threshold[list];
   int32_t* tile = p.tile + list * n_tiles;  // (n_tiles)
 
   float missed = 0.0f;
@@ -266,8 +267,8 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
   };
   int kept = compact(shared.compact, n_tiles, 0, by_threshold, emit);
   const int wanted = kept;
-  if (p.cap != nullptr && !votes.all) {
-    const int cap = max(p.cap[list], 0);
+  if (p.decision.cap != nullptr && !votes.all) {
+    const int cap = max(p.decision.cap[list], 0);
     if (kept > cap) {  // every thread alike
       missed = 0.0f;
       if (cap > 0) find_last_key(shared.rank, usage, n_tiles, cap);
@@ -294,7 +295,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
 }
 
 int lists_of(const SelectParams& p) {
-  return static_cast<int>(p.weight == nullptr ? p.batch : 1);
+  return static_cast<int>(p.decision.weight == nullptr ? p.batch : 1);
 }
 
 // Programmatic launches.
@@ -303,46 +304,48 @@ bool is_overlapping(const SelectParams& p, const Chip& chip) {
 }
 
 void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
-  dispatch(p.dtype, "select", [&]<typename T>() {
+  dispatch(p.form.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
-                {.equal = p.equal,
+                {.equal = p.sensor.equal,
                  .x = p.x,
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
-                 .d = p.d},
+                 .d = p.form.d},
                 p.batch, stream, overlaps);
   });
 }
 
 // With a cap, usages and scales stay in the workspace as well.
 Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const Runs runs = runs_of(p, chip);
   const Segments segments{.tile = at<int32_t>(p.workspace, layout.piece),
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = runs.blocks};
   const bool is_quantized = p.batch > kOwnRows;
   if (is_quantized) quantize_all(p, layout, is_overlapping(p, chip), stream);
-  RunParams params{.p = p,
-                   .segments = segments,
-                   .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
-                   .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
-                   .missed = at<float>(p.workspace, layout.missed),
-                   .usage = p.cap == nullptr ? nullptr : at<float>(p.workspace, layout.pooled),
-                   .own_scale = at<float>(p.workspace, layout.scale),
-                   .run_neurons = static_cast<int>(runs.tiles_max() * p.tile_rows)};
-  dispatch_code(p.code, "select", [&]<Code kCode>() {
+  RunParams params{
+      .p = p,
+      .segments = segments,
+      .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
+      .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
+      .missed = at<float>(p.workspace, layout.missed),
+      .usage = p.decision.cap == nullptr ? nullptr : at<float>(p.workspace, layout.pooled),
+      .own_scale = at<float>(p.workspace, layout.scale),
+      .run_neurons = static_cast<int>(runs.tiles_max() * p.decision.tile_rows)};
+  dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
-    launch("select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
-           stream, params,
-           {.shared_bytes = static_cast<int>(run_bytes<kCode>(p.batch, p.d, params.run_neurons)),
-            .overlaps = is_overlapping(p, chip)});
+    launch(
+        "select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
+        stream, params,
+        {.shared_bytes = static_cast<int>(run_bytes<kCode>(p.batch, p.form.d, params.run_neurons)),
+         .overlaps = is_overlapping(p, chip)});
   });
   return segments;
 }
 
 void launch_list(const SelectParams& p, const float* usage, Stream stream) {
-  const float* scale = at<float>(p.workspace, layout_of(p.batch, p.d, p.n_neurons).scale);
+  const float* scale = at<float>(p.workspace, layout_of(p.batch, p.form.d, p.form.n_neurons).scale);
   launch("select", "list", list_kernel, dim3(static_cast<unsigned>(lists_of(p))),
          dim3(kListThreads), stream, ListParams{.p = p, .usage = usage, .scale = scale});
 }
@@ -354,38 +357,40 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
 }
 
 Runs runs_of(const SelectParams& p, const Chip& chip) {
-  Runs runs = Runs::on(chip, p.n_neurons, p.tile_rows);
+  Runs runs = Runs::on(chip, p.form.n_neurons, p.decision.tile_rows);
   if (p.design.blocks > 0) runs.blocks = p.design.blocks;
   return runs;
 }
 
 bool is_one_pass(const SelectParams& p, const Chip& chip) {
   if (p.design.path == Path::kGeneral) return false;
-  if (p.batch < 1 || p.batch > kSenseBatch || p.d % 8 != 0 || p.d > kSenseWidth) return false;
-  if (!is_aligned(p.x) || !is_aligned(p.equal)) return false;
+  if (p.batch < 1 || p.batch > kSenseBatch || p.form.d % 8 != 0 || p.form.d > kSenseWidth)
+    return false;
+  if (!is_aligned(p.x) || !is_aligned(p.sensor.equal)) return false;
   const Runs runs = runs_of(p, chip);
   int64_t bytes = 0;
-  dispatch_code(p.code, "select", [&]<Code kCode>() {
-    bytes = run_bytes<kCode>(p.batch, p.d, runs.tiles_max() * p.tile_rows);
+  dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
+    bytes = run_bytes<kCode>(p.batch, p.form.d, runs.tiles_max() * p.decision.tile_rows);
   });
   return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
 }
 
 Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream) {
-  want_aligned(p.codes, 16, "select", "codes");
-  want_aligned(p.row_scale, 8, "select", "row_scale");
+  want_aligned(p.sensor.codes, 16, "select", "codes");
+  want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
   return launch_runs(p, chip, stream);
 }
 
 void select(const SelectParams& p, Stream stream) {
-  want_aligned(p.codes, 16, "select", "codes");
-  want_aligned(p.row_scale, 8, "select", "row_scale");
-  const Layout layout = layout_of(p.batch, p.d, p.n_neurons);
+  want_aligned(p.sensor.codes, 16, "select", "codes");
+  want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
+  const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const auto lists = static_cast<unsigned>(lists_of(p));
   const Chip machine = chip("select");
   if (is_one_pass(p, machine)) {
     const Segments segments = launch_runs(p, machine, stream);
-    if (p.cap != nullptr) return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
+    if (p.decision.cap != nullptr)
+      return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
     return launch(
         "select", "join", join_kernel, dim3(lists, blocks_of(segments.blocks, kJoinWarps)),
         dim3(kOverlapThreads), stream,
@@ -394,16 +399,17 @@ void select(const SelectParams& p, Stream stream) {
   }
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
     quantize_all(p, layout, false, stream);
-    dispatch_code(p.code, "select", [&]<Code kCode>() {
+    dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
-             dim3(blocks_of(p.n_neurons, kMeasureWarps * kMeasureNeurons)),
+             dim3(blocks_of(p.form.n_neurons, kMeasureWarps * kMeasureNeurons)),
              dim3(kMeasureWarps * kWarp), stream, p);
     });
   }
   if (is_pooled(p)) {
-    launch("select", "pool", pool_kernel,
-           dim3(blocks_of(n_tiles_max(p.n_neurons, p.tile_rows), kPoolThreads), lists),
-           dim3(kPoolThreads), stream, p);
+    launch(
+        "select", "pool", pool_kernel,
+        dim3(blocks_of(n_tiles_max(p.form.n_neurons, p.decision.tile_rows), kPoolThreads), lists),
+        dim3(kPoolThreads), stream, p);
   }
   launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), stream);
 }

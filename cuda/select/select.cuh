@@ -32,11 +32,11 @@ __device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
   const bool broken = !isfinite(scale);
-  if (p.weight == nullptr) {
+  if (p.decision.weight == nullptr) {
     if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
     return;
   }
-  const bool votes = lane < p.batch && p.weight[lane] != 0.0f;
+  const bool votes = lane < p.batch && p.decision.weight[lane] != 0.0f;
   const bool any = __any_sync(kFull, votes);
   const bool all = __any_sync(kFull, votes && broken);
   if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
@@ -61,18 +61,19 @@ __device__ __forceinline__ void prefetch_run(const SelectParams& p, const SenseR
   const int64_t n = run.end - run.first;
   if (thread == 0 && n > 0) {
     const int64_t bytes = 2 * code_bytes;
-    prefetch(p.codes + run.first * bytes,
+    prefetch(p.sensor.codes + run.first * bytes,
              static_cast<int>(min(n * bytes, int64_t{kPrefetchBytes})));
-    prefetch_line(p.threshold);
+    prefetch_line(p.decision.threshold);
   }
   const int64_t scales = n * int64_t{sizeof(float2)};
-  const char* row_scale = reinterpret_cast<const char*>(p.row_scale) + run.first * sizeof(float2);
+  const char* row_scale =
+      reinterpret_cast<const char*>(p.sensor.row_scale) + run.first * sizeof(float2);
   for (int64_t i = thread * kLine; i < scales; i += kSenseThreads * kLine) {
     prefetch_line(row_scale + i);
   }
   const int64_t line = int64_t{thread} * blocks + block;
-  if (line * kLine < p.d * int64_t{sizeof(float)}) {
-    prefetch_line(reinterpret_cast<const char*>(p.equal) + line * kLine);
+  if (line * kLine < p.form.d * int64_t{sizeof(float)}) {
+    prefetch_line(reinterpret_cast<const char*>(p.sensor.equal) + line * kLine);
   }
 }
 
@@ -86,22 +87,23 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
                                                  int run_neurons, RunShared& shared, char* room,
                                                  Bring bring) {
   const int batch = static_cast<int>(p.batch);
-  const int d = static_cast<int>(p.d);
+  const int d = static_cast<int>(p.form.d);
   const int64_t first_tile = runs.begin(block);
   const int64_t end_tile = runs.begin(block + 1);
   int8_t* q = reinterpret_cast<int8_t*>(room);  // (batch, shared_stride)
   float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
   float* usage = reinterpret_cast<float*>(row_scale + run_neurons);  // (batch, run_neurons)
-  const SenseRun run{.codes = p.codes,
-                     .first = first_tile * p.tile_rows,
-                     .end = min(end_tile * p.tile_rows, p.n_neurons),
+  const SenseRun run{.codes = p.sensor.codes,
+                     .first = first_tile * p.decision.tile_rows,
+                     .end = min(end_tile * p.decision.tile_rows, p.form.n_neurons),
                      .batch = batch,
                      .d = d,
                      .q = q};
 
   const auto n = static_cast<int>(run.end - run.first);
   const auto thread = static_cast<int>(threadIdx.x);
-  const float2* row_scales = reinterpret_cast<const float2*>(p.row_scale) + run.first;  // (n)
+  const float2* row_scales =
+      reinterpret_cast<const float2*>(p.sensor.row_scale) + run.first;  // (n)
 
   launch_dependents();
   if (!p.design.portable) prefetch_run(p, run, block, runs.blocks, row_bytes(d, kCode));
@@ -111,7 +113,8 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
     const auto load_scales = [&] {
       for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
       const int list = kSenseThreads - 1 - thread;  // by threads without a scale, mostly
-      if (list < (p.weight == nullptr ? batch : 1)) shared.threshold[list] = p.threshold[list];
+      if (list < (p.decision.weight == nullptr ? batch : 1))
+        shared.threshold[list] = p.decision.threshold[list];
     };
     bring(q, load_scales);
     if (threadIdx.x < kWarp) vote(p, shared);
@@ -119,9 +122,9 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
   const auto write = [&](int i, int b, int y_gate, int y_up) {
     const int64_t at = 2 * (run.first + i);
     const float scale = shared.sense.scale[b];
-    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.offset, at);
-    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.offset, at + 1);
-    usage[b * run_neurons + i] = usage_of(p.activation, gate, up);
+    const float gate = scaled(scale, row_scale[i].x, __int2float_rn(y_gate), p.sensor.offset, at);
+    const float up = scaled(scale, row_scale[i].y, __int2float_rn(y_up), p.sensor.offset, at + 1);
+    usage[b * run_neurons + i] = usage_of(p.form.activation, gate, up);
   };
   sense_run<kCode, kProducts>(run, shared.sense, quantize, write);
   __syncthreads();
@@ -140,14 +143,16 @@ struct Kept {
 // Of tile t of the run, for `list`.
 __device__ __forceinline__ float usage_of_tile(const SelectParams& p, const SensedRun& run,
                                                int list, int64_t t) {
-  if (p.weight == nullptr && p.tile_rows == 1) {
+  if (p.decision.weight == nullptr && p.decision.tile_rows == 1) {
     return run.usage[list * run.run_neurons + static_cast<int>(t - run.first)];
   }
   const auto of_row = [&](int64_t b) {
     const float* row = run.usage + b * run.run_neurons - run.first;
-    return group_usage(t, p.n_neurons, p.tile_rows, [&](int64_t j) { return row[j]; });
+    return group_usage(t, p.form.n_neurons, p.decision.tile_rows,
+                       [&](int64_t j) { return row[j]; });
   };
-  return p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
+  return p.decision.weight == nullptr ? of_row(list)
+                                      : joint_usage(p.decision.weight, p.batch, of_row);
 }
 
 // Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is
@@ -186,7 +191,7 @@ __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shar
   const int lane = thread % kWarp;
   const float threshold = shared.threshold[0];
   const Votes votes = shared.votes[0];
-  const auto place_of = [&](int64_t t) { return t * p.tile_rows - run.first; };
+  const auto place_of = [&](int64_t t) { return t * p.decision.tile_rows - run.first; };
   int count = 0;
 #pragma unroll 1
   for (int64_t t0 = run.first_tile; t0 < run.end_tile; t0 += kSenseThreads) {

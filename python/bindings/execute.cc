@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include "call.h"
+#include "layer.h"
 
 using namespace nb::literals;
 
@@ -13,16 +14,14 @@ void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb
              nb::handle down_bias, const char* activation, const char* design, nb::handle workspace,
              nb::handle out, uintptr_t stream) {
   Call call("execute");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, lists{"1 or batch"};
+  LayerSizes sizes;
+  const Size& batch = sizes.batch;
+  Size lists{"1 or batch"};
   csfast::ExecuteParams p{};
-  p.x = call.in_type(x, "x", {&batch, &d});
-  p.gate = call.in_type(gate, "gate", {&n, &d});
-  p.up = call.in_type(up, "up", {&n, &d});
-  p.down_t = call.in_type(down_t, "down_t", {&n, &d});
-  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
-  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
-  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
-  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(n, tile_rows) : -1};
+  p.x = call.in_type(x, "x", {&sizes.batch, &sizes.d});
+  p.weights = unpack(call, sizes, WeightsArgs{gate, up, down_t, gate_bias, up_bias, down_bias});
+  p.form = form_of(call, sizes, activation);
+  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(sizes.n, tile_rows) : -1};
   p.tile = call.in<int32_t>(tiles, "tile", {&lists, &width});
   if (lists != 1 && lists != batch) {
     throw nb::value_error(("[execute] tile has " + std::to_string(lists) +
@@ -30,15 +29,12 @@ void execute(nb::handle gate, nb::handle up, nb::handle down_t, nb::handle x, nb
                               .c_str());
   }
   p.n_tiles = call.in<int32_t>(n_tiles, "n_tiles", {&lists});
-  p.out = call.out_type(out, "out", {&batch, &d});
-  p.workspace = call.workspace(workspace, csfast::execute_workspace(batch, d, n, call.device()));
+  p.out = call.out_type(out, "out", {&sizes.batch, &sizes.d});
+  p.workspace =
+      call.workspace(workspace, csfast::execute_workspace(batch, sizes.d, sizes.n, call.device()));
   p.batch = batch;
-  p.d = d;
-  p.n_neurons = n;
   p.tile_rows = tile_rows;
   p.shared = lists == 1;
-  p.dtype = call.dtype();
-  p.activation = call.activation(activation);
   p.design = csfast::parse_design("execute", design);
   unlocked([&] { csfast::execute(p, call.device(), stream_of(stream)); });
 }
@@ -53,11 +49,11 @@ std::string choose(int64_t batch, int64_t d, int64_t n_neurons, int tile_rows, b
                    int n_processors, int shared_bytes) {
   csfast::ExecuteParams p{};
   p.batch = batch;
-  p.d = d;
-  p.n_neurons = n_neurons;
+  p.form.d = d;
+  p.form.n_neurons = n_neurons;
   p.tile_rows = tile_rows;
   p.shared = shared;
-  p.dtype = element_bytes == 4 ? csfast::DType::kF32 : csfast::DType::kBF16;
+  p.form.dtype = element_bytes == 4 ? csfast::DType::kF32 : csfast::DType::kBF16;
   p.design = csfast::parse_design("execute", design);
   return to_string(csfast::choose(
       p, {.capability = capability, .n_processors = n_processors, .shared_bytes = shared_bytes},

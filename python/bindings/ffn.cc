@@ -1,7 +1,7 @@
 #include "csfast/ffn.h"
 
 #include "call.h"
-#include "codes.h"
+#include "layer.h"
 
 using namespace nb::literals;
 
@@ -14,34 +14,20 @@ void ffn(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle th
          nb::handle cap, nb::handle dropped, nb::handle workspace, nb::handle out,
          uintptr_t stream) {
   Call call("ffn");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
+  LayerSizes sizes;
   csfast::FfnParams p{};
-  p.x = call.in_type(x, "x", {&batch, &d});
-  p.code = code_of(code);
-  CodeSizes sizes(p.code, d);
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
-  p.equal = call.in<float>(equal, "equal", {&d});
-  p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
-  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
-  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
-  p.threshold = call.in<float>(threshold, "threshold", {p.weight == nullptr ? &batch : &one});
-  p.gate = call.in_type(gate, "gate", {&n, &d});
-  p.up = call.in_type(up, "up", {&n, &d});
-  p.down_t = call.in_type(down_t, "down_t", {&n, &d});
-  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
-  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
-  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
-  p.cap = call.in_or_null<int32_t>(cap, "cap", {p.weight == nullptr ? &batch : &one});
-  if (!dropped.is_none()) p.dropped = call.out<int64_t>(dropped, "dropped", {&one});
-  if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&two});
-  p.out = call.out_type(out, "out", {&batch, &d});
-  p.workspace = call.workspace(workspace, csfast::ffn_workspace(batch, d, n, call.device()));
-  p.batch = batch;
-  p.d = d;
-  p.n_neurons = n;
-  p.tile_rows = tile_rows;
-  p.dtype = call.dtype();
-  p.activation = call.activation(activation);
+  p.x = call.in_type(x, "x", {&sizes.batch, &sizes.d});
+  p.layer.sensor = unpack(call, sizes, SensorArgs{codes, equal, row_scale, offset, code});
+  p.layer.decision = unpack(call, sizes, sizes.lists(weight), {threshold, weight, cap, tile_rows});
+  p.layer.weights =
+      unpack(call, sizes, WeightsArgs{gate, up, down_t, gate_bias, up_bias, down_bias});
+  p.layer.form = form_of(call, sizes, activation);
+  if (!dropped.is_none()) p.dropped = call.out<int64_t>(dropped, "dropped", {&sizes.one});
+  if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&sizes.two});
+  p.out = call.out_type(out, "out", {&sizes.batch, &sizes.d});
+  p.workspace = call.workspace(workspace,
+                               csfast::ffn_workspace(sizes.batch, sizes.d, sizes.n, call.device()));
+  p.batch = sizes.batch;
   p.design = csfast::parse_design("ffn", design);
   unlocked([&] { csfast::ffn(p, call.device(), stream_of(stream)); });
 }

@@ -1,8 +1,8 @@
 #include "csfast/select.h"
 
 #include "call.h"
-#include "codes.h"
 #include "csfast/tile.h"
+#include "layer.h"
 
 using namespace nb::literals;
 
@@ -15,31 +15,21 @@ void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::
                   nb::handle tiles, nb::handle n_tiles, nb::handle missed, nb::handle cap,
                   nb::handle dropped, uintptr_t stream) {
   Call call("select");
-  Size batch{"batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2}, one{"1", 1};
+  LayerSizes sizes;
   csfast::SelectParams p{};
-  p.x = call.in_type(x, "x", {&batch, &d});
-  p.code = code_of(code);
-  CodeSizes sizes(p.code, d);
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
-  p.equal = call.in<float>(equal, "equal", {&d});
-  p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
-  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
-  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
-  Size& lists = p.weight == nullptr ? batch : one;
-  p.threshold = call.in<float>(threshold, "threshold", {&lists});
-  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(n, tile_rows) : -1};
+  p.x = call.in_type(x, "x", {&sizes.batch, &sizes.d});
+  p.sensor = unpack(call, sizes, SensorArgs{codes, equal, row_scale, offset, code});
+  Size& lists = sizes.lists(weight);
+  p.decision = unpack(call, sizes, lists, {threshold, weight, cap, tile_rows});
+  p.form = form_of(call, sizes, activation);
+  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_tiles_max(sizes.n, tile_rows) : -1};
   p.tile = call.out<int32_t>(tiles, "tile", {&lists, &width});
   p.n_tiles = call.out<int32_t>(n_tiles, "n_tiles", {&lists});
   p.missed = call.out<float>(missed, "missed", {&lists});
-  p.cap = call.in_or_null<int32_t>(cap, "cap", {&lists});
   if (!dropped.is_none()) p.dropped = call.out<int32_t>(dropped, "dropped", {&lists});
-  p.workspace = call.workspace(workspace, csfast::select_workspace(batch, d, n, call.device()));
-  p.batch = batch;
-  p.d = d;
-  p.n_neurons = n;
-  p.tile_rows = tile_rows;
-  p.dtype = call.dtype();
-  p.activation = call.activation(activation);
+  p.workspace = call.workspace(
+      workspace, csfast::select_workspace(sizes.batch, sizes.d, sizes.n, call.device()));
+  p.batch = sizes.batch;
   p.design = csfast::parse_design("select", design);
   unlocked([&] { csfast::select(p, call.device(), stream_of(stream)); });
 }

@@ -1,7 +1,7 @@
 #include "csfast/session.h"
 
 #include "call.h"
-#include "codes.h"
+#include "layer.h"
 
 using namespace nb::literals;
 
@@ -13,33 +13,20 @@ int64_t bind(csfast::Session& session, nb::handle codes, nb::handle equal, nb::h
              nb::handle down_bias, nb::handle weight, const char* activation, nb::handle stats,
              nb::handle workspace, bool cuda) {
   Call call("session");
-  Size batch{"max_batch"}, d{"d"}, n{"n_neurons"}, two{"2", 2};
+  LayerSizes sizes{.batch = {"max_batch"}};
   csfast::FfnParams p{};
-  p.gate = call.in_type(gate, "gate", {&n, &d});
-  p.up = call.in_type(up, "up", {&n, &d});
-  p.down_t = call.in_type(down_t, "down_t", {&n, &d});
-  p.code = code_of(code);
-  CodeSizes sizes(p.code, d);
-  p.codes = call.in<uint8_t>(codes, "codes", {&n, &two, &sizes.groups, &sizes.bytes});
-  p.equal = call.in<float>(equal, "equal", {&d});
-  p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &two});
-  p.offset = call.in_or_null<float>(offset, "offset", {&n, &two});
-  p.gate_bias = call.in_type_or_null(gate_bias, "gate_bias", {&n});
-  p.up_bias = call.in_type_or_null(up_bias, "up_bias", {&n});
-  p.down_bias = call.in_type_or_null(down_bias, "down_bias", {&d});
-  p.threshold = call.in<float>(threshold, "threshold", {&batch});
-  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
-  if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&two});
-  p.workspace = call.workspace(workspace, csfast::ffn_workspace(batch, d, n, call.device()));
+  p.layer.weights =
+      unpack(call, sizes, WeightsArgs{gate, up, down_t, gate_bias, up_bias, down_bias});
+  p.layer.sensor = unpack(call, sizes, SensorArgs{codes, equal, row_scale, offset, code});
+  p.layer.decision = unpack(call, sizes, sizes.batch, {threshold, weight, nb::none(), tile_rows});
+  p.layer.form = form_of(call, sizes, activation);
+  if (!stats.is_none()) p.stats = call.out<int64_t>(stats, "stats", {&sizes.two});
+  p.workspace = call.workspace(workspace,
+                               csfast::ffn_workspace(sizes.batch, sizes.d, sizes.n, call.device()));
   if ((call.device() == csfast::Device::kCuda) != cuda) {
     throw nb::value_error("[session] tensors of another device: want those of the session.");
   }
-  p.batch = batch;
-  p.d = d;
-  p.n_neurons = n;
-  p.tile_rows = tile_rows;
-  p.dtype = call.dtype();
-  p.activation = call.activation(activation);
+  p.batch = sizes.batch;
   return session.bind(p);
 }
 

@@ -11,28 +11,23 @@
 #include <cstdint>
 
 #include "csfast/design.h"
+#include "csfast/layer.h"
 #include "csfast/tile.h"
 #include "csfast/types.h"
 
 namespace csfast {
 
 struct ExecuteParams {
-  const void* gate;        // (n_neurons, d), T
-  const void* up;          // (n_neurons, d), T
-  const void* down_t;      // (n_neurons, d), T: the transposed down projection
-  const void* gate_bias;   // (n_neurons), T, or null
-  const void* up_bias;     // (n_neurons), T, or null
-  const void* down_bias;   // (d), T, or null
+  Form form;
+  Weights weights;
   const void* x;           // (batch, d), T
   const int32_t* tile;     // (lists, n_tiles_max)
   const int32_t* n_tiles;  // (lists)
   void* workspace;         // execute_workspace() bytes, 64-byte aligned, content irrelevant
   void* out;               // (batch, d), T, written; the bias or zeros where the list is empty
-  int64_t batch, d, n_neurons;
+  int64_t batch;
   int tile_rows;
   bool shared;  // one list for all rows: lists is 1, otherwise batch
-  DType dtype;  // T
-  Activation activation;
   Design design = {};
 };
 

@@ -5,36 +5,51 @@
 
 #include "csfast/design.h"
 #include "csfast/execute.h"
+#include "csfast/layer.h"
 #include "csfast/select.h"
 #include "csfast/types.h"
 
 namespace csfast {
 
 struct FfnParams {
-  const uint8_t* codes;    // (n_neurons, 2, groups, group_bytes)
-  const float* equal;      // (d)
-  const float* row_scale;  // (n_neurons, 2)
-  const float* offset;     // (n_neurons, 2), or null
-  const float* weight;     // (batch), or null: every row has a support of its own, see recover.h
-  const float* threshold;  // (batch); with weights only the first is read
-  const int32_t* cap = nullptr;  // likewise: the most tiles that a row keeps, see select.h; or null
-  const void* gate;              // (n_neurons, d), T
-  const void* up;                // (n_neurons, d), T
-  const void* down_t;            // (n_neurons, d), T
-  const void* gate_bias;         // (n_neurons), T, or null
-  const void* up_bias;           // (n_neurons), T, or null
-  const void* down_bias;         // (d), T, or null
-  const void* x;                 // (batch, d), T
-  void* workspace;               // ffn_workspace() bytes, 64-byte aligned
-  void* out;                     // (batch, d), T, written
-  int64_t* stats;                // (2) or null: += batch, += neurons executed, in all its rows
-  int64_t* dropped = nullptr;    // (1) or null: += tiles that only the cap left out
-  int64_t batch, d, n_neurons;
-  Code code;
-  int tile_rows;
-  DType dtype;  // T
-  Activation activation;
+  Layer layer;
+  const void* x;               // (batch, d), T
+  void* workspace;             // ffn_workspace() bytes, 64-byte aligned
+  void* out;                   // (batch, d), T, written
+  int64_t* stats = nullptr;    // (2) or null: += batch, += neurons executed, in all its rows
+  int64_t* dropped = nullptr;  // (1) or null: += tiles that only the cap left out
+  int64_t batch;
   Design design = {};
+
+  // What either half of it does, by the list (lists, n_tiles_max) and n_tiles (lists) that select
+  // writes and execute reads. `workspace` of either is the caller's.
+  SelectParams selection(void* workspace, int32_t* tile, int32_t* n_tiles, int32_t* dropped) const {
+    return {.form = layer.form,
+            .sensor = layer.sensor,
+            .decision = layer.decision,
+            .x = x,
+            .workspace = workspace,
+            .tile = tile,
+            .n_tiles = n_tiles,
+            .dropped = dropped,
+            .batch = batch,
+            .design = design};
+  }
+  ExecuteParams execution(void* workspace, const int32_t* tile, const int32_t* n_tiles) const {
+    return {.form = layer.form,
+            .weights = layer.weights,
+            .x = x,
+            .tile = tile,
+            .n_tiles = n_tiles,
+            .workspace = workspace,
+            .out = out,
+            .batch = batch,
+            .tile_rows = layer.decision.tile_rows,
+            .shared = is_joint(),
+            .design = design};
+  }
+  // One list, which every row of the batch executes.
+  bool is_joint() const { return layer.decision.weight != nullptr; }
 };
 
 int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);

@@ -9,30 +9,23 @@
 #include <cstdint>
 
 #include "csfast/design.h"
-#include "csfast/planes.h"
+#include "csfast/layer.h"
 #include "csfast/types.h"
 
 namespace csfast {
 
+// `lists` is 1 with weights, otherwise batch.
 struct SelectParams {
-  const uint8_t* codes;          // (n_neurons, 2, groups, group_bytes)
-  const float* equal;            // (d)
-  const float* row_scale;        // (n_neurons, 2)
-  const float* offset;           // (n_neurons, 2), or null
-  const float* weight;           // (batch), or null: every row has a list of its own, see recover.h
-  const float* threshold;        // (lists): 1 with weights, otherwise batch
-  const int32_t* cap = nullptr;  // (lists): the most tiles that each keeps, or null; below 0 is 0
-  const void* x;                 // (batch, d), T
-  void* workspace;               // select_workspace() bytes, 64-byte aligned
-  int32_t* tile;                 // (lists, n_tiles_max), written: ascending up to n_tiles, 0 beyond
-  int32_t* n_tiles;              // (lists), written
-  int32_t* dropped = nullptr;    // (lists), written, or null: tiles that only the cap left out
-  float* missed;                 // (lists), written, or null
-  int64_t batch, d, n_neurons;
-  Code code;
-  int tile_rows;
-  DType dtype;  // T
-  Activation activation;
+  Form form;
+  Sensor sensor;
+  Decision decision;
+  const void* x;               // (batch, d), T
+  void* workspace;             // select_workspace() bytes, 64-byte aligned
+  int32_t* tile;               // (lists, n_tiles_max), written: ascending up to n_tiles, 0 beyond
+  int32_t* n_tiles;            // (lists), written
+  int32_t* dropped = nullptr;  // (lists), written, or null: tiles that only the cap left out
+  float* missed = nullptr;     // (lists), written, or null
+  int64_t batch;
   Design design = {};
 };
 

@@ -15,9 +15,9 @@ class Session {
  public:
   explicit Session(Device device) : device_(device) {}
 
-  // Takes everything of `layer` but x, out and batch, which each call brings; `batch` is the most
-  // that a call may ask for. Returns the number of the layer.
-  int64_t bind(const FfnParams& layer);
+  // Takes everything of `p` but x, out and batch, which each call brings; p.batch is the most that
+  // a call may ask for. Returns the number of the layer.
+  int64_t bind(const FfnParams& p);
 
   // x (batch, d) to out (batch, d); `threshold` as bound.
   void ffn(int64_t layer, const void* x, void* out, int64_t batch, Stream stream) const;

@@ -57,10 +57,10 @@ constexpr int kDots = kRows == 1 ? kTogether : 1;
 template <typename T, int kNeurons, int kRows>
 inline void activate_neurons(const ExecuteParams& p, const Neuron* of, const char* x,
                              __m256 (*a)[kNeurons]) {
-  const int64_t row = p.d * T::kSize;
+  const int64_t row = p.form.d * T::kSize;
   __m256 g[kRows][kNeurons][2] = {};  // two chains of additions each, to wait less for either
   __m256 u[kRows][kNeurons][2] = {};
-  for_lines<T>(p.d, [&](int64_t c, int64_t size) {
+  for_lines<T>(p.form.d, [&](int64_t c, int64_t size) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
       _mm_prefetch(of[i].gate + of[i].ahead + c * T::kSize, _MM_HINT_T1);
@@ -89,8 +89,9 @@ inline void activate_neurons(const ExecuteParams& p, const Neuron* of, const cha
     for (int i = 0; i < kNeurons; ++i) {
       const __m256 gated = _mm256_set1_ps(sum_of(_mm256_add_ps(g[r][i][0], g[r][i][1])));
       const __m256 upped = _mm256_set1_ps(sum_of(_mm256_add_ps(u[r][i][0], u[r][i][1])));
-      a[r][i] = _mm256_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, of[i].index)),
-                              add_bias<T>(upped, p.up_bias, of[i].index));
+      a[r][i] = _mm256_mul_ps(
+          activate(p.form.activation, add_bias<T>(gated, p.weights.gate_bias, of[i].index)),
+          add_bias<T>(upped, p.weights.up_bias, of[i].index));
     }
   }
 }
@@ -109,7 +110,7 @@ inline void add_neurons(const ExecuteParams& p, const Neuron* of, const char* x,
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) std::copy(some[r], some[r] + kStep, a[r] + i);
   }
-  for_lines<T>(p.d, [&](int64_t c, int64_t size) {
+  for_lines<T>(p.form.d, [&](int64_t c, int64_t size) {
 #pragma GCC unroll 4
     for (int i = 0; i < kNeurons; ++i) {
       _mm_prefetch(of[i].down + of[i].ahead + c * T::kSize, _MM_HINT_T1);
@@ -137,12 +138,12 @@ inline void add_neurons(const ExecuteParams& p, const Neuron* of, const char* x,
 template <typename T, int kNeurons>
 void add_to_rows(const ExecuteParams& p, const Rows& rows, const int32_t* now,
                  const int32_t* next) {
-  const int64_t row = p.d * T::kSize;
+  const int64_t row = p.form.d * T::kSize;
   Neuron of[kNeurons];
   for (int i = 0; i < kNeurons; ++i) {
-    of[i] = {.gate = static_cast<const char*>(p.gate) + now[i] * row,
-             .up = static_cast<const char*>(p.up) + now[i] * row,
-             .down = static_cast<const char*>(p.down_t) + now[i] * row,
+    of[i] = {.gate = static_cast<const char*>(p.weights.gate) + now[i] * row,
+             .up = static_cast<const char*>(p.weights.up) + now[i] * row,
+             .down = static_cast<const char*>(p.weights.down_t) + now[i] * row,
              .ahead = (int64_t{next[i]} - now[i]) * row,
              .index = now[i]};
   }
@@ -188,9 +189,9 @@ void finish_row(const float* sums, int64_t n_segments, int64_t d, const char* bi
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
             int64_t n_ahead, bool first) noexcept {
   for (int64_t r = 0; first && r < rows.n; ++r) {
-    std::fill_n(rows.sum + r * rows.sum_stride, p.d, 0.0f);
+    std::fill_n(rows.sum + r * rows.sum_stride, p.form.d, 0.0f);
   }
-  dispatch(p.dtype, [&]<typename T>() { gather_rows<T>(p, rows, neuron, n, n_ahead); });
+  dispatch(p.form.dtype, [&]<typename T>() { gather_rows<T>(p, rows, neuron, n, n_ahead); });
 }
 
 void finish(const float* sums, int64_t n_segments, int64_t d, DType dtype, const void* bias,

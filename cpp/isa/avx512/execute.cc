@@ -94,13 +94,13 @@ struct Neuron {
 template <typename T, int kNeurons>
 inline void find(const ExecuteParams& p, const int32_t* neuron, int64_t i, int64_t end,
                  Neuron* of) {
-  const int64_t row = p.d * T::kSize;
+  const int64_t row = p.form.d * T::kSize;
   for (int k = 0; k < kNeurons; ++k) {
     const int64_t now = neuron[i + k];
     const int64_t next = neuron[std::min(i + k + kNeurons, end - 1)];
-    of[k] = {.gate = static_cast<const char*>(p.gate) + now * row,
-             .up = static_cast<const char*>(p.up) + now * row,
-             .down = static_cast<const char*>(p.down_t) + now * row,
+    of[k] = {.gate = static_cast<const char*>(p.weights.gate) + now * row,
+             .up = static_cast<const char*>(p.weights.up) + now * row,
+             .down = static_cast<const char*>(p.weights.down_t) + now * row,
              .ahead = (next - now) * row,
              .index = now};
   }
@@ -113,7 +113,7 @@ inline void find(const ExecuteParams& p, const int32_t* neuron, int64_t i, int64
 template <typename T, int kNeurons, int kRows, bool kDots, bool kAdds>
 inline void go_through(const ExecuteParams& p, const Neuron* of, const Neuron* last, const char* x,
                        float* sum, int64_t sum_stride, __m512 (*a)[kNeurons]) {
-  const int64_t row = p.d * T::kSize;
+  const int64_t row = p.form.d * T::kSize;
   __m512 g[kRows][kNeurons] = {};
   __m512 u[kRows][kNeurons] = {};
   if constexpr (kDots) {
@@ -125,7 +125,7 @@ inline void go_through(const ExecuteParams& p, const Neuron* of, const Neuron* l
       _mm_prefetch(of[i].down + of[i].ahead + row - 1, _MM_HINT_T1);
     }
   }
-  for_lines<T>(p.d, [&](int64_t c, typename T::Mask mask) {
+  for_lines<T>(p.form.d, [&](int64_t c, typename T::Mask mask) {
     const int64_t at = c * T::kSize;
     if constexpr (kDots) {
 #pragma GCC unroll 4
@@ -165,9 +165,9 @@ inline void go_through(const ExecuteParams& p, const Neuron* of, const Neuron* l
       for (int i = 0; i < kNeurons; ++i) {
         const __m512 gated = _mm512_set1_ps(_mm512_reduce_add_ps(g[r][i]));
         const __m512 upped = _mm512_set1_ps(_mm512_reduce_add_ps(u[r][i]));
-        a[r][i] =
-            _mm512_mul_ps(activate(p.activation, add_bias<T>(gated, p.gate_bias, of[i].index)),
-                          add_bias<T>(upped, p.up_bias, of[i].index));
+        a[r][i] = _mm512_mul_ps(
+            activate(p.form.activation, add_bias<T>(gated, p.weights.gate_bias, of[i].index)),
+            add_bias<T>(upped, p.weights.up_bias, of[i].index));
       }
     }
   }
@@ -209,7 +209,7 @@ inline int64_t gather_rows(const ExecuteParams& p, const Rows& rows, const int32
     int64_t r = 0;
     const auto run = [&]<int kRows>() {
       for (; r + kRows <= rows.n; r += kRows) {
-        const char* x = static_cast<const char*>(rows.x) + r * p.d * T::kSize;
+        const char* x = static_cast<const char*>(rows.x) + r * p.form.d * T::kSize;
         float* sum = rows.sum + r * rows.sum_stride;
         __m512 a[kRows][kNeurons];
         constexpr int kStep = std::min(kDots<kRows>, kNeurons);
@@ -272,9 +272,9 @@ void finish_row(const float* sums, int64_t n_segments, int64_t d, const char* bi
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
             int64_t n_ahead, bool first) noexcept {
   for (int64_t r = 0; first && r < rows.n; ++r) {
-    std::fill_n(rows.sum + r * rows.sum_stride, p.d, 0.0f);
+    std::fill_n(rows.sum + r * rows.sum_stride, p.form.d, 0.0f);
   }
-  dispatch(p.dtype, [&]<typename T>() {
+  dispatch(p.form.dtype, [&]<typename T>() {
     const int64_t end = n + n_ahead;
     if (rows.n == 1) {
       const int64_t i = gather_row<T, kTogether>(p, rows, neuron, 0, n, end);

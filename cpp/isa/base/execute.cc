@@ -10,24 +10,25 @@
 namespace csfast::base {
 void gather(const ExecuteParams& p, const Rows& rows, const int32_t* neuron, int64_t n,
             int64_t /*n_ahead*/, bool first) noexcept {
-  dispatch(p.dtype, [&]<typename T>() {
+  dispatch(p.form.dtype, [&]<typename T>() {
     const auto bias = [](const void* of, int64_t j, float v) {
       return of == nullptr ? v : v + to_float(static_cast<const T*>(of)[j]);
     };
     for (int64_t r = 0; first && r < rows.n; ++r) {
-      std::fill_n(rows.sum + r * rows.sum_stride, p.d, 0.0f);
+      std::fill_n(rows.sum + r * rows.sum_stride, p.form.d, 0.0f);
     }
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = neuron[i] * p.d;
-      const T* down = static_cast<const T*>(p.down_t) + at;
+      const int64_t at = neuron[i] * p.form.d;
+      const T* down = static_cast<const T*>(p.weights.down_t) + at;
       for (int64_t r = 0; r < rows.n; ++r) {  // the others find the weights in the cache
-        const T* x = static_cast<const T*>(rows.x) + r * p.d;
+        const T* x = static_cast<const T*>(rows.x) + r * p.form.d;
         float* sum = rows.sum + r * rows.sum_stride;
-        const float g =
-            bias(p.gate_bias, neuron[i], dot(static_cast<const T*>(p.gate) + at, x, p.d));
-        const float u = bias(p.up_bias, neuron[i], dot(static_cast<const T*>(p.up) + at, x, p.d));
-        const float a = activate(p.activation, g) * u;
-        for (int64_t c = 0; c < p.d; ++c) sum[c] += a * to_float(down[c]);
+        const float g = bias(p.weights.gate_bias, neuron[i],
+                             dot(static_cast<const T*>(p.weights.gate) + at, x, p.form.d));
+        const float u = bias(p.weights.up_bias, neuron[i],
+                             dot(static_cast<const T*>(p.weights.up) + at, x, p.form.d));
+        const float a = activate(p.form.activation, g) * u;
+        for (int64_t c = 0; c < p.form.d; ++c) sum[c] += a * to_float(down[c]);
       }
     }
   });
