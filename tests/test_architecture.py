@@ -242,6 +242,11 @@ def test_no_code_is_read_from_data(path):
 
 
 @every_module
+def test_what_a_layer_ran_before_is_known_to_the_patch_alone(path):
+    assert NAMES[path] == "patch" or "dense_forward" not in path.read_text(encoding="utf-8")
+
+
+@every_module
 def test_nothing_prints(path):
     for call in calls(path):
         assert ast.unparse(call.func) != "print", f"line {call.lineno}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import models, ops
 from .codes import planes
-from .models import Ffn
+from .models import PATCH, Ffn
 from .plan import BLOCK_MAX, LayerPlan, Plan
 from .types import POOLED, TERNARY, Code
 from .votes import BATCH_MAX, Votes
@@ -229,7 +229,7 @@ def apply(
     patched = {original: _patched(original) for original in {type(f.module) for f in ffns}}
     # Nothing above touched the model; nothing below can fail.
     for ffn, layer in zip(ffns, layers, strict=True):
-        ffn.module.__dict__["_csfast"] = layer
+        ffn.module.__dict__[PATCH] = layer
         ffn.module.__class__ = patched[type(ffn.module)]
     return Applied(len(ffns), n_bytes, bits, block, joint, density, task)
 
@@ -242,7 +242,7 @@ def remove(model: nn.Module) -> None:
     """
     for module in _patched_modules(model, "remove"):
         module.__class__ = type(module).__mro__[1]
-        del module.__dict__["_csfast"]
+        del module.__dict__[PATCH]
 
 
 @contextlib.contextmanager
@@ -350,7 +350,7 @@ def stats(model: nn.Module) -> Stats:
     Raises:
         ValueError: csfast is not applied to the model.
     """
-    layers = [m.__dict__["_csfast"] for m in _patched_modules(model, "stats")]
+    layers = [m.__dict__[PATCH] for m in _patched_modules(model, "stats")]
     counts = layers[0].shared.counts.tolist()
     return Stats(
         tokens=tuple(c[0] for c in counts),
@@ -367,7 +367,7 @@ def _patched(original: type[nn.Module]) -> type[nn.Module]:
         dense_forward = original.forward
 
         def forward(self, x: Tensor) -> Tensor:
-            layer: _Layer = self.__dict__["_csfast"]
+            layer: _Layer = self.__dict__[PATCH]
             shared = layer.shared
             runs_sparse = (
                 x.ndim == 3
@@ -605,7 +605,7 @@ def _free_share(device: torch.device) -> int:
 
 def _layer_of(module: nn.Module) -> _Layer | None:
     """What a patched module carries; nothing if it is not patched."""
-    return module.__dict__.get("_csfast")
+    return module.__dict__.get(PATCH)
 
 
 def _patched_modules(model: nn.Module, verb: str) -> list[nn.Module]:
@@ -619,5 +619,5 @@ def _patched_modules(model: nn.Module, verb: str) -> list[nn.Module]:
 
 
 def _shared(model: nn.Module, verb: str) -> _Shared:
-    shared: _Shared = _patched_modules(model, verb)[0].__dict__["_csfast"].shared
+    shared: _Shared = _patched_modules(model, verb)[0].__dict__[PATCH].shared
     return shared

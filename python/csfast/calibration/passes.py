@@ -118,7 +118,7 @@ def calibrate(
     groups = sorted_samples(samples)
     fingerprint = models.fingerprint(model)
     ffns = models.find_ffns(model)
-    if any(hasattr(type(ffn.module), "dense_forward") for ffn in ffns):
+    if any(models.is_patched(ffn.module) for ffn in ffns):
         raise ValueError("[calibrate] a model that csfast is applied to: call csfast.remove first.")
 
     for ffn in ffns:

@@ -849,7 +849,7 @@ def effort(model: nn.Module, setting: Setting, piece: Piece) -> Effort:
 def replaced(ffns: Sequence[Ffn], forward: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
     """Run every layer by ``forward(layer, x (n_rows, n, d))``; restore the modules at the end."""
     for ffn in ffns:
-        if "forward" in vars(ffn.module) or hasattr(type(ffn.module), "dense_forward"):
+        if "forward" in vars(ffn.module) or models.is_patched(ffn.module):
             raise ValueError(
                 f"[judge] {ffn.name} has its forward replaced: want the model as it was "
                 "loaded; call csfast.remove first."

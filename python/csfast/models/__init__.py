@@ -5,7 +5,17 @@ The one room that imports transformers, and only where it is called: importing i
 
 from .fingerprint import Fingerprint, fingerprint
 from .load import demo_folder, load
-from .structure import ACTIVATIONS, APART, DTYPES, FUSED, Ffn, Projection, find_ffns
+from .structure import (
+    ACTIVATIONS,
+    APART,
+    DTYPES,
+    FUSED,
+    PATCH,
+    Ffn,
+    Projection,
+    find_ffns,
+    is_patched,
+)
 from .text import (
     N_DENSE,
     Encoded,
@@ -22,6 +32,7 @@ __all__ = [
     "DTYPES",
     "FUSED",
     "N_DENSE",
+    "PATCH",
     "Encoded",
     "Ffn",
     "Fingerprint",
@@ -33,6 +44,7 @@ __all__ = [
     "find_ffns",
     "fingerprint",
     "hidden_states",
+    "is_patched",
     "load",
     "stream_text",
 ]
