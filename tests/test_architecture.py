@@ -1,10 +1,13 @@
 """The borders of csfast: who may know whom, and what may stand nowhere."""
 
 import ast
+import functools
 import pathlib
 import re
 
 import pytest
+
+from axes import inside
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "csfast"
@@ -84,10 +87,12 @@ ROOMS = {
 }
 
 
+@functools.cache
 def tree_of(path: pathlib.Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@functools.cache
 def ours(path: pathlib.Path) -> set[str]:
     """Our own modules that the file imports, dotted, such as ``codes.planes``."""
     package = NAMES[path].split(".")[:-1]
@@ -158,7 +163,7 @@ def calls(path: pathlib.Path) -> list[ast.Call]:
     return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
 
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=NAMES.get)
+every_module = inside(path=MODULES)
 
 
 def test_every_room_has_its_line():
@@ -223,7 +228,7 @@ TORCH_FREE = [
 ]
 
 
-@pytest.mark.parametrize("name", TORCH_FREE)
+@inside(name=TORCH_FREE)
 def test_nouns_and_pages_are_free_of_torch_and_so_is_what_they_import(name):
     paths = {name: path for path, name in NAMES.items()}
     for reached in closure({name}):
@@ -281,7 +286,7 @@ def test_native_code_reads_two_environment_variables():
     assert set(re.findall(r"getenv\(\"?(\w+)", text)) <= {"CSFAST_SYNC", "CSFAST_ISA"}
 
 
-@pytest.mark.parametrize("folder", ["cpp", "cuda", "bench"])
+@inside(folder=["cpp", "cuda", "bench"])
 def test_native_code_knows_no_framework(folder):
     for path in NATIVE:
         if path.relative_to(ROOT).parts[0] == folder:
@@ -313,7 +318,7 @@ def test_float_results_need_no_atomics():
                 assert re.search(r"\bcount\b|\bdigit", found[1]), f"{path}: {line.strip()}"
 
 
-@pytest.mark.parametrize("verb", MAY_INCLUDE)
+@inside(verb=MAY_INCLUDE)
 def test_operations_include_only_what_they_compose(verb):
     for path in NATIVE:
         is_own = path.stem == verb and path.relative_to(ROOT).parts[0] == "cpp"
@@ -322,7 +327,7 @@ def test_operations_include_only_what_they_compose(verb):
             assert found <= MAY_INCLUDE[verb] | ALL_MAY_INCLUDE | {verb}, path
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@inside(room=ROOMS)
 def test_rooms_of_kernels_include_only_what_they_compose(room):
     paths = [path for path in NATIVE if path.parent == ROOT / "cuda" / room]
     assert paths
@@ -339,9 +344,7 @@ def test_every_folder_of_kernels_is_a_room():
     assert folders == set(ROOMS)
 
 
-@pytest.mark.parametrize(
-    "verb", ["sense", "nested", "recover", "tile", "omp", "project", "execute", "select", "ffn"]
-)
+@inside(verb=["sense", "nested", "recover", "tile", "omp", "project", "execute", "select", "ffn"])
 def test_an_operation_is_the_same_word_everywhere(verb):
     for path in (
         f"cpp/include/csfast/{verb}.h",

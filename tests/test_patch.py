@@ -13,6 +13,7 @@ import transformers
 import csfast
 import numeric
 import tiny
+from axes import DTYPES, inside, pairwise
 from csfast import judge, models, ops, patch, reference
 from csfast.plan import Plan
 
@@ -71,6 +72,7 @@ def decode(model, ids, n_steps):
     return torch.stack(logits)
 
 
+@inside(dtype=DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_density_one_is_the_original_bit_for_bit(kind, dtype, plans):
     model, ids = tiny.make_model(kind, dtype=dtype), tiny.make_ids(1, 20)[0]
@@ -80,10 +82,10 @@ def test_density_one_is_the_original_bit_for_bit(kind, dtype, plans):
     assert csfast.stats(model).tokens == (0, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "block"), [(1, 1), (3, 16), (patch.BATCH_MAX, 1)])
-def test_full_support_agrees_with_float64(kind, dtype, batch, block, plans):
+@pairwise(kind=KINDS, dtype=DTYPES, size=[(1, 1), (3, 16), (patch.BATCH_MAX, 1)])
+def test_full_support_agrees_with_float64(kind, dtype, size, plans):
     """Through the kernels, which the counters prove, within the bound derived for them."""
+    batch, block = size
     model = tiny.make_model(kind, dtype=dtype)
     csfast.apply(model, plans(kind, dtype), density=0.5, block=block)
     shared_of(model).threshold.fill_(-1)
@@ -196,6 +198,7 @@ def test_a_row_is_its_own(dtype, plans):
             assert torch.equal(mlp(x[row : row + 1]), together[row : row + 1])
 
 
+@inside(dtype=DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_remove_restores_exactly(kind, dtype, plans):
     model, ids = tiny.make_model(kind, dtype=dtype), tiny.make_ids(1, 20)[0]

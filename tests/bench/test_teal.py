@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from axes import DTYPES, inside
 from csfast import ops
 from csfast.bench import layers
 from numeric import EPS_F32, assert_within, dot_tolerance, execute_tolerance
@@ -45,8 +46,8 @@ def configs_of(kernels, d, dtype):
     return [*kernels.CONFIGS, small] if (d, dtype) == (384, torch.bfloat16) else [small]
 
 
+@inside(density=[0.1, 0.5, 1.0], dtype=DTYPES)
 @pytest.mark.parametrize(("d", "n_neurons"), SIZES)
-@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_gate_and_up_leave_out_channels(kernels, d, n_neurons, density, dtype):
     x, weights, _ = layer(d, n_neurons, dtype)
     threshold = layers.threshold_of(x, density)
@@ -60,8 +61,8 @@ def test_gate_and_up_leave_out_channels(kernels, d, n_neurons, density, dtype):
         assert_within(out, want, tolerance)
 
 
+@inside(density=[0.1, 0.5, 1.0], dtype=DTYPES)
 @pytest.mark.parametrize(("d", "n_neurons"), SIZES)
-@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_down_leaves_out_neurons(kernels, d, n_neurons, density, dtype):
     _, _, down_t = layer(d, n_neurons, dtype)
     products = torch.randn(2, n_neurons, generator=torch.Generator().manual_seed(1)).cuda()

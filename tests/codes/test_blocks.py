@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from axes import inside
 from csfast.codes import blocks
 
 
@@ -24,8 +25,7 @@ def within(usage, perm, block):
     return sum(float(c[part][:, part].sum()) for part in perm.split(block))
 
 
-@pytest.mark.parametrize("n_neurons", [1, 2, 37, 96, 130])
-@pytest.mark.parametrize("block", [1, 2, 3, 16, 37, 128, 200])
+@inside(n_neurons=[1, 2, 37, 96, 130], block=[1, 2, 3, 16, 37, 128, 200])
 def test_every_neuron_has_one_place(n_neurons, block):
     usage = torch.rand(50, n_neurons, generator=torch.Generator().manual_seed(0))
     perm = blocks.cluster(usage, block)

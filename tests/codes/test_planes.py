@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from axes import inside
 from csfast import _native
 from csfast.codes import planes
 
@@ -22,7 +23,7 @@ def squared_error(w, scale, bits):
     return (decoded - w.double()).square().sum(dim=1)
 
 
-@pytest.mark.parametrize("d", [1, 79, 80, 81, 128, 129, 400, 1000])
+@inside(d=[1, 79, 80, 81, 128, 129, 400, 1000])
 def test_packing_loses_nothing(d, bits):
     n_codes = 3 if bits == TERNARY else 2**bits
     draw = torch.Generator().manual_seed(d)
@@ -131,7 +132,7 @@ def test_ternary_codes_take_one_and_six_tenths_bits():
     assert planes.n_bytes(1, 5120, TERNARY) - 8 - 4 * 5120 == 2 * 5120 * 1.6 / 8
 
 
-@pytest.mark.parametrize("bits", [0, 5, -1, "2", "TERNARY", "", None], ids=repr)
+@inside(bits=[0, 5, -1, "2", "TERNARY", "", None])
 @pytest.mark.parametrize("call", ["fit_scale", "encode", "pack", "unpack", "n_bytes", "levels_of"])
 def test_refuses_a_code_that_is_none(call, bits):
     w, ones = torch.ones(2, 8), torch.ones(8)

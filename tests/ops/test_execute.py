@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from axes import DTYPES, HALF, inside, on_gpu, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, LARGE, Case
 from numeric import assert_within, execute_tolerance, made, mask_of, split_tiles
@@ -45,30 +46,27 @@ def check(p, tiles, design="", **more):
     assert_within(got, want, execute_tolerance(p.gate, p.up, p.down_t, p.x, mask, **more))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("tile_rows", [1, 3, 16])
+@pairwise(case=CASES, tile_rows=[1, 3, 16], dtype=DTYPES)
 def test_matches_reference(case, tile_rows, dtype, device):
     p = made(case, dtype, device)
     check(p, tiles_of(case.batch, case.n_neurons, device, tile_rows=tile_rows))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pairwise(case=CASES, activation=["silu", "gelu_tanh"], dtype=DTYPES)
 def test_matches_reference_with_biases(case, activation, dtype, device):
     p = made(case, dtype, device)
     tiles = tiles_of(case.batch, case.n_neurons, device, tile_rows=4)
     check(p, tiles, activation=activation, **case.make_biases(p).of_execute())
 
 
-@pytest.mark.parametrize("which", ["gate_bias", "up_bias", "down_bias"])
+@inside(which=["gate_bias", "up_bias", "down_bias"], dtype=DTYPES)
 def test_matches_reference_with_one_bias(which, dtype, device):
     case = CASES[2]
     p = made(case, dtype, device)
     check(p, tiles_of(3, 77, device), **{which: case.make_biases(p).of_execute()[which]})
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("tile_rows", [1, 16])
+@pairwise(case=CASES, tile_rows=[1, 16], dtype=DTYPES)
 def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
     """Bit for bit what each row gives with a list of its own, on the same path."""
     p = made(case, dtype, device)
@@ -83,8 +81,7 @@ def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
     check(p, shared, **more)
 
 
-@pytest.mark.parametrize("batch", range(1, 10))
-@pytest.mark.parametrize("path", ["list", "batch"])
+@inside(batch=range(1, 10), path=["list", "batch"])
 def test_a_shared_list_for_every_number_of_rows(path, batch, dtype, device):
     """And by default a single row goes by lists, more by tensor cores."""
     p = made(CASES[5], dtype, device)
@@ -97,10 +94,10 @@ def test_a_shared_list_for_every_number_of_rows(path, batch, dtype, device):
         assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles), got)
 
 
+@on_gpu
+@inside(batch=[5, 9, 35], dtype=HALF)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("form", ["plain", "biased", "tiles", "full", "empty", "one_block"])
-@pytest.mark.parametrize("batch", [5, 9, 35])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_rows_that_share_a_list_match_reference(width, form, batch, dtype, device):
     """Whatever their number; none depends on the others, nor any on how weights are loaded."""
     case = dataclasses.replace(WIDTHS[width], batch=batch)
@@ -144,10 +141,10 @@ def test_matches_reference_on_a_large_layer(device):
     assert_within(got, want, execute_tolerance(gate, up, down_t, x, mask))
 
 
+@on_gpu
+@inside(path=["list", "range"], dtype=HALF)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("form", ["plain", "biased", "tiles", "full", "shared", "few_blocks"])
-@pytest.mark.parametrize("path", ["list", "range"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_every_design_matches_reference(width, form, path, dtype, device):
     """And all designs of one path are equal, bit for bit."""
     case = WIDTHS[width]
@@ -171,8 +168,7 @@ def test_every_design_matches_reference(width, form, path, dtype, device):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("density", [0.4, 1.0])
+@pairwise(case=CASES, density=[0.4, 1.0], dtype=DTYPES)
 def test_is_exact_on_integers(case, density, dtype, device):
     """Rounding excuses no lost term: gates are so large that silu only passes or blocks."""
     p = case.make_exact(dtype, device)
@@ -186,9 +182,7 @@ def test_is_exact_on_integers(case, density, dtype, device):
     assert torch.equal(got, want.float().to(dtype))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("is_shared", [False, True], ids=["own", "shared"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pairwise(case=CASES, activation=["silu", "gelu_tanh"], is_shared=[False, True], dtype=DTYPES)
 def test_is_exact_on_integers_with_biases(case, is_shared, activation, dtype, device):
     p = case.make_exact(dtype, device)
     biases = case.make_biases(p, exact=True)
@@ -204,6 +198,7 @@ def test_is_exact_on_integers_with_biases(case, is_shared, activation, dtype, de
     assert torch.equal(got, want.float().to(dtype))
 
 
+@inside(dtype=DTYPES)
 def test_biases_of_zero_change_nothing(dtype, device):
     case = CASES[5]
     p = made(case, dtype, device)
@@ -251,6 +246,7 @@ def test_a_support_in_two_parts_adds_up(device):
     assert_within(parts[0] + parts[1], got.double(), tolerance)
 
 
+@inside(dtype=DTYPES)
 def test_permuting_the_batch_permutes_the_result(dtype, device):
     case = CASES[5]
     p = made(case, dtype, device)
@@ -267,6 +263,7 @@ def test_permuting_the_batch_permutes_the_result(dtype, device):
     assert torch.equal(out[order], permuted)
 
 
+@inside(dtype=DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype, device):
     case = CASES[5]
     p = made(case, dtype, device)
@@ -278,13 +275,14 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
     assert torch.equal(out[4:5], alone)
 
 
+@inside(dtype=DTYPES)
 def test_empty_support_gives_zeros(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device, density=0.0)
     assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), torch.zeros_like(p.x))
 
 
-@pytest.mark.parametrize("lists", [1, 3])
+@inside(lists=[1, 3], dtype=DTYPES)
 def test_empty_support_gives_the_bias(lists, dtype, device):
     case = CASES[2]
     p = made(case, dtype, device)
@@ -294,6 +292,7 @@ def test_empty_support_gives_the_bias(lists, dtype, device):
     assert torch.equal(got, biases.down.expand(3, -1))
 
 
+@inside(dtype=DTYPES)
 def test_zero_activation_gives_zeros(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
@@ -301,6 +300,7 @@ def test_zero_activation_gives_zeros(dtype, device):
     assert not out.any()
 
 
+@inside(dtype=DTYPES)
 def test_not_a_number_passes_through(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
@@ -320,6 +320,7 @@ def test_two_hundred_runs_are_equal(dtype, device):
         assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), first)
 
 
+@inside(dtype=DTYPES)
 def test_threads_change_nothing(dtype):
     case = CASES[5]
     p = made(case, dtype, "cpu")

@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 
+from axes import DTYPES, HALF, inside, name_of, on_gpu, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, Case
 from csfast.codes import planes
@@ -25,8 +26,7 @@ def run(p, threshold, **more):
     return ops.ffn(*layer(p, threshold), p.x, bits=p.bits, **more)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("tile_rows", [1, 3])
+@pairwise(case=CASES, tile_rows=[1, 3], dtype=DTYPES, bits=planes.CODES)
 def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
@@ -37,9 +37,7 @@ def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
     assert torch.equal(run(p, threshold, tile_rows=tile_rows), want)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("tile_rows", [1, 16])
-@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+@pairwise(case=CASES, tile_rows=[1, 16], is_joint=[False, True], dtype=DTYPES)
 def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtype, device):
     p = made(case, dtype, device)
     activation = "gelu_tanh"
@@ -66,10 +64,10 @@ WIDTHS = (
 )
 
 
-@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
+@on_gpu
+@inside(path=["list", "range", "batch"], dtype=HALF)
+@pytest.mark.parametrize("case", WIDTHS, ids=name_of)
 @pytest.mark.parametrize("form", ["plain", "biased", "tiles", "joint", "few_blocks", "all"])
-@pytest.mark.parametrize("path", ["list", "range", "batch"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_equals_select_and_execute_in_every_design(case, form, path, dtype, device):
     """And counts as much; and all designs of one path are equal, bit for bit."""
     p = made(case, dtype, device)
@@ -94,6 +92,7 @@ def test_equals_select_and_execute_in_every_design(case, form, path, dtype, devi
         assert stats.tolist() == [case.batch, executed]
 
 
+@on_gpu
 @pytest.mark.parametrize("code", planes.CODES)
 def test_one_kernel_senses_and_executes_every_code(code, device):
     p = made(WIDTHS[2], torch.bfloat16, device, bits=code)
@@ -104,8 +103,7 @@ def test_one_kernel_senses_and_executes_every_code(code, device):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("case", WIDTHS, ids=lambda c: c.name)
-@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+@pairwise(case=WIDTHS, is_joint=[False, True], dtype=DTYPES)
 def test_caps_what_it_executes_and_counts_the_rest(case, is_joint, dtype, device):
     p = made(case, dtype, device)
     weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
@@ -132,6 +130,7 @@ def test_refuses_to_count_what_no_cap_drops():
         run(p, torch.zeros(3), dropped=torch.zeros(1, dtype=torch.int64))
 
 
+@inside(dtype=DTYPES)
 def test_is_the_bias_if_no_row_votes(dtype, device):
     case = CASES[2]
     p = made(case, dtype, device)
@@ -156,6 +155,7 @@ def test_matches_reference_on_its_own_support(case, dtype, device):
     assert_within(run(p, threshold), want, execute_tolerance(p.gate, p.up, p.down_t, p.x, mask))
 
 
+@inside(dtype=DTYPES)
 def test_threshold_that_keeps_everything_is_the_dense_layer(dtype, device):
     case = CASES[2]
     p = case.make_exact(dtype, device)
@@ -179,7 +179,7 @@ def test_massive_channels_do_not_change_the_output(device):
     assert torch.equal(got, run(p, threshold))
 
 
-@pytest.mark.parametrize("tile_rows", [1, 4])
+@inside(tile_rows=[1, 4])
 def test_counts_what_it_executes(tile_rows, device):
     p = made(CASES[2], torch.bfloat16, device)
     threshold = middle_threshold(p)
@@ -192,9 +192,7 @@ def test_counts_what_it_executes(tile_rows, device):
     assert stats.tolist() == [103, 1000 + n]
 
 
-@pytest.mark.parametrize("tile_rows", [1, 4, 76, 77, 100])
-@pytest.mark.parametrize("quantile", [0.6, None], ids=["some", "all"])
-@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+@inside(tile_rows=[1, 4, 76, 77, 100], quantile=[0.6, None], is_joint=[False, True])
 def test_counts_the_last_tile_as_long_as_it_is(tile_rows, quantile, is_joint, device):
     """A shared list counts for every row that executes it."""
     p = made(CASES[2], torch.bfloat16, device)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from axes import DTYPES, inside, pairwise
 from csfast import _native, ops, reference
 from csfast.bench.cases import CASES, LARGE, Case
 from csfast.codes import levels as levels_
@@ -69,19 +70,19 @@ def check(levels, equal, x):
 # The operation.
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pairwise(case=CASES, dtype=DTYPES)
 def test_matches_reference(case, dtype, device):
     p = made_nested(case, dtype, device)
     check(p.levels, p.equal, p.x)
 
 
+@inside(dtype=DTYPES)
 def test_matches_reference_at_every_width(widths, dtype, device):
     p = made_nested(OFF_TILE, dtype, device, widths)
     check(p.levels, p.equal, p.x)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 7])
-@pytest.mark.parametrize("n_neurons", [1, 2, 3, 70])
+@inside(batch=[1, 2, 3, 7], n_neurons=[1, 2, 3, 70])
 def test_matches_reference_on_any_bytes(batch, n_neurons, widths, device):
     """Exponents to 255, and codes and exponents of padding, which must not count."""
     d = 300
@@ -95,7 +96,7 @@ def test_matches_reference_on_a_large_layer(device):
     check(levels, torch.ones(LARGE.d, device=device), x)
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=lambda c: c.name)
+@pairwise(case=CASES[:4], widths=WIDTHS, dtype=DTYPES)
 def test_is_exact_where_nothing_rounds(case, widths, dtype, device):
     """A rounding bound grows with the width and hides a lost term; powers of two leave no excuse.
 
@@ -173,6 +174,7 @@ def test_fewer_levels_are_those_levels_alone(device):
     assert not torch.equal(ops.nested(others, equal, x)[0], want)
 
 
+@inside(dtype=DTYPES)
 def test_scale_is_that_of_sense(dtype, device):
     p = made_nested(BATCH, dtype, device)
     plain = made(BATCH, dtype, device)
@@ -181,7 +183,7 @@ def test_scale_is_that_of_sense(dtype, device):
     )
 
 
-@pytest.mark.parametrize("batch", [2, 3, 4, 7, 9])
+@inside(batch=[2, 3, 4, 7, 9])
 def test_companions_in_the_batch_change_nothing(batch, widths, device):
     levels = drawn(70, 300, widths, device)
     x, equal = activations(batch, 300, torch.float32, device), torch.ones(300, device=device)
@@ -260,6 +262,7 @@ def test_two_hundred_runs_are_equal(device):
         assert torch.equal(ops.nested(p.levels, p.equal, p.x)[0], first)
 
 
+@inside(dtype=DTYPES)
 def test_zero_and_not_finite_rows(dtype, device):
     p = made_nested(OFF_TILE, dtype, device)
     x = torch.zeros(4, 200, dtype=dtype, device=device)
@@ -350,7 +353,7 @@ def test_refuses_more_levels_than_there_may_be():
         ops.nested(levels, torch.ones(64), torch.ones(1, 64))
 
 
-@pytest.mark.parametrize("width", [0, 5])
+@inside(width=[0, 5])
 def test_refuses_other_widths(width):
     level = Packed(
         width,
@@ -434,8 +437,7 @@ def test_fits_are_deterministic(which, moment):
     assert all(same(a, b) for a, b in zip(fit((3, 3)), fit((3, 3)), strict=True))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
+@inside(width=[1, 2, 3, 4], feedback=[False, True])
 def test_the_error_of_rows_falls_with_every_level(width, feedback):
     w, _, moment, equal = layer()
     levels = levels_.fit_rows(w, moment if feedback else None, (width,) * 4, equal=equal)
@@ -473,8 +475,7 @@ def test_the_equaliser_is_in_the_weights_and_in_the_metric():
     assert all(same(a, b) for a, b in zip(given, folded, strict=True))
 
 
-@pytest.mark.parametrize("power", [-60, -1, 1, 40])
-@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
+@inside(power=[-60, -1, 1, 40], feedback=[False, True])
 def test_scaling_rows_by_a_power_of_two_scales_their_tops(power, feedback):
     w, _, moment, equal = layer()
     given = moment if feedback else None
@@ -495,9 +496,7 @@ def test_the_scale_of_the_moment_changes_nothing(power):
     assert same(levels_.fit_rows(w, moment * 2.0**power, (3,), equal=equal)[0], want[0])
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("d", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
+@inside(width=[1, 2, 3, 4], d=[1, 63, 64, 65, 200], feedback=[False, True])
 def test_is_exact_on_its_own_levels(width, d, feedback):
     """Every group has an outermost code, and one the row's largest step, of bfloat16."""
     g = torch.Generator().manual_seed(width * 1000 + d)
@@ -520,7 +519,7 @@ def test_is_exact_on_its_own_levels(width, d, feedback):
     assert torch.equal(by_neurons[0].decode(), w)
 
 
-@pytest.mark.parametrize("d", [1, 63, 64, 65, 127, 129, 200])
+@inside(d=[1, 63, 64, 65, 127, 129, 200])
 def test_any_width_of_rows(d):
     """The best uniform code of 3 bits loses 3.74 % of what is Gaussian (Max, 1960).
 
@@ -603,8 +602,7 @@ def test_factors_are_powers_of_two_rounded_once():
     assert levels_.factor(exponent)[16] == 0.5 and math.isclose(want[1], 0.957603, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-@pytest.mark.parametrize("d", [1, 64, 100, 128, 200])
+@inside(width=[1, 2, 3, 4], d=[1, 64, 100, 128, 200])
 def test_unpacks_what_it_packed(width, d):
     level = levels_.fit_rows(layer()[0][:, :d], None, (width,))[0]
     packed = levels_.pack(level)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from axes import inside, on_gpu
 from csfast import ops, reference
 from csfast.bench.cases import PURSUITS, PursuitCase
 from csfast.ops import PursuitStatus
@@ -103,8 +104,9 @@ def test_matches_reference(case, rule, device):
     check_reference(case, rule, device)
 
 
+@on_gpu
+@inside(rule=["plain", "tolerance", "residual", "correlation", "gain", "start"])
 @pytest.mark.parametrize("design", DESIGNS)
-@pytest.mark.parametrize("rule", ["plain", "tolerance", "residual", "correlation", "gain", "start"])
 @pytest.mark.parametrize("name", ["blocks", "standard"])
 def test_designs_match_reference(name, rule, design, device):
     check_reference(CASES[name], rule, device, design=design)
@@ -260,8 +262,8 @@ def test_tolerance_is_a_share_of_the_energy(device):
     assert (before.residual.cpu().double().square() > 0.1 * problem.energy).all()
 
 
+@inside(exponent=[-40, -1, 1, 40])
 @pytest.mark.parametrize("options", [{}, {"per_step": 3, "group": 2}], ids=["plain", "pairs"])
-@pytest.mark.parametrize("exponent", [-40, -1, 1, 40])
 def test_scaling_by_a_power_of_two_scales_every_bit(exponent, options, device):
     problem = STANDARD.make()
     want = run(problem, device, 32, budget_max=32, **options)
@@ -272,7 +274,7 @@ def test_scaling_by_a_power_of_two_scales_every_bit(exponent, options, device):
     assert torch.equal(got.residual, want.residual * 2.0**exponent)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+@inside(scale=[1e-12, 1e-6, 1e6, 1e12])
 def test_scaling_leaves_the_support(scale, device):
     problem = SMALL.make()
     want = run(problem, device, 8, budget_max=8)
@@ -332,7 +334,7 @@ def test_gain_min_ends_after_a_step_that_gained_too_little(device):
     assert (earlier - before >= 0.02 * energy)[got.count.cpu() >= 2].all()
 
 
-@pytest.mark.parametrize("per_step", [2, 7, 40, 1000])
+@inside(per_step=[2, 7, 40, 1000])
 def test_steps_do_not_matter_where_atoms_are_orthonormal(per_step, device):
     n = 300
     correlation = torch.randn(3, n, generator=torch.Generator().manual_seed(5)).to(device)
@@ -349,8 +351,7 @@ def test_steps_do_not_matter_where_atoms_are_orthonormal(per_step, device):
     assert torch.equal(want.index[0].long(), top[0])
 
 
-@pytest.mark.parametrize("per_step", [1, 2, 5])
-@pytest.mark.parametrize("group", [1, 3, 5])
+@inside(per_step=[1, 2, 5], group=[1, 3, 5])
 def test_groups_come_by_their_norm_and_ties_by_the_lower_index(group, per_step, device):
     """Orthonormal atoms of small integers: every score is exact, and many are equal."""
     n = 600
@@ -386,7 +387,7 @@ def test_a_whole_group_is_recovered_where_single_atoms_fail(device):
     assert found() <= 0.75
 
 
-@pytest.mark.parametrize("options", [{}, {"per_step": 2}, {"group": 2}], ids=str)
+@inside(options=[{}, {"per_step": 2}, {"group": 2}])
 def test_a_warm_start_goes_on_where_it_ended(options, device):
     problem = CASES["blocks"].make()
     want = run(problem, device, 24, budget_max=24, **options)
@@ -442,7 +443,7 @@ def test_dictionaries_are_those_of_each_signal(device):
             assert torch.equal(getattr(got, name)[row], getattr(alone, name)[row]), name
 
 
-@pytest.mark.parametrize("options", [{}, {"per_step": 4}, {"group": 4}], ids=str)
+@inside(options=[{}, {"per_step": 4}, {"group": 4}])
 def test_coefficients_are_optional(options, device):
     problem = SMALL.make()
     want = run(problem, device, 12, budget_max=12, **options)
@@ -503,8 +504,8 @@ def spoilt(seed, n_atoms):
     return gram, correlation, energy, budget, dictionary.int(), start, counts
 
 
-@pytest.mark.parametrize("n_atoms", [36, 260, 512, 1024])
-@pytest.mark.parametrize("begins", [False, True], ids=["", "start"])
+@on_gpu
+@inside(n_atoms=[36, 260, 512, 1024], begins=[False, True])
 def test_quad_gives_the_bits_of_flat(begins, n_atoms, device):
     """Whatever ends a pursuit; on the CPU because a design is of no account there."""
     seen = set()

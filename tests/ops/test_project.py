@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from axes import DTYPES, inside
 from csfast import _native, ops, reference
 from csfast.bench.cases import PROJECTS, ProjectCase
 from numeric import assert_within, dot_tolerance
@@ -23,7 +24,7 @@ def test_is_exact_on_integers(case, dtype, device):
     assert torch.equal(ops.project(phi, x).double(), reference.project(phi, x))
 
 
-@pytest.mark.parametrize("d", [7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 95, 96, 128, 257, 1031])
+@inside(d=[7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 95, 96, 128, 257, 1031], dtype=DTYPES)
 def test_no_channel_is_lost(d, dtype, device):
     """One channel at a time: the row of phi itself."""
     phi, _ = ProjectCase("one_hot", batch=1, d=d, m=5).make_exact(dtype, device)
@@ -31,7 +32,7 @@ def test_no_channel_is_lost(d, dtype, device):
     assert torch.equal(y, phi.T.float())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 50, 76, 77])
+@inside(rows=[1, 2, 50, 76, 77], dtype=DTYPES)
 def test_fewer_rows_are_a_prefix(rows, dtype, device):
     phi, x = OFF_LINE.make(dtype, device)
     whole = ops.project(phi, x)
@@ -39,6 +40,7 @@ def test_fewer_rows_are_a_prefix(rows, dtype, device):
     assert torch.equal(ops.project(phi[:rows].contiguous(), x), whole[:, :rows])
 
 
+@inside(dtype=DTYPES)
 def test_is_linear(dtype, device):
     """Integers, so that it is linear bit for bit."""
     phi, x = SKETCH_BATCH.make_exact(dtype, device)
@@ -47,6 +49,7 @@ def test_is_linear(dtype, device):
     assert torch.equal(ops.project(phi, u - 3 * v), want)
 
 
+@inside(dtype=DTYPES)
 def test_scaling_by_a_power_of_two_scales_every_bit(dtype, device):
     phi, x = OFF_LINE.make(dtype, device)
     want = ops.project(phi, x)
@@ -54,6 +57,7 @@ def test_scaling_by_a_power_of_two_scales_every_bit(dtype, device):
     assert torch.equal(ops.project(2 * phi, x), 2 * want)
 
 
+@inside(dtype=DTYPES)
 def test_passes_the_dot_test(dtype, device):
     """<phi u, v> = <u, phi' v>, exactly, on integers: the second product needs phi transposed."""
     phi, u = OFF_LINE.make_exact(dtype, device)
@@ -76,6 +80,7 @@ def test_two_in_a_row_are_low_rank(device):
     assert_within(got, want, through + dot_tolerance(inner, left))
 
 
+@inside(dtype=DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype, device):
     phi, x = SKETCH_BATCH.make(dtype, device)
     y = ops.project(phi, x)
@@ -83,12 +88,14 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
         assert torch.equal(ops.project(phi, x[first:last]), y[first:last])
 
 
+@inside(dtype=DTYPES)
 def test_permuting_the_rows_of_phi_permutes_the_measurements(dtype, device):
     phi, x = SKETCH_BATCH.make(dtype, device)
     order = torch.randperm(SKETCH_BATCH.m, generator=torch.Generator().manual_seed(3)).to(device)
     assert torch.equal(ops.project(phi[order], x), ops.project(phi, x)[:, order])
 
 
+@inside(dtype=DTYPES)
 def test_where_tensors_begin_changes_nothing(dtype, device):
     """Off a multiple of 16 bytes, in the same order of summation."""
     phi, x = OFF_LINE.make(dtype, device)
@@ -114,6 +121,7 @@ def test_threads_change_nothing():
     assert torch.equal(one, two)
 
 
+@inside(dtype=DTYPES)
 def test_zero_and_empty(dtype, device):
     phi, x = OFF_LINE.make(dtype, device)
     assert not ops.project(phi, torch.zeros_like(x)).any()
@@ -122,6 +130,7 @@ def test_zero_and_empty(dtype, device):
     assert ops.project(phi, x, rows=3).shape == (0, 3)
 
 
+@inside(dtype=DTYPES)
 def test_what_is_not_finite_stays_where_it_is(dtype, device):
     phi, x = OFF_LINE.make(dtype, device)
     phi[4] = phi[4].abs() + 1  # positive, so that infinity keeps its sign
@@ -153,7 +162,7 @@ def test_compiles_in_one_graph(device):
     assert torch.equal(compiled(x), block(x))
 
 
-@pytest.mark.parametrize("rows", [0, 8, -1])
+@inside(rows=[0, 8, -1])
 def test_refuses_rows_that_are_not_there(rows):
     phi, x = RAGGED.make(torch.float32, "cpu")
     with pytest.raises(ValueError, match=rf"\[project\] rows = {rows}: want"):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from axes import inside, name_of, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES
 from numeric import (
@@ -107,10 +108,7 @@ def between(usage, quantile=0.6):
     return ranked[:, at : at + 2].mean(dim=1).float()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("group_rows", [1, 7, 100])
-@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+@pairwise(case=CASES, form=FORMS, group_rows=[1, 7, 100], is_joint=[False, True])
 def test_every_form_matches_reference(case, form, group_rows, is_joint, device):
     given, options = measured_as(case, form, device)
     weight = weight_of(case.batch, device) if is_joint else None
@@ -133,8 +131,7 @@ def test_every_form_matches_reference(case, form, group_rows, is_joint, device):
     assert_within(got.missed, missed, slack)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("shift", [0.0, 0.3])
+@inside(activation=["silu", "gelu_tanh"], shift=[0.0, 0.3])
 def test_biased_usage_is_right_for_gates_of_every_size(activation, shift, device):
     n = 100_001
     y = torch.empty(1, n, 2, dtype=torch.int32)
@@ -167,7 +164,7 @@ def test_gelu_tanh_is_that_of_torch(device):
     assert_within(kernel, exact, tolerance + z.abs().to(device) * 2.0**-51)
 
 
-@pytest.mark.parametrize("group_rows", [2, 4, 7, 16, 64, 65, 128, 5000])
+@inside(group_rows=[2, 4, 7, 16, 64, 65, 128, 5000])
 def test_groups_add_squares_in_order(group_rows, device):
     """Bit for bit: every square, sum and root is rounded, one neuron after the other."""
     p, y, scale = measured(CASES[5], device)
@@ -184,7 +181,7 @@ def test_groups_add_squares_in_order(group_rows, device):
     assert torch.equal(mask_of(got), got.usage >= 0.1)
 
 
-@pytest.mark.parametrize("group_rows", [1, 3])
+@inside(group_rows=[1, 3])
 def test_the_batch_adds_up_in_order(group_rows, device):
     p, y, scale = measured(CASES[5], device)
     weight = weight_of(16, device)
@@ -229,7 +226,7 @@ def test_groups_of_exact_usages(device):
     assert top.missed.item() == 5.0
 
 
-@pytest.mark.parametrize("group_rows", [5, 6, 2**31 - 1])
+@inside(group_rows=[5, 6, 2**31 - 1])
 def test_a_group_of_all(group_rows, device):
     got = ops.recover(
         *given([1.0, 1.0, 1.0, 1.0, 0.0], device),
@@ -240,7 +237,7 @@ def test_a_group_of_all(group_rows, device):
     assert got.count.tolist() == [0]
 
 
-@pytest.mark.parametrize("value", [NAN, INF])
+@inside(value=[NAN, INF])
 def test_a_group_with_a_usage_that_is_not_finite_is_kept(value, device):
     got = ops.recover(
         *given([1.0, 2.0, 1.0, value, 1.0, 1.0], device),
@@ -270,8 +267,7 @@ def test_a_joint_decision_on_exact_usages(device):
     assert top.missed.tolist() == [20.0]
 
 
-@pytest.mark.parametrize("noise", [NAN, INF, 1e30])
-@pytest.mark.parametrize("rule", ["threshold", "budget"])
+@inside(noise=[NAN, INF, 1e30], rule=["threshold", "budget"])
 def test_a_row_without_weight_has_no_vote(noise, rule, device):
     y, scale, row_scale = rows_of([[1.0, 4.0, 0.0], [0.0, 0.0, 9.0], [2.0, 0.0, 1.0]], device)
     limit = (
@@ -287,8 +283,7 @@ def test_a_row_without_weight_has_no_vote(noise, rule, device):
     assert got.usage.tolist() == [[3.0, 4.0, 1.0]]
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("rule", ["threshold", "budget"])
+@inside(value=[NAN, INF, -INF], rule=["threshold", "budget"])
 def test_a_voting_row_that_is_not_finite_keeps_everything(value, rule, device):
     y, scale, row_scale = rows_of([[1.0, 4.0, 0.0], [2.0, 0.0, 1.0]], device)
     limit = (
@@ -302,7 +297,7 @@ def test_a_voting_row_that_is_not_finite_keeps_everything(value, rule, device):
     assert got.count.tolist() == [3] and got.missed.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("place", ["measurement", "weight", "offset"])
+@inside(place=["measurement", "weight", "offset"])
 def test_not_a_number_in_a_joint_decision_keeps(place, device):
     y, scale, row_scale = rows_of([[1.0, 4.0, 0.0], [2.0, 0.0, 1.0]], device)
     weight, offset = torch.ones(2, device=device), torch.zeros(3, 1, device=device)
@@ -319,8 +314,7 @@ def test_not_a_number_in_a_joint_decision_keeps(place, device):
     assert got.index[0, : got.count[0]].tolist() == want
 
 
-@pytest.mark.parametrize("limit", [NAN, -1.0, 0.0, "budget"])
-@pytest.mark.parametrize("batch", [0, 3])
+@inside(limit=[NAN, -1.0, 0.0, "budget"], batch=[0, 3])
 def test_nothing_is_kept_if_no_row_votes(limit, batch, device):
     y, scale, row_scale = rows_of([[1.0, NAN, 0.0]] * 3, device)
     scale[0] = NAN
@@ -335,7 +329,7 @@ def test_nothing_is_kept_if_no_row_votes(limit, batch, device):
     assert got.usage.tolist() == [[0.0] * 3]
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0])
+@inside(value=[0.0, -0.0])
 def test_a_measurement_that_is_not_a_number_keeps(value, device):
     y, scale, row_scale = rows_of([[value, NAN, 1.0]], device)
     got = ops.recover(y, scale, row_scale, threshold=filled(1, 5.0, device))
@@ -362,8 +356,8 @@ def test_an_offset_of_zero_changes_nothing(device):
     assert torch.equal(none.index, zero.index)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 1.0])
+@inside(fraction=[0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_top_keeps_the_largest(case, fraction, device):
     p, y, scale = measured(case, device)
     budget = filled(case.batch, int(fraction * case.n_neurons), device, torch.int32)
@@ -394,7 +388,7 @@ def test_ties_go_to_the_lower_index(budget, want, device):
     assert got.index[0, : got.count[0]].tolist() == want
 
 
-@pytest.mark.parametrize("threshold", [NAN, -1.0, 0.0, -INF])
+@inside(threshold=[NAN, -1.0, 0.0, -INF])
 def test_thresholds_that_keep_everything(threshold, device):
     p, y, scale = measured(CASES[2], device)
     got = ops.recover(y, scale, p.row_scale, threshold=filled(3, threshold, device))
@@ -409,8 +403,7 @@ def test_infinite_threshold_keeps_nothing(device):
     assert (got.missed > 0).all()
 
 
-@pytest.mark.parametrize("scale_value", [NAN, INF, -INF])
-@pytest.mark.parametrize("rule", ["threshold", "budget"])
+@inside(scale_value=[NAN, INF, -INF], rule=["threshold", "budget"])
 def test_scale_that_is_not_finite_keeps_everything(scale_value, rule, device):
     p, y, scale = measured(CASES[2], device)
     scale = scale.clone()

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from axes import DTYPES, inside, name_of, on_gpu, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, Case
+from csfast.codes import planes
 from numeric import (
     UNIT,
     assert_same_support,
@@ -41,9 +43,7 @@ def options_of(p, case, form):
     return {"offset": offset, "activation": activation, "weight": weight}, told
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tile_rows", [1, 8])
+@pairwise(case=CASES, form=FORMS, tile_rows=[1, 8])
 def test_every_form_matches_reference(case, form, tile_rows, device):
     p = made(case, torch.bfloat16, device)
     options, told = options_of(p, case, form)
@@ -58,7 +58,7 @@ def test_every_form_matches_reference(case, form, tile_rows, device):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pairwise(case=CASES, dtype=DTYPES, bits=planes.CODES)
 def test_matches_reference(case, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
@@ -72,8 +72,7 @@ def test_matches_reference(case, dtype, bits, device):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("tile_rows", [1, 3, 16])
+@pairwise(case=CASES, tile_rows=[1, 3, 16], dtype=DTYPES, bits=planes.CODES)
 def test_equals_sense_and_recover(case, tile_rows, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p, tile_rows=tile_rows)
@@ -85,12 +84,12 @@ def test_equals_sense_and_recover(case, tile_rows, dtype, bits, device):
     assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@inside(form=FORMS)
 @pytest.mark.parametrize(
     ("case", "tile_rows"),
     [(CASES[5], rows) for rows in (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 2000)]
     + [(case, rows) for case in CASES[:4] for rows in (1, 16, 100)],
-    ids=lambda value: getattr(value, "name", None),
+    ids=name_of,
 )
 def test_equals_sense_and_recover_in_every_form(case, form, tile_rows, device):
     p = made(case, torch.bfloat16, device)
@@ -115,8 +114,7 @@ def test_tiles_of_one_hold_the_neurons_of_the_support(device):
     assert torch.equal(got.tile, want.tile) and torch.equal(got.n_tiles, want.n_tiles)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 16])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@inside(tile_rows=[1, 16], value=[NAN, INF, -INF])
 def test_a_joint_decision_counts_only_rows_that_vote(tile_rows, value, device):
     """Row 1 is not finite: without a vote it is not heard, with one it keeps everything."""
     case = CASES[2]
@@ -135,8 +133,7 @@ def test_a_joint_decision_counts_only_rows_that_vote(tile_rows, value, device):
     assert missed.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("batch", [0, 3])
-@pytest.mark.parametrize("tile_rows", [1, 16])
+@inside(batch=[0, 3], tile_rows=[1, 16])
 def test_nothing_is_selected_if_no_row_votes(batch, tile_rows, device):
     p = made(CASES[2], torch.bfloat16, device)
     weight = torch.zeros(batch, device=device)
@@ -153,7 +150,7 @@ def test_extreme_thresholds(threshold, kept, device):
     assert got.n_tiles.tolist() == [kept] * 3
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@inside(value=[NAN, INF, -INF], dtype=DTYPES)
 def test_activation_that_is_not_finite_keeps_everything(value, dtype, device):
     p = made(CASES[2], dtype, device)
     x = p.x.clone()
@@ -163,6 +160,7 @@ def test_activation_that_is_not_finite_keeps_everything(value, dtype, device):
     assert missed[1] == 0
 
 
+@inside(dtype=DTYPES)
 def test_zero_activation_keeps_nothing(dtype, device):
     p = made(CASES[2], dtype, device)
     got, missed = select(p, torch.full((3,), 0.1, device=device), torch.zeros_like(p.x))
@@ -170,6 +168,7 @@ def test_zero_activation_keeps_nothing(dtype, device):
     assert not missed.any()
 
 
+@inside(dtype=DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype, device):
     p = made(CASES[5], dtype, device)
     threshold = middle_threshold(p)
@@ -222,12 +221,10 @@ def test_threads_change_nothing_for_groups(is_joint):
     assert torch.equal(missed_one, missed_two)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tile_rows", [1, 5])
+@on_gpu
+@inside(form=FORMS, tile_rows=[1, 5])
 @pytest.mark.parametrize(
-    "case",
-    [*CASES[2:], Case("wide", 1, 4104, 50), Case("wider", 2, 8256, 20)],
-    ids=lambda c: c.name,
+    "case", [*CASES[2:], Case("wide", 1, 4104, 50), Case("wider", 2, 8256, 20)], ids=name_of
 )
 def test_every_design_selects_alike(case, form, tile_rows, device):
     p = made(case, torch.bfloat16, device)
@@ -242,6 +239,8 @@ def test_every_design_selects_alike(case, form, tile_rows, device):
         assert_within(missed_so, missed.double(), allowed)
 
 
+@on_gpu
+@inside(dtype=DTYPES, bits=planes.CODES)
 @pytest.mark.parametrize("d", [384, 8192, 8256])
 def test_one_pass_selects_as_several_for_every_code_and_dtype(d, dtype, bits, device):
     p = made(Case("one_row", 1, d, 24), dtype, device, bits=bits)
@@ -254,9 +253,7 @@ def test_one_pass_selects_as_several_for_every_code_and_dtype(d, dtype, bits, de
         assert_within(missed_so, missed.double(), allowed)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tile_rows", [1, 5])
-@pytest.mark.parametrize("case", [*CASES, Case("aligned", 17, 64, 90)], ids=lambda c: c.name)
+@pairwise(case=[*CASES, Case("aligned", 17, 64, 90)], tile_rows=[1, 5], form=FORMS)
 def test_a_cap_keeps_the_largest(case, form, tile_rows, device):
     """As top-k would, where the threshold keeps more than that."""
     p = made(case, torch.bfloat16, device)

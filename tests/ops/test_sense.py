@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from axes import DTYPES, inside, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, LARGE, Case
 from csfast.codes import planes
@@ -11,7 +12,7 @@ def n_codes(bits):
     return 3 if bits == "ternary" else 2**bits
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pairwise(case=CASES, dtype=DTYPES, bits=planes.CODES)
 def test_equals_reference_exactly(case, dtype, bits, device):
     """The product is specified in integers, so there is no tolerance."""
     p = made(case, dtype, device, bits=bits)
@@ -35,7 +36,7 @@ def test_equals_reference_on_a_large_layer(bits, device):
     assert torch.equal(scale, want_scale)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@inside(seed=range(50))
 def test_rounds_the_activation_as_specified(seed, dtype, device):
     """Fifty rows with exponents from 2^-20 to 2^20: divisions and products round once each."""
     g = torch.Generator().manual_seed(seed)
@@ -60,6 +61,7 @@ def test_every_code_counts(bits, device):
     assert torch.equal(scale.cpu(), torch.full((d,), 1 / 127))
 
 
+@inside(dtype=DTYPES)
 def test_massive_channels_change_nothing(dtype, bits, device):
     """Four channels 64 times as large, their weights 1 / 64: the equaliser takes all of it up."""
     case = Case("outliers", batch=3, d=200, n_neurons=77)
@@ -107,6 +109,7 @@ def test_permuting_the_batch_permutes_the_result(device):
     assert torch.equal(scale[order], scale_permuted)
 
 
+@inside(dtype=DTYPES)
 def test_zero_and_not_finite_rows(dtype, device):
     p = made(CASES[2], dtype, device)
     x = torch.zeros(4, 200, dtype=dtype, device=device)
@@ -124,7 +127,7 @@ def test_activation_that_overflows_under_the_equaliser(device):
     assert scale.isnan().all()
 
 
-@pytest.mark.parametrize("value", [1e-45, 1e-38, 1e-30])
+@inside(value=[1e-45, 1e-38, 1e-30])
 def test_tiny_activations(value, device):
     """127 / peak may overflow; zeros must stay zeros and the peak must stay 127."""
     codes = torch.full((1, 2, 1, 32), 0xFF, dtype=torch.uint8, device=device)  # every code is 3
@@ -150,7 +153,7 @@ def test_width_at_which_int32_may_overflow(bits, d_max, given):
         ops.sense(codes, torch.ones(d), torch.zeros(1, d), bits=bits)
 
 
-@pytest.mark.parametrize("code", [0, 6, -1, 257, 1 << 30])
+@inside(code=[0, 6, -1, 257, 1 << 30])
 def test_refuses_a_code_that_is_none(code):
     codes, equal, x = torch.zeros(1, 2, 1, 32, dtype=torch.uint8), torch.ones(8), torch.ones(1, 8)
     with pytest.raises(ValueError, match=r"\[sense\] code = \d+: want 1 to 5, a csfast::Code\."):
@@ -166,8 +169,8 @@ def test_largest_sum_does_not_overflow(device):
     assert y.flatten().tolist() == [15 * 127 * d] * 2
 
 
+@inside(rows=[1, 4])
 @pytest.mark.parametrize(("byte", "level"), [(0xFF, 1), (0, -1)])
-@pytest.mark.parametrize("rows", [1, 4])
 def test_largest_ternary_sum_does_not_overflow(byte, level, rows, device):
     """Every code and every activation at its most, on as many channels as there may be."""
     d = 1 << 19

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from axes import inside
 from csfast import ops
 from csfast.bench.cases import CASES
 from numeric import made, middle_threshold
@@ -42,7 +43,7 @@ def want(p, threshold, x):
     )
 
 
-@pytest.mark.parametrize("batch", [0, 1, 7, 16])
+@inside(batch=[0, 1, 7, 16])
 def test_equals_ffn(batch, dtype, bits, device):
     session, layer, p, threshold = opened(device, dtype=dtype, bits=bits)
     x = p.x[:batch]
@@ -51,9 +52,7 @@ def test_equals_ffn(batch, dtype, bits, device):
     assert torch.equal(out, want(p, threshold, x))
 
 
-@pytest.mark.parametrize("batch", [0, 7, 16])
-@pytest.mark.parametrize("tile_rows", [1, 100])
-@pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
+@inside(batch=[0, 7, 16], tile_rows=[1, 100], is_joint=[False, True])
 def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
     case, activation = CASES[5], "gelu_tanh"
     p = made(case, dtype, device)

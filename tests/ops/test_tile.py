@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from axes import inside
 from csfast import ops, reference
 
 
@@ -13,8 +14,7 @@ def support(masks, device):
     return index.to(device), masks.sum(dim=1).to(torch.int32).to(device)
 
 
-@pytest.mark.parametrize("tile_rows", [1, 2, 4, 7, 77, 1000])
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@inside(tile_rows=[1, 2, 4, 7, 77, 1000], density=[0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("n_neurons", [1, 77, 1152])
 def test_equals_reference(tile_rows, density, n_neurons, device):
     g = torch.Generator().manual_seed(0)
