@@ -17,8 +17,7 @@ import torch
 
 import csfast
 import tiny
-from csfast import Document, models
-from csfast import plan as plan_
+from csfast import Document, container, models
 from csfast.cli import app
 from csfast.judge import ablate, evaluate
 from csfast.plan import Plan
@@ -108,8 +107,8 @@ def not_finite(s):
 
 def old_plan(s):
     s.plan.save(s.folder / "a.plan")
-    tensors, fields = plan_.unpack((s.folder / "a.plan").read_bytes())
-    (s.folder / "a.plan").write_bytes(plan_.pack(tensors, {**fields, "version": "2"}))
+    tensors, fields = container.unpack((s.folder / "a.plan").read_bytes())
+    (s.folder / "a.plan").write_bytes(container.pack(tensors, {**fields, "version": "2"}))
     Plan.load(s.folder / "a.plan")
 
 
