@@ -17,7 +17,7 @@ import tiny
 from csfast import container, files, models
 from csfast import plan as plan_
 from csfast.codes import feedback, planes
-from csfast.plan import JOINT, LayerPlan, Plan, Setting
+from csfast.plan import JOINT, LayerPlan, Mode, Plan
 from csfast.types import LayerShape, PlanError
 
 D, N_NEURONS, N_LAYERS = 8, 12, 2
@@ -33,7 +33,7 @@ def make_codes(bits, draw):
 def make_plan(**changes):
     draw = torch.Generator().manual_seed(0)
     falling = torch.tensor([4.0, 1.0, 0.0]).expand(N_LAYERS, 2, 3)
-    settings = [Setting(*s) for s in itertools.product(CODES, (1, 4, 16), (1, *JOINT))]
+    modes = [Mode(*s) for s in itertools.product(CODES, (1, 4, 16), (1, *JOINT))]
     values = {
         "model": models.Fingerprint(
             "llama", (LayerShape(D, N_NEURONS),) * N_LAYERS, "bfloat16", "silu", "0a" * 32
@@ -52,9 +52,7 @@ def make_plan(**changes):
             )
             for _ in range(N_LAYERS)
         ),
-        "thresholds": {
-            s: (1 + CODES.index(s.bits)) * s.block * s.batch * falling for s in settings
-        },
+        "thresholds": {s: (1 + CODES.index(s.bits)) * s.block * s.batch * falling for s in modes},
         "n_tokens": {"math": 100},
         "feedback": True,
         "seed": 3,
@@ -103,11 +101,11 @@ def test_round_trip_keeps_everything(tmp_path):
     plan.save(tmp_path / "a.plan")
     found = Plan.load(tmp_path / "a.plan")
     simple = ("model", "bits", "blocks", "batches", "tasks", "densities", "n_tokens", "seed")
-    for name in (*simple, "feedback", "settings", "plan_hash"):
+    for name in (*simple, "feedback", "modes", "plan_hash"):
         assert getattr(found, name) == getattr(plan, name), name
-    assert len(plan.settings) == 3 * 3 * 5
-    for setting in plan.settings:
-        assert torch.equal(found.thresholds[setting], plan.thresholds[setting])
+    assert len(plan.modes) == 3 * 3 * 5
+    for mode in plan.modes:
+        assert torch.equal(found.thresholds[mode], plan.thresholds[mode])
     for mine, theirs in zip(plan.layers, found.layers, strict=True):
         assert torch.equal(mine.equal, theirs.equal)
         assert all(torch.equal(mine.row_scale[b], theirs.row_scale[b]) for b in plan.bits)
@@ -143,12 +141,12 @@ def test_file_is_plain_safetensors(tmp_path, raw):
     (tmp_path / "a.plan").write_bytes(raw)
     with safetensors.safe_open(tmp_path / "a.plan", "pt") as file:
         assert file.metadata()["format"] == "csfast-plan"
-        for name, setting in (
+        for name, mode in (
             ("thresholds.b2.block1", (2, 1, 1)),
             ("thresholds.b3.block16.joint8", (3, 16, 8)),
             ("thresholds.bternary.block4", ("ternary", 4, 1)),
         ):
-            assert torch.equal(file.get_tensor(name), make_plan().thresholds[setting])
+            assert torch.equal(file.get_tensor(name), make_plan().thresholds[mode])
         layer = make_plan().layers[1]
         assert torch.equal(file.get_tensor("layers.1.order.block4"), layer.order[4])
         found = file.get_tensor("layers.1.row_scale.bternary")
@@ -570,7 +568,7 @@ def fingerprint_plan(model):
         )
         for s in sizes
     )
-    thresholds = {Setting(b, 1, 1): torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
+    thresholds = {Mode(b, 1, 1): torch.zeros(len(sizes), 2, 3) for b in (2, 3)}
     return make_plan(
         model=found, bits=(2, 3), blocks=(1,), batches=(1,), layers=layers, thresholds=thresholds
     )

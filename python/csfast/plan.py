@@ -43,7 +43,7 @@ _FIT_BYTES = 1 << 26
 _T = TypeVar("_T")
 
 
-class Setting(NamedTuple):
+class Mode(NamedTuple):
     """What a table of thresholds is for."""
 
     bits: Code  # of the sensor
@@ -145,7 +145,7 @@ class Plan:
         tasks: Names of the columns of ``thresholds``; the first is ``"pooled"``.
         densities: Fractions of neurons executed, ascending in ``(0, 1]``; the last is 1.
         layers: One entry a feed-forward layer, in the order of the model.
-        thresholds: For each setting of bits, block and batch the usage below which a block is
+        thresholds: For each mode of bits, block and batch the usage below which a block is
             skipped, ``(n_layers, n_tasks, n_densities)``, float32, not rising with the density.
             The usage of a block is the root of its neurons' summed squares, that of a batch the
             mean over its sequences.
@@ -164,7 +164,7 @@ class Plan:
     tasks: tuple[str, ...]
     densities: tuple[float, ...]
     layers: tuple[LayerPlan, ...]
-    thresholds: Mapping[Setting, Tensor]
+    thresholds: Mapping[Mode, Tensor]
     n_tokens: Mapping[str, int]
     feedback: bool
     seed: int
@@ -201,9 +201,9 @@ class Plan:
         return digest.hexdigest()
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Give the settings that have thresholds."""
-        return tuple(Setting(*s) for s in itertools.product(self.bits, self.blocks, self.batches))
+    def modes(self) -> tuple[Mode, ...]:
+        """Give the modes that have thresholds."""
+        return tuple(Mode(*s) for s in itertools.product(self.bits, self.blocks, self.batches))
 
     def threshold(
         self,
@@ -260,7 +260,7 @@ class Plan:
         above = bisect.bisect_left(self.batches, batch)
         around = self.batches[max(above - 1, 0)], self.batches[above]
         low, high = (
-            self._at(self.thresholds[Setting(bits, block, size)][layer, column], density)
+            self._at(self.thresholds[Mode(bits, block, size)][layer, column], density)
             for size in around
         )
         if batch == around[1]:
@@ -318,7 +318,7 @@ def _between(first: float, last: float, part: float) -> float:
 
 def _to_content(plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and fields of a plan's file."""
-    tensors = {_threshold_name(s): plan.thresholds[s] for s in plan.settings}
+    tensors = {_threshold_name(s): plan.thresholds[s] for s in plan.modes}
     for i, layer in enumerate(plan.layers):
         tensors |= layer_tensors(i, layer)
     fields = {
@@ -391,8 +391,8 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         # Few enough to multiply, before what they name is looked for.
         if len(values) > BLOCK_MAX:
             raise PlanError(f"[plan] {len(values)} {name}: want at most {BLOCK_MAX}.")
-    settings = [Setting(*s) for s in itertools.product(bits, blocks, batches)]
-    wanted = _names(len(shapes), bits, blocks, settings)
+    modes = [Mode(*s) for s in itertools.product(bits, blocks, batches)]
+    wanted = _names(len(shapes), bits, blocks, modes)
     if set(tensors) != wanted:
         odd = sorted(set(tensors) ^ wanted)[0]
         raise PlanError(f"[plan] tensor {odd!r}: want exactly those of {len(shapes)} layers.")
@@ -404,7 +404,7 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
         tasks=tuple(_field(fields, "tasks", list)),
         densities=tuple(_field(fields, "densities", list)),
         layers=tuple(layer_of(i, tensors, bits, blocks) for i in range(len(shapes))),
-        thresholds={s: tensors[_threshold_name(s)] for s in settings},
+        thresholds={s: tensors[_threshold_name(s)] for s in modes},
         n_tokens=_field(fields, "n_tokens", dict),
         feedback=_field(fields, "feedback", bool),
         seed=_field(fields, "seed", int),
@@ -412,18 +412,18 @@ def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
 
 
 def _names(
-    n_layers: int, bits: tuple[Code, ...], blocks: tuple[int, ...], settings: Sequence[Setting]
+    n_layers: int, bits: tuple[Code, ...], blocks: tuple[int, ...], modes: Sequence[Mode]
 ) -> set[str]:
     """Names of the tensors of a plan."""
     kinds = ["equal", *(f"{kind}.b{b}" for kind in ("row_scale", "codes") for b in bits)]
     kinds += [f"order.block{n}" for n in blocks if n > 1]
     layers = {f"layers.{i}.{k}" for i, k in itertools.product(range(n_layers), kinds)}
-    return layers | {_threshold_name(s) for s in settings}
+    return layers | {_threshold_name(s) for s in modes}
 
 
-def _threshold_name(setting: Setting) -> str:
-    joint = "" if setting.batch == 1 else f".joint{setting.batch}"
-    return f"thresholds.b{setting.bits}.block{setting.block}{joint}"
+def _threshold_name(mode: Mode) -> str:
+    joint = "" if mode.batch == 1 else f".joint{mode.batch}"
+    return f"thresholds.b{mode.bits}.block{mode.block}{joint}"
 
 
 def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
@@ -478,10 +478,10 @@ def _validate(plan: Plan) -> None:
     for i, (layer, shape) in enumerate(zip(plan.layers, m.shapes, strict=True)):
         _want_tensor(f"layers.{i}.equal", layer.equal, (shape.d,))
         _want(bool((layer.equal > 0).all()), f"layers.{i}.equal", "positive factors")
-        _want(set(layer.row_scale) == set(plan.bits), f"layers.{i}.row_scale", "one a setting")
+        _want(set(layer.row_scale) == set(plan.bits), f"layers.{i}.row_scale", "one a code")
         for b, scale in layer.row_scale.items():
             _want_tensor(f"layers.{i}.row_scale.b{b}", scale, (shape.n_neurons, 2))
-        _want(set(layer.codes) == set(plan.bits), f"layers.{i}.codes", "one a setting")
+        _want(set(layer.codes) == set(plan.bits), f"layers.{i}.codes", "one a code")
         for b, codes in layer.codes.items():
             _want_codes(f"layers.{i}.codes.b{b}", codes, shape, b)
         above = {n for n in plan.blocks if n > 1}
@@ -489,9 +489,9 @@ def _validate(plan: Plan) -> None:
         for n, order in layer.order.items():
             _want_order(f"layers.{i}.order.block{n}", order, shape.n_neurons)
     wanted = "one tensor for each of bits, block and batch"
-    _want(set(plan.thresholds) == set(plan.settings), "thresholds", wanted)
-    for setting, threshold in plan.thresholds.items():
-        name = _threshold_name(setting)
+    _want(set(plan.thresholds) == set(plan.modes), "thresholds", wanted)
+    for mode, threshold in plan.thresholds.items():
+        name = _threshold_name(mode)
         _want_tensor(name, threshold, (len(m.shapes), len(plan.tasks), len(plan.densities)))
         falling = bool((threshold[..., 1:] <= threshold[..., :-1]).all())
         _want(falling, name, "thresholds that do not rise with the density")

@@ -167,7 +167,7 @@ def test_own_thresholds_do_not_depend_on_what_else_is_asked_for():
     more = run(bits=("ternary", 2), blocks=(1, 16), joint=True)
     assert more.bits == (2, "ternary")
     assert torch.equal(alone.thresholds[2, 1, 1], more.thresholds[2, 1, 1])
-    assert alone.settings == ((2, 1, 1),) and len(more.settings) == 2 * 2 * 5
+    assert alone.modes == ((2, 1, 1),) and len(more.modes) == 2 * 2 * 5
 
 
 def test_blocks_are_what_fires_together():

@@ -5,7 +5,7 @@ layer's input, hence the equaliser, and with feedback its second moment, hence t
 moments are large, so it is made for as many layers at a time as fit. For blocks, the next takes the
 true usages of a bounded number of positions and puts neurons together that are used together, a few
 layers at a time. The last senses the inputs with those very codes and counts the estimated usages
-in a histogram per layer, task and setting; thresholds are quantiles of it. All look only at
+in a histogram per layer, task and mode; thresholds are quantiles of it. All look only at
 positions that would run sparse.
 """
 
@@ -26,7 +26,7 @@ from ..codes import blocks as blocks_
 from ..codes import planes
 from ..files import FILE_BYTES_MAX
 from ..models import Ffn
-from ..plan import BLOCK_MAX, JOINT, LayerPlan, Plan, Setting
+from ..plan import BLOCK_MAX, JOINT, LayerPlan, Mode, Plan
 from ..types import POOLED, TERNARY, Code
 from .resume import State, bytes_max, keep_state, key_of, start
 from .samples import Batch, Sample, batches_of, draw, listed, n_tokens_of, positions, sorted_samples
@@ -111,7 +111,7 @@ def calibrate(
     if type(max_tokens) is not int:
         raise TypeError(f"[calibrate] max_tokens = {max_tokens!r}: want a whole number.")
     batches = (1, *JOINT) if joint else (1,)
-    settings = [Setting(*s) for s in itertools.product(bits, blocks, batches)]
+    modes = [Mode(*s) for s in itertools.product(bits, blocks, batches)]
     grid = _grid(densities)
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"[calibrate] seed = {seed!r}: want a whole number from 0 to 2^63 - 1.")
@@ -139,10 +139,10 @@ def calibrate(
     total = 2 * len(sums) * n_tokens_of(first) + (len(orders) + 1) * n_tokens_of(chosen)
 
     key = key_of(
-        fingerprint.model_hash, groups, [*first, *chosen], (settings, feedback, seed, max_tokens)
+        fingerprint.model_hash, groups, [*first, *chosen], (modes, feedback, seed, max_tokens)
     )
     keep = None if resume is None else pathlib.Path(resume)
-    empty = State.empty(ffns, len(groups), len(above), len(settings))
+    empty = State.empty(ffns, len(groups), len(above), len(modes))
     n_bytes = bytes_max(empty, ffns, bits, sums if feedback else [])
     if keep is not None and n_bytes > FILE_BYTES_MAX:
         raise ValueError(
@@ -184,19 +184,19 @@ def calibrate(
                 xs = inputs.pop(layer)
                 _order(state, layer, xs, ffns[layer], above, seed)
                 sensors[layer] = sensors[layer].ordered(state.order[:, layer], above)
-                _add_joint_usages(state, layer, xs, sensors[layer], settings, seed)
+                _add_joint_usages(state, layer, xs, sensors[layer], modes, seed)
                 state.n_ordered = layer + 1
                 part = (layer - layers[0] + 1) / len(layers)
                 told(before + int(n_tokens_of(chosen) * (i + part)))
         for layer, sensor in enumerate(sensors):
             sensors[layer] = sensor.ordered(state.order[:, layer], above)
         for i in range(state.n_counted, len(chosen)):
-            watch = _add_usages(state, chosen[i], sensors, settings)
+            watch = _add_usages(state, chosen[i], sensors, modes)
             _run(model, ffns, chosen[i], watch)
             state.n_counted = i + 1
             told(total - n_tokens_of(chosen[i + 1 :]))
 
-    thresholds = {s: quantiles(state.histogram[j], grid) for j, s in enumerate(settings)}
+    thresholds = {s: quantiles(state.histogram[j], grid) for j, s in enumerate(modes)}
     return Plan(
         model=fingerprint,
         bits=bits,
@@ -341,14 +341,12 @@ def _order(
         state.order[j, layer, : ffn.shape.n_neurons] = blocks_.cluster(usage, block, seed).cpu()
 
 
-def _add_usages(
-    state: State, batch: Batch, sensors: list[Sensor], settings: list[Setting]
-) -> Watch:
+def _add_usages(state: State, batch: Batch, sensors: list[Sensor], modes: list[Mode]) -> Watch:
     """Count the usages of every position."""
 
     def watch(layer: int, x: Tensor) -> None:
         sensor = sensors[layer]
-        for j, usage in usages(sensor, x, settings, joint=False):
+        for j, usage in usages(sensor, x, modes, joint=False):
             state.histogram[j, layer, batch.task] += counted(usage)
 
     return watch
@@ -359,7 +357,7 @@ def _add_joint_usages(
     layer: int,
     inputs: list[Tensor],
     sensor: Sensor,
-    settings: list[Setting],
+    modes: list[Mode],
     seed: int,
 ) -> None:
     """Count the usages of positions that stand for the sequences of a batch.
@@ -370,8 +368,8 @@ def _add_joint_usages(
     for task, x in enumerate(inputs):
         draw = torch.Generator().manual_seed(seed)
         x = x.to(sensor.ffn.gate.weight.device)
-        for j, usage in usages(sensor, x, settings, joint=True):
-            size = settings[j].batch
+        for j, usage in usages(sensor, x, modes, joint=True):
+            size = modes[j].batch
             n = len(x) // size * size
             for _ in range(_MIXTURES):
                 mixed = torch.randperm(len(x), generator=draw)[:n].to(x.device)
@@ -380,13 +378,13 @@ def _add_joint_usages(
 
 
 def _bits(bits: Sequence[Code]) -> tuple[Code, ...]:
-    settings = listed("bits", bits)
-    known = all(type(b) in (int, str) and b in planes.CODES for b in settings)
-    if not settings or not known or len(set(settings)) != len(settings):
+    codes = listed("bits", bits)
+    known = all(type(b) in (int, str) and b in planes.CODES for b in codes)
+    if not codes or not known or len(set(codes)) != len(codes):
         raise ValueError(
-            f'[calibrate] bits = {settings}: want some of 1, 2, 3, 4 and "{TERNARY}", each once.'
+            f'[calibrate] bits = {codes}: want some of 1, 2, 3, 4 and "{TERNARY}", each once.'
         )
-    return tuple(sorted(settings, key=planes.CODES.index))
+    return tuple(sorted(codes, key=planes.CODES.index))
 
 
 def _block_sizes(blocks: Sequence[int]) -> tuple[int, ...]:

@@ -34,10 +34,10 @@ class State:
     square: Tensor  # (n_layers, n_tasks, d_max), float64: sums of squares
     moment: dict[int, Tensor]  # of layers in hand, (d, d), float64, where their weights are
     order: Tensor  # (n_blocks, n_layers, n_neurons_max), int64
-    histogram: Tensor  # (n_settings, n_layers, n_tasks, BINS), int64
+    histogram: Tensor  # (n_modes, n_layers, n_tasks, BINS), int64
 
     @staticmethod
-    def empty(ffns: list[Ffn], n_tasks: int, n_blocks: int, n_settings: int) -> State:
+    def empty(ffns: list[Ffn], n_tasks: int, n_blocks: int, n_modes: int) -> State:
         """Nothing counted."""
         d_max = max(ffn.shape.d for ffn in ffns)
         n_neurons_max = max(ffn.shape.n_neurons for ffn in ffns)
@@ -49,13 +49,13 @@ class State:
             square=torch.zeros(len(ffns), n_tasks, d_max, dtype=torch.float64),
             moment={},
             order=torch.zeros(n_blocks, len(ffns), n_neurons_max, dtype=torch.int64),
-            histogram=torch.zeros(n_settings, len(ffns), n_tasks, BINS, dtype=torch.int64),
+            histogram=torch.zeros(n_modes, len(ffns), n_tasks, BINS, dtype=torch.int64),
         )
 
 
-def key_of(model_hash: str, names: Iterable[str], batches: list[Batch], settings: object) -> str:
+def key_of(model_hash: str, names: Iterable[str], batches: list[Batch], modes: object) -> str:
     """SHA-256 over everything that the counts depend on."""
-    head = [FORMAT, model_hash, *names, repr(settings), torch.__version__]
+    head = [FORMAT, model_hash, *names, repr(modes), torch.__version__]
     digest = hashlib.sha256(json.dumps(head).encode())
     for batch in batches:
         digest.update(json.dumps([batch.task, *batch.ids.shape]).encode())

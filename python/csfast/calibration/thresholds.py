@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..codes import planes
 from ..models import Ffn
-from ..plan import LayerPlan, Setting
+from ..plan import LayerPlan, Mode
 from ..types import Code
 
 # Of one matrix product, so that Ctrl-C waits for 0.1 s at most on two cores of 50 GFLOP/s each.
@@ -41,10 +41,10 @@ class Sensor:
 
 
 def usages(
-    sensor: Sensor, x: Tensor, settings: list[Setting], *, joint: bool
+    sensor: Sensor, x: Tensor, modes: list[Mode], *, joint: bool
 ) -> Iterator[tuple[int, Tensor]]:
-    """For some settings their number and the usages ``(n, n_blocks)`` of single positions."""
-    some = [(j, s) for j, s in enumerate(settings) if (s.batch > 1) == joint]
+    """For some modes their number and the usages ``(n, n_blocks)`` of single positions."""
+    some = [(j, s) for j, s in enumerate(modes) if (s.batch > 1) == joint]
     for bits, members in itertools.groupby(some, lambda m: m[1].bits):
         usage = _usage(sensor, x, bits)
         for block, sizes in itertools.groupby(members, lambda m: m[1].block):
