@@ -10,7 +10,6 @@ import tiny
 from csfast import calibrate, documents, judge, models, patch
 from csfast.judge import Judge, Rule, Setting, evaluate
 from csfast.judge.rules import Fit, baselines
-from csfast.judge.run import effort as effort_of
 from csfast.types import TASKS
 from texts import make_pieces
 
@@ -380,7 +379,7 @@ def test_effort_adds_up_to_the_scores(model, plan, pieces):
     of = Judge(model, setting.rule.ffns, pieces)
     dense, (found,) = of.dense(), of.measure([setting])
     for i in (0, len(pieces) - 1):
-        shown = effort_of(model, setting, pieces[i])
+        shown = judge.effort(model, setting, pieces[i])
         assert shown.loss.shape == shown.dense_loss.shape == shown.ids.shape
         assert shown.entropy.shape == shown.ids.shape
         assert bool((shown.entropy > 0).all()) and float(shown.entropy.max()) < math.log(260)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..judge import dictionaries as dictionaries_
-from ..judge import effort
 from ..judge import phase as phase_
+from ..judge import tokens as tokens_
 from ..judge.ablate import ablate as ablate_
 from ..judge.evaluate import evaluate
 from ..plan import Plan
@@ -176,7 +176,7 @@ def tokens(
     loaded = Plan.load(plan)
     net, tokenizer = load(model, device)
     with progress("tokens") as advance:
-        found = effort.examples(
+        found = tokens_.examples(
             net,
             tokenizer,
             loaded,

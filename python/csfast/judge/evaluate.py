@@ -1,6 +1,6 @@
 """What a plan's sparsity costs: paired with the dense model, on the supports of real decoding.
 
-The pass itself is `judge.py`; see docs/quality.md for what is counted.
+The pass itself is `judge/run.py`; see docs/quality.md for what is counted.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def render(
         evaluation: What `evaluate.evaluate` gives.
         phase: What `phase.diagrams` gives.
         dictionaries: What `dictionaries.analyse` gives.
-        effort: What `effort.examples` gives.
+        effort: What `tokens.examples` gives.
         size_curve: Rows of ``params``, ``tokens``, ``method``, ``density``, ``delta``, ``ci95``.
         storage: Rows of ``name``, ``bits_read``, ``bits_stored``, ``delta``, ``ci95``, ``kind``.
         demo: What `demo.run` gives.

@@ -17,7 +17,6 @@ from ..judge import Piece, Progress
 from ..plan import Plan
 from ..types import POOLED, Code, Document
 from . import evaluate
-from .run import effort as effort_of
 
 TOKENS_MIN = 32  # of a response that shows something, where the documents have one
 HALF = "\ufffd"  # what a tokenizer gives for bytes that do not end a character
@@ -92,7 +91,7 @@ def examples(
     report = progress or (lambda done, total: None)
     shown = []
     for number, piece in enumerate(chosen, 1):
-        shown.append(_example(tokenizer, piece, effort_of(model, setting, piece)))
+        shown.append(_example(tokenizer, piece, judge.effort(model, setting, piece)))
         report(number, len(chosen))
     return {
         "examples": shown,

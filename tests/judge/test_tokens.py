@@ -8,8 +8,7 @@ import torch
 
 import tiny
 from csfast import judge, models, patch
-from csfast.judge import effort, evaluate
-from csfast.judge.run import effort as effort_of
+from csfast.judge import evaluate, tokens
 from csfast.types import PlanError
 
 OPTIONS = {"retrieval_prompts": 0, "tokens": 24}
@@ -17,7 +16,7 @@ OPTIONS = {"retrieval_prompts": 0, "tokens": 24}
 
 @pytest.fixture(scope="module")
 def shown(model, tokenizer, plan, held_out):
-    return effort.examples(model, tokenizer, plan, held_out, **OPTIONS)
+    return tokens.examples(model, tokenizer, plan, held_out, **OPTIONS)
 
 
 def test_every_task_has_one_text(shown, plan, model):
@@ -60,14 +59,14 @@ def test_losses_are_those_of_the_judge(shown, model, tokenizer, plan, held_out):
         ]
         whole = judge.encoded(tokenizer, document, 256)
         piece = judge.Piece(document, whole.ids[:, : whole.n_prompt + 24], whole.n_prompt)
-        of = effort_of(model, setting, piece)
+        of = judge.effort(model, setting, piece)
         assert [t["loss"] for t in example["tokens"]] == of.loss.tolist()
         assert [t["dense_loss"] for t in example["tokens"]] == of.dense_loss.tolist()
         assert [t["density"] for t in example["tokens"]] == of.density.tolist()
 
 
 def test_generated_text_is_what_decoding_gives(model, tokenizer, plan, held_out):
-    got = effort.examples(model, tokenizer, plan, held_out, generate=True, density=0.5, **OPTIONS)
+    got = tokens.examples(model, tokenizer, plan, held_out, generate=True, density=0.5, **OPTIONS)
     assert got["generated"]
     patch.apply(model, plan, density=0.5)
     try:
@@ -91,7 +90,7 @@ def test_generated_text_is_what_decoding_gives(model, tokenizer, plan, held_out)
 
 
 def test_full_density_costs_everything_and_nothing(model, tokenizer, plan, held_out):
-    got = effort.examples(model, tokenizer, plan, held_out, density=1.0, **OPTIONS)
+    got = tokens.examples(model, tokenizer, plan, held_out, density=1.0, **OPTIONS)
     for example in got["examples"]:
         for token in example["tokens"]:
             assert token["density"] == [1.0, 1.0]
@@ -101,23 +100,23 @@ def test_full_density_costs_everything_and_nothing(model, tokenizer, plan, held_
 def test_characters_stay_whole(tokenizer):
     text = "aé漢🙂b"
     ids = tokenizer.encode(text)
-    pieces = effort.texts(tokenizer, ids, 1)
+    pieces = tokens.texts(tokenizer, ids, 1)
     assert "".join(pieces) == text[1:]
     assert pieces == ["", "é", "", "", "漢", "", "", "", "🙂", "b"]
 
 
 def test_a_text_that_ends_within_a_character_ends_with_its_mark(tokenizer):
-    pieces = effort.texts(tokenizer, tokenizer.encode("a漢")[:3], 0)
-    assert pieces[0] == "a" and pieces[1] == "" and pieces[2].startswith(effort.HALF)
+    pieces = tokens.texts(tokenizer, tokenizer.encode("a漢")[:3], 0)
+    assert pieces[0] == "a" and pieces[1] == "" and pieces[2].startswith(tokens.HALF)
 
 
 def test_the_long_enough_comes_before_the_longest(tokenizer):
     def piece(n):
         return judge.Piece(None, torch.zeros(1, 2 + n, dtype=torch.int64), 2)
 
-    short, enough, longest = piece(5), piece(effort.TOKENS_MIN + 1), piece(80)
-    assert effort._long_enough([short, enough, longest]) is enough
-    assert effort._long_enough([piece(3), short]) is short
+    short, enough, longest = piece(5), piece(tokens.TOKENS_MIN + 1), piece(80)
+    assert tokens._long_enough([short, enough, longest]) is enough
+    assert tokens._long_enough([piece(3), short]) is short
 
 
 @pytest.mark.parametrize(
@@ -132,9 +131,9 @@ def test_the_long_enough_comes_before_the_longest(tokenizer):
 )
 def test_what_cannot_be_shown_is_refused(model, tokenizer, plan, held_out, options, error, message):
     with pytest.raises(error, match=message):
-        effort.examples(model, tokenizer, plan, held_out, **{**OPTIONS, **options})
+        tokens.examples(model, tokenizer, plan, held_out, **{**OPTIONS, **options})
 
 
 def test_another_model_is_refused(tokenizer, plan, held_out):
     with pytest.raises(PlanError):
-        effort.examples(tiny.make_model(seed=3), tokenizer, plan, held_out, **OPTIONS)
+        tokens.examples(tiny.make_model(seed=3), tokenizer, plan, held_out, **OPTIONS)
