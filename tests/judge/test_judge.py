@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 import tiny
 from csfast import calibrate, documents, judge, models, patch
 from csfast.judge import Judge, Rule, Setting, evaluate
-from csfast.judge.rules import Fit, baselines
+from csfast.judge.rules import Fit, catalogue
 from csfast.types import TASKS
 from texts import make_pieces
 
@@ -319,7 +319,7 @@ def test_kept_caches_change_nothing(model, tokenizer, pieces, held_out):
     ffns = models.find_ffns(model)
     sample = Judge(model, ffns, pieces).capture({})
     for method in ("griffin", "oracle-neuron"):
-        rule = baselines.build(method, Fit(model, ffns, sample))
+        rule = catalogue.build(method, Fit(model, ffns, sample))
         settings = [Setting(rule, None, 0.5, found) for found in rule.calibrate(sample, [0.3, 0.6])]
         kept, fresh = (
             Judge(model, ffns, pieces, chunk=50, cache_bytes=n).measure(settings)
@@ -333,7 +333,7 @@ def test_settings_that_are_batched_score_as_alone(model, tokenizer, pieces):
     ffns = models.find_ffns(model)
     sample = Judge(model, ffns, pieces).capture({})
     for method in ("oracle-neuron", "planes-b2", "teal", "griffin", "rtn-int4"):
-        rule = baselines.build(method, Fit(model, ffns, sample))
+        rule = catalogue.build(method, Fit(model, ffns, sample))
         (thresholds,) = rule.calibrate(sample, [0.5])
         setting = Setting(rule, None, 0.5, thresholds)
         (together,) = Judge(model, ffns, pieces).measure([setting])

@@ -6,7 +6,7 @@ import torch
 import tiny
 from csfast import judge, models
 from csfast.judge import rules
-from csfast.judge.rules import baselines, mixed
+from csfast.judge.rules import catalogue, mixed
 from csfast.judge.rules.mixed import Storage
 from csfast.types import TASKS, LayerShape
 
@@ -49,7 +49,7 @@ def error_of(rule, fit, density):
 
 @pytest.mark.parametrize("method", [*METHODS, *SEPARATE])
 def test_more_bytes_are_less_error(fit, method):
-    rule = baselines.build(method, fit)
+    rule = catalogue.build(method, fit)
     errors = [error_of(rule, fit, density) for density in (0.15, 0.5, 1.0)]
     assert errors[0] > errors[1] > errors[2]
     # Six bits in all err by a few per cent of a standard deviation, four by a quarter.
@@ -58,7 +58,7 @@ def test_more_bytes_are_less_error(fit, method):
 
 @pytest.mark.parametrize("method", [*METHODS, *SEPARATE])
 def test_the_share_asked_for_is_read(fit, method):
-    rule = baselines.build(method, fit)
+    rule = catalogue.build(method, fit)
     shape = fit.ffns[0].shape
     empty, full = rule.sensor_bytes(shape), rule.n_bytes(shape, rule.full(shape))
     for share in (0.2, 0.6, 1.0):
@@ -70,7 +70,7 @@ def test_the_share_asked_for_is_read(fit, method):
 
 def test_the_layer_that_is_not_refined_is_the_base(fit):
     """With thresholds nothing exceeds, the base alone is run; with those of all, everything."""
-    rule = baselines.build("mixed-3+3", fit)
+    rule = catalogue.build("mixed-3+3", fit)
     x = fit.sample.inputs[0]
     with torch.no_grad():
         nothing, read = rule.run(0, x, (float("inf"), float("inf")), fit.sample.where)
@@ -84,7 +84,7 @@ def test_the_layer_that_is_not_refined_is_the_base(fit):
 
 
 def test_not_a_number_is_read_in_full(fit):
-    rule = baselines.build("mixed-3+3", fit)
+    rule = catalogue.build("mixed-3+3", fit)
     x = fit.sample.inputs[0][:3].clone()
     x[1, 5] = float("nan")
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_feedback_helps_where_inputs_are_alike(fit):
     inputs = [torch.randn(200, 8, generator=draw) @ few for _ in fit.ffns]
     alike = rules.Fit(fit.model, fit.ffns, judge.Sample(inputs, fit.sample.where, {}))
     errors = [
-        error_of(baselines.build(method, alike), alike, 1.0)
+        error_of(catalogue.build(method, alike), alike, 1.0)
         for method in ("mixed-2+2", "mixed-2+2-plain")
     ]
     assert errors[0] < 0.7 * errors[1]
@@ -120,7 +120,7 @@ def test_names():
 @pytest.mark.parametrize("name", ["mixed-3+16", "mixed-9+3", "drop-3"])
 def test_another_name_is_refused(name):
     with pytest.raises(ValueError, match=rf"^\[ablate\] method '{name.replace('+', '.')}': want"):
-        baselines.family(name)
+        catalogue.family(name)
 
 
 def test_bytes_by_hand():

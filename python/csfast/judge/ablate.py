@@ -22,7 +22,7 @@ from ..files import read_bounded, write_atomic
 from ..judge import CHUNK, Judge, Measured, Piece, Progress, Rule, Sample, Setting
 from ..models import Ffn
 from ..types import Document, PlanError
-from .rules import Fit, baselines, oracles
+from .rules import Fit, catalogue, oracles
 
 RESAMPLES = 2000  # of the bootstrap: the quantiles of .025 and .975 rest on 50 draws each
 FAR = 0.05  # of the target: a trial that misses it by more is repeated
@@ -62,8 +62,8 @@ def ablate(
         tokenizer: Its tokenizer.
         documents_select: What to fit and choose on.
         documents_report: What to report on.
-        methods: Names of methods, ``"full"`` for `baselines.default_methods` or ``"quick"`` for
-            `baselines.quick_methods`.
+        methods: Names of methods, ``"full"`` for `catalogue.default_methods` or ``"quick"`` for
+            `catalogue.quick_methods`.
         bytes_fractions: Bytes to meet, as fractions of the dense 16-bit bytes of the structure.
         densities: If given, densities to meet, instead of bytes. Rows then have no target, and the
             density asked for as `target_density`.
@@ -97,7 +97,7 @@ def ablate(
         if not 0 < density <= 1:
             raise ValueError(f"[ablate] density {density}: want one in (0, 1].")
     ffns = models.find_ffns(model)
-    sets = {"full": baselines.default_methods, "quick": baselines.quick_methods}
+    sets = {"full": catalogue.default_methods, "quick": catalogue.quick_methods}
     if isinstance(methods, str):
         if methods not in sets:
             raise ValueError(
@@ -111,7 +111,7 @@ def ablate(
         what = "bytes fractions" if densities is None else "densities"
         raise ValueError(f"[ablate] no methods or no {what}: want at least one of both.")
     for name in names:
-        baselines.family(name)
+        catalogue.family(name)
         if names.count(name) > 1:
             raise ValueError(f"[ablate] method {name!r} is named twice: want each once.")
     halves = {"select": documents_select, "report": documents_report}
@@ -179,7 +179,7 @@ def ablate(
     fit = Fit(model, ffns, sample, seed=seed)
     for name in names:
         if name not in state.rows:
-            rule = baselines.build(name, fit)
+            rule = catalogue.build(name, fit)
             done(1)
             wanted, notes = _wanted(rule, asked, by_bytes=densities is None)
             settings, measured, wanted = _met(rule, sample, wanted, trial, lambda n: done(1 + n))
@@ -407,7 +407,7 @@ def _rows(
         shapes = [ffn.shape for ffn in rule.ffns]
         row: dict[str, Any] = {
             "method": rule.name,
-            "family": baselines.family(rule.name),
+            "family": catalogue.family(rule.name),
             "structure": rule.structure,
             "target": setting.target,
             "density": judge.mean(per_layer),

@@ -6,7 +6,7 @@ Execution is masked dense, so rules measure quality and count bytes; they are no
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -367,6 +367,20 @@ def largest_first(moment: Tensor) -> Tensor:
     """Give the eigenvectors of a symmetric matrix as columns, of the largest eigenvalue first."""
     vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
     return vectors.flip(1)
+
+
+def check_rank(method: str, ffns: Iterable[Ffn], rank: int) -> None:
+    """Refuse a rank that a layer cannot have, by the method's name."""
+    limit = min(ffn.shape.d for ffn in ffns)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"[ablate] {method}: want a rank from 1 to {limit}.")
+
+
+def check_block(method: str, ffns: Iterable[Ffn], block: int) -> None:
+    """Refuse a block of more neurons than a layer has, by the method's name."""
+    limit = min(ffn.shape.n_neurons for ffn in ffns)
+    if not 2 <= block <= limit:
+        raise ValueError(f"[ablate] {method}: want blocks of 2 to {limit} neurons.")
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

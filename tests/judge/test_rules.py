@@ -11,7 +11,7 @@ import tiny
 from csfast import judge, models, ops, reference
 from csfast.codes import planes
 from csfast.judge import rules
-from csfast.judge.rules import baselines, compressed, oracles
+from csfast.judge.rules import catalogue, compressed, magnitude, oracles
 from csfast.plan import LayerPlan
 from csfast.types import TASKS, Document, LayerShape
 
@@ -98,7 +98,7 @@ def fit(model, ffns, inputs):
 
 @pytest.fixture(scope="module")
 def built(fit, inputs):
-    found = {method: baselines.build(method, fit) for method in METHODS}
+    found = {method: catalogue.build(method, fit) for method in METHODS}
     for layer, x in enumerate(inputs):
         found["griffin"].observe(layer, x[:20], WHERE)
     return found
@@ -224,7 +224,7 @@ def test_cats_looks_at_the_gate_alone(built, fit, ffns, inputs):
 
 
 def test_low_rank_of_full_rank_is_the_oracle(fit, ffns, inputs):
-    full, oracle = (baselines.build(name, fit) for name in ("lowrank-64", "oracle-neuron"))
+    full, oracle = (catalogue.build(name, fit) for name in ("lowrank-64", "oracle-neuron"))
     with torch.no_grad():
         gate = torch.nn.functional.silu(ffns[0].gate(inputs[0]))
         a = gate * ffns[0].up(inputs[0])
@@ -238,7 +238,7 @@ def test_low_rank_knows_the_inputs_it_was_fitted_to(model, ffns):
     basis = torch.randn(8, 64, generator=draw)
     x = torch.randn(400, 8, generator=draw) @ basis  # inputs in eight dimensions
     fit = rules.Fit(model, ffns, judge.Sample([x, x], make_where(4, 100), {}))
-    rule, oracle = (baselines.build(name, fit) for name in ("lowrank-8", "oracle-neuron"))
+    rule, oracle = (catalogue.build(name, fit) for name in ("lowrank-8", "oracle-neuron"))
     with torch.no_grad():
         gate = torch.nn.functional.silu(ffns[0].gate(x))
         a = gate * ffns[0].up(x)
@@ -389,7 +389,7 @@ def test_wina_weighs_inputs_by_their_columns(built, fit, ffns, inputs):
 
 
 def test_rsparse_of_full_rank_is_dense_at_every_density(fit, ffns, inputs):
-    rule = baselines.build("rsparse-64", fit)
+    rule = catalogue.build("rsparse-64", fit)
     with torch.no_grad():
         dense = ffns[0].module(inputs[0])
     out, read = run(rule, 0, fit, 0.2)
@@ -409,7 +409,7 @@ def test_rsparse_loses_less_than_skipping(built, fit, ffns, inputs):
 
 def test_the_greedy_search_goes_down_a_step_at_a_time(built, fit, ffns, inputs):
     path = built["teal-greedy"]._paths[0]
-    step = baselines.GREEDY_STEP
+    step = magnitude.GREEDY_STEP
     assert path[0].tolist() == [1, 1, 1]
     assert path[-1] == pytest.approx([step] * 3)
     for above, below in itertools.pairwise(path):
@@ -450,8 +450,8 @@ def test_a_trained_predictor_knows_more_than_the_mean(built, fit, ffns, inputs):
 
 
 def test_training_is_seeded(model, ffns, fit, built, inputs):
-    again = baselines.build("dejavu-8", fit)
-    other = baselines.build("dejavu-8", rules.Fit(model, ffns, fit.sample, seed=1))
+    again = catalogue.build("dejavu-8", fit)
+    other = catalogue.build("dejavu-8", rules.Fit(model, ffns, fit.sample, seed=1))
     x = inputs[0]
     first, same, differs = (r.score(0, x, x, x, WHERE) for r in (built["dejavu-8"], again, other))
     assert torch.equal(first, same)
@@ -624,7 +624,7 @@ def test_probes_speak_for_neurons_that_depend_on_them(model, ffns):
     fit = rules.Fit(model, ffns, judge.Sample(inputs, make_where(4, 100), {}))
     recall = {}
     for method in ("probe-40", "static"):
-        rule = baselines.build(method, fit)
+        rule = catalogue.build(method, fit)
         recovery = rule.recovery()
         rule.record(recovery)
         for layer in (0, 1):
@@ -654,7 +654,7 @@ def rule_of(name):
     model = tiny.make_model(hidden_size=384, intermediate_size=1152, num_hidden_layers=1)
     draw = torch.Generator().manual_seed(0)
     sample = judge.Sample([torch.randn(16, 384, generator=draw)], make_where(4, 4), {})
-    return baselines.build(name, rules.Fit(model, models.find_ffns(model), sample))
+    return catalogue.build(name, rules.Fit(model, models.find_ffns(model), sample))
 
 
 @pytest.mark.parametrize(
@@ -748,10 +748,10 @@ def test_calibrated_rounding_beats_plain_rounding(built, fit, ffns, inputs):
 
 @pytest.mark.parametrize("shape", [SHAPE, LayerShape(64, 160), LayerShape(4096, 14336)])
 def test_default_methods_are_known_and_named_once(shape):
-    names = baselines.default_methods(shape)
+    names = catalogue.default_methods(shape)
     assert len(set(names)) == len(names)
-    assert set(baselines.quick_methods(shape)) <= set(names)
-    families = {baselines.family(name) for name in names}
+    assert set(catalogue.quick_methods(shape)) <= set(names)
+    families = {catalogue.family(name) for name in names}
     assert families == {"oracle", "few-bit", "selection", "mixed", "quantised"}
 
 
@@ -774,7 +774,7 @@ def test_default_methods_are_known_and_named_once(shape):
 )
 def test_an_unknown_method_is_refused(fit, name):
     with pytest.raises(ValueError, match=r"^\[ablate\] method .*: want one of .*\.$"):
-        baselines.build(name, fit)
+        catalogue.build(name, fit)
 
 
 @pytest.mark.parametrize(
@@ -802,7 +802,7 @@ def test_an_unknown_method_is_refused(fit, name):
 )
 def test_a_number_out_of_range_is_refused(fit, name, message):
     with pytest.raises(ValueError, match=message):
-        baselines.build(name, fit)
+        catalogue.build(name, fit)
 
 
 @pytest.mark.parametrize("kind", ["llama-bias", "gemma", "phi3"])
@@ -811,7 +811,7 @@ def test_families_are_estimated_as_the_reference_does(kind, bits, inputs):
     """Activation and biases of the layer itself enter the few-bit and the low-rank estimate."""
     ffns = models.find_ffns(tiny.make_model(kind))
     fit = rules.Fit(None, ffns, judge.Sample(inputs, WHERE, {}))
-    rule, x, ffn = baselines.build(method_of(bits), fit), inputs[1], ffns[1]
+    rule, x, ffn = catalogue.build(method_of(bits), fit), inputs[1], ffns[1]
     codes = rule._codes[1]
     layer = layer_plan(fit, 1, codes.equal, bits)
     y, scale = reference.sense(layer.codes[bits], codes.equal, x, bits=bits)
@@ -821,7 +821,7 @@ def test_families_are_estimated_as_the_reference_does(kind, bits, inputs):
         found = rule.score(1, x, gate, a, WHERE)
         error = (found.double() - reference.usage(*measured)).abs()
         assert bool((error <= numeric.usage_tolerance(*measured)).all())
-        low = baselines.build("lowrank-8", fit)
+        low = catalogue.build("lowrank-8", fit)
         z_gate, z_up = (
             projection(torch.zeros_like(x)).double()
             + x.double() @ (left.double() @ right.double()).T
@@ -840,7 +840,7 @@ def test_families_are_estimated_as_the_reference_does(kind, bits, inputs):
 def test_families_run_densely_where_all_is_kept(kind, method, inputs):
     ffns = models.find_ffns(tiny.make_model(kind))
     fit = rules.Fit(None, ffns, judge.Sample(inputs, WHERE, {}))
-    rule = baselines.build(method, fit)
+    rule = catalogue.build(method, fit)
     everything = torch.ones(len(inputs[0]), 160, dtype=torch.bool)
     for layer, x in enumerate(inputs):
         out, _ = run(rule, layer, fit, 1.0)
@@ -879,7 +879,7 @@ def test_rules_run_layers_of_every_form(other):
     fit = rules.Fit(model, ffns, judge.Sample(inputs, where, {"stream": inputs}))
     methods = (*(m for m in SELECTING if m != "dejavu-8"), "oracle-layer", "rtn-int8", "gptq-int8")
     for method in methods:
-        rule = baselines.build(method, fit)
+        rule = catalogue.build(method, fit)
         if rule.observes:
             rule.observe(0, inputs[0][:20], where)
         (thresholds,) = rule.calibrate(fit.sample, [1.0])
