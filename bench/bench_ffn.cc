@@ -4,10 +4,13 @@
 // fraction of the bandwidth that it finds.
 //
 //   cmake -B build && cmake --build build && build/bench/bench_ffn [--quick] [--json]
+//                                                                     [--commit HASH]
 //
 // The same on a GPU is bench_ffn.cu.
 //
 // Layers rotate so that no cache holds them; variants take turns; medians are shown.
+#include <omp.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -304,14 +307,17 @@ double measure(const Sizes& s, std::vector<Layer>& layers, double density, Reade
 
 int main(int argc, char** argv) {
   bool json = false, quick = false;
+  std::string commit;
   for (int i = 1; i < argc; ++i) {
     const std::string option = argv[i];
     if (option == "--json") {
       json = true;
     } else if (option == "--quick") {
       quick = true;
+    } else if (option == "--commit" && i + 1 < argc) {
+      commit = argv[++i];
     } else {
-      std::fprintf(stderr, "usage: bench_ffn [--quick] [--json]\n");
+      std::fprintf(stderr, "usage: bench_ffn [--quick] [--json] [--commit HASH]\n");
       return 2;
     }
   }
@@ -327,10 +333,15 @@ int main(int argc, char** argv) {
   }
 
   if (json) {
-    csfast::bench::print_json({{"device", "\"cpu\""},
-                               {"isa", csfast::bench::quoted(csfast::isa())},
-                               {"read_bandwidth", std::to_string(bandwidth)}},
-                              rows);
+    using csfast::bench::quoted;
+    csfast::bench::print_json({.command = csfast::bench::command_of(argc, argv),
+                               .commit = commit,
+                               .machine = {{"device", "\"cpu\""},
+                                           {"cpu", quoted(csfast::bench::cpu_name())},
+                                           {"threads", std::to_string(omp_get_max_threads())},
+                                           {"isa", quoted(csfast::isa())}},
+                               .versions = {{"compiler", quoted(__VERSION__)}}},
+                              bandwidth, rows);
   } else {
     std::printf("%s, read bandwidth %.1f GB/s\n", csfast::isa(), bandwidth / 1e9);
     for (const Row& row : rows) std::printf("%s\n", csfast::bench::to_text(row).c_str());

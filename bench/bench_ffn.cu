@@ -646,30 +646,26 @@ double clock_rate(cudaStream_t stream) {
   return static_cast<double>(found[0]) * 1e3 / static_cast<double>(found[1]);
 }
 
-// The head of the results.
-std::vector<std::pair<std::string, std::string>> machine(const Options& options, double bandwidth,
-                                                         double clock, int argc, char** argv) {
+csfast::bench::Head head_of(const Options& options, double clock, int argc, char** argv) {
   using csfast::bench::quoted;
   cudaDeviceProp properties{};
   want(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   int runtime = 0;
   want(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
-  const std::string program = argv[0];
-  std::string command = "[" + quoted(program.substr(program.rfind('/') + 1));  // not its folder
-  for (int i = 1; i < argc; ++i) command += ", " + quoted(argv[i]);
+  const std::string cuda =
+      std::to_string(runtime / 1000) + "." + std::to_string(runtime % 1000 / 10);
   return {
-      {"device", "\"cuda\""},
-      {"gpu", quoted(properties.name)},
-      {"driver", quoted(driver())},
-      {"cuda", quoted(std::to_string(runtime / 1000) + "." + std::to_string(runtime % 1000 / 10))},
-      {"processors", std::to_string(properties.multiProcessorCount)},
-      {"l2_bytes", std::to_string(properties.l2CacheSize)},
-      {"clock_mhz", std::to_string(std::lround(clock))},
-      {"clock_mhz_max", std::to_string(attribute(cudaDevAttrClockRate) / 1000)},
-      {"read_bandwidth", std::to_string(bandwidth)},
-      {"commit", options.commit.empty() ? "null" : quoted(options.commit)},
-      {"command", command + "]"},
-  };
+      .command = csfast::bench::command_of(argc, argv),
+      .commit = options.commit,
+      .machine = {{"device", "\"cuda\""},
+                  {"cpu", quoted(csfast::bench::cpu_name())},
+                  {"gpu", quoted(properties.name)},
+                  {"processors", std::to_string(properties.multiProcessorCount)},
+                  {"l2_bytes", std::to_string(properties.l2CacheSize)},
+                  {"clock_mhz", std::to_string(std::lround(clock))},
+                  {"clock_mhz_max", std::to_string(attribute(cudaDevAttrClockRate) / 1000)}},
+      .versions = {
+          {"cuda", quoted(cuda)}, {"driver", quoted(driver())}, {"compiler", quoted(__VERSION__)}}};
 }
 
 // Gives the number of cases that failed, each of which says why on stderr.
@@ -709,11 +705,14 @@ int run(const Options& options, int argc, char** argv) {
     throw std::invalid_argument("[bench] --only " + options.only +
                                 ": want a part of the name of a case.");
   }
-  const auto head = machine(options, bandwidth, clock_rate(stream), argc, argv);
+  const csfast::bench::Head head = head_of(options, clock_rate(stream), argc, argv);
   if (options.json) {
-    csfast::bench::print_json(head, rows);
+    csfast::bench::print_json(head, bandwidth, rows);
   } else {
-    for (const auto& [name, value] : head) std::printf("%s %s\n", name.c_str(), value.c_str());
+    for (const auto* pairs : {&head.machine, &head.versions}) {
+      for (const auto& [name, value] : *pairs) std::printf("%s %s\n", name.c_str(), value.c_str());
+    }
+    std::printf("read bandwidth %.1f GB/s\n", bandwidth / 1e9);
   }
   return failed;
 }

@@ -1,10 +1,12 @@
-// The rows that bench_ffn prints, as text or as JSON of the form that docs/cli.md describes.
+// The rows that bench_ffn prints, as text or as JSON of the form that docs/schemas.md describes.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <ctime>
+#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,16 +83,64 @@ inline std::string quoted(const std::string& text) {
   return found + '"';
 }
 
-// Prints {"machine": {...}, "rows": [...]}; `machine` holds pairs of a name and JSON.
-inline void print_json(const std::vector<std::pair<std::string, std::string>>& machine,
-                       const std::vector<Row>& rows) {
-  std::string text = "{\"machine\": {";
-  for (const auto& [name, value] : machine) {
-    text += (&name == &machine.front().first ? "" : ", ") + quoted(name) + ": " + value;
+// Names with their values, which are JSON.
+using Pairs = std::vector<std::pair<std::string, std::string>>;
+
+inline std::string to_json(const Pairs& pairs) {
+  std::string text = "{";
+  for (const auto& [name, value] : pairs) {
+    text += (text.size() > 1 ? ", " : "") + quoted(name) + ": " + value;
   }
-  text += "},\n \"rows\": [\n";
-  for (const Row& row : rows) text += "  " + to_json(row) + (&row == &rows.back() ? "\n" : ",\n");
-  std::fputs((text + " ]}\n").c_str(), stdout);
+  return text + "}";
+}
+
+// The head of all results, as python/csfast/bench/head.py has it.
+struct Head {
+  std::vector<std::string> command;
+  std::string commit;  // as the command line says; empty if it does not
+  Pairs machine;       // the device first
+  Pairs versions;
+};
+
+// Without the folder of the program: it is of one machine.
+inline std::vector<std::string> command_of(int argc, char** argv) {
+  std::vector<std::string> words(argv, argv + argc);
+  words[0] = words[0].substr(words[0].rfind('/') + 1);
+  return words;
+}
+
+// The day in UTC, such as 2026-01-31.
+inline std::string today() {
+  const std::time_t now = std::time(nullptr);
+  char text[16];
+  std::strftime(text, sizeof text, "%Y-%m-%d", std::gmtime(&now));
+  return text;
+}
+
+// The processor's name; empty where the system does not tell.
+inline std::string cpu_name() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    const size_t at = line.find(": ");
+    if (line.rfind("model name", 0) == 0 && at != std::string::npos) return line.substr(at + 2);
+  }
+  return "";
+}
+
+// Prints one object: the head, the bytes a second that were read at best, and the rows.
+inline void print_json(const Head& head, double read_bandwidth, const std::vector<Row>& rows) {
+  std::string command;
+  for (const std::string& word : head.command) {
+    command += (command.empty() ? "" : ", ") + quoted(word);
+  }
+  std::string text = "{\"format\": \"csfast results 1\",\n\"command\": [" + command + "],\n";
+  text += "\"commit\": " + (head.commit.empty() ? "null" : quoted(head.commit)) + ",\n";
+  text += "\"date\": " + quoted(today()) + ",\n";
+  text += "\"machine\": " + to_json(head.machine) + ",\n";
+  text += "\"versions\": " + to_json(head.versions) + ",\n";
+  text += "\"read_bandwidth\": " + text_of("%.5g", read_bandwidth) + ",\n\"rows\": [\n";
+  for (const Row& row : rows) text += to_json(row) + (&row == &rows.back() ? "\n" : ",\n");
+  std::fputs((text + "]\n}\n").c_str(), stdout);
 }
 
 }  // namespace csfast::bench

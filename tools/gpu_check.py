@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one run: tests, sanitizers, timings, as one JSON document.
+"""All that must hold on a GPU, in one run: tests, sanitizers, supports, as one JSON document.
 
     python tools/gpu_check.py --json OUT.json [--commit HASH] [--only STAGE ...]
 
@@ -7,12 +7,12 @@ From the root of the repository, with csfast installed with CUDA. Stages, in thi
     tests      pytest -m gpu
     sanitizer  compute-sanitizer's four tools over small cases of every operation, and over two
                programs with a planted fault each, which it must catch
-    omp        supports of 10,000 pursuits against float64, and the time of pursuits beside others
-    timings    execute, select and ffn of random bfloat16 layers beside the dense layer in torch
+    omp        supports of 10,000 pursuits against float64
 
-The exit status is 1 if a test failed or none ran, if a sanitizer reported something, if it missed
-a planted fault, or if more than a support in a thousand differs. Timings decide nothing. A stage
-whose tool is missing says so under "not_run". The document is written anew after every stage.
+What is timed on a GPU is `bench/gpu.py`. The exit status is 1 if a test failed or none ran, if a
+sanitizer reported something, if it missed a planted fault, or if more than a support in a thousand
+differs. A stage whose tool is missing says so under "not_run". The document is written anew after
+every stage, with the head of all results.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
-from csfast import doctor, ops, reference, types
-from csfast.bench import cases, layers, timing
+from csfast import ops, reference, types
+from csfast.bench import cases, head, timing
 from csfast.bench import pursuits as pursuits_
 from csfast.codes import planes
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ("tests", "sanitizer", "omp", "timings")
+STAGES = ("tests", "sanitizer", "omp")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99  # exit status that compute-sanitizer is told to give when it reports something
 SANITIZER_SECONDS = 240  # each; all run side by side
@@ -152,7 +152,6 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="where the document goes")
     parser.add_argument("--commit", default="unknown", help="recorded as given")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--runs", type=int, default=30, help="measurements of each variant")
     parser.add_argument("--sanitize-target", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.sanitize_target:
@@ -163,17 +162,13 @@ def main() -> int:
         sys.stderr.write("gpu_check: no CUDA device, or csfast was built without CUDA.\n")
         return 1
 
-    document: dict[str, Any] = {
-        # Without the folders of one machine: only the names of files.
-        "command": ["python", "tools/gpu_check.py", *(pathlib.Path(a).name for a in sys.argv[1:])],
-        "commit": arguments.commit,
-        "machine": doctor.machine(torch.device("cuda")),
-    }
+    # Without the folders of one machine: only the names of files.
+    command = ["python", "tools/gpu_check.py", *(pathlib.Path(a).name for a in sys.argv[1:])]
+    document = head.of(torch.device("cuda"), command=command, commit=arguments.commit)
     run: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": tests,
         "sanitizer": sanitizer,
-        "omp": lambda: pursuits(arguments.runs),
-        "timings": lambda: timings(arguments.runs),
+        "omp": pursuits,
     }
     for stage in STAGES:
         if stage not in arguments.only:
@@ -181,9 +176,8 @@ def main() -> int:
         clock = timing.Clock()
         document[stage] = run[stage]()
         document[stage]["seconds"] = round(clock.seconds(), 1)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        told = {k: v for k, v in document[stage].items() if k != "rows"}
-        print(stage, json.dumps(told, indent=1), flush=True)
+        arguments.json.write_text(head.text_of(document), encoding="utf-8")
+        print(stage, json.dumps(document[stage], indent=1), flush=True)
     failed = [name for name in arguments.only if document[name].get("passed") is False]
     print("failed: " + ", ".join(failed) if failed else "passed", flush=True)
     return 1 if failed else 0
@@ -401,8 +395,8 @@ def layer(case: Case, device: str) -> list[torch.Tensor]:
     return [t.to(device) for t in made]
 
 
-def pursuits(runs: int) -> dict[str, Any]:
-    """Compare supports with those of float64 on many problems, then time pursuits."""
+def pursuits() -> dict[str, Any]:
+    """Compare supports with those of float64 on many problems."""
     found: dict[str, Any] = {}
     for case, batches in (
         (cases.PursuitCase("standard", batch=1000, m=256, n_atoms=1024, n_nonzero=32), 10),
@@ -430,39 +424,7 @@ def pursuits(runs: int) -> dict[str, Any]:
             counts["differ"] += int((sure & ~same).sum())
         found[pursuits_.name_of(case)] = counts
     passed = all(c["differ"] <= 0.001 * c["sure"] for c in found.values())
-    timed = pursuits_.run(device=torch.device("cuda"), runs=runs)
-    for row in timed["rows"]:
-        print(
-            f"{row['case']:36} {row['variant']:9} {row['problems_per_second']:12,.0f} problems/s "
-            f"{row['us_per_atom']:8.2f} us/atom, agrees {row['agreement']:.4f}, "
-            f"{row['ratio_vs_best']:.2f}x the best other",
-            flush=True,
-        )
-    return {"passed": passed, "supports": found, "notes": timed["machine"]["notes"]} | {
-        "rows": timed["rows"]
-    }
-
-
-def timings(runs: int) -> dict[str, Any]:
-    """Time the sizes of an 8-billion-parameter model, eight layers taking turns."""
-    settings = [layers.Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)]
-    found = layers.run(
-        settings,
-        device=torch.device("cuda"),
-        runs=runs,
-        variants=("complete", "execute", "select"),
-        n_layers=8,
-        compiled=False,
-        progress=lambda case: print("timing", case, flush=True),
-    )
-    for row in found["rows"]:
-        print(
-            f"{row['case']:32} {row['variant']:9} {row['median_us']:8.1f} us "
-            f"{row['fraction_of_read_bandwidth']:.2f} of read bandwidth "
-            f"{row['ratio_vs_best']:.2f}x dense",
-            flush=True,
-        )
-    return found
+    return {"passed": passed, "supports": found}
 
 
 def find(program: str) -> str | None:

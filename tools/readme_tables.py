@@ -1,10 +1,11 @@
 """Write the figures of README.md and docs/speed.md from the files in bench/results.
 
-    python tools/readme_tables.py [--check]
+    python tools/readme_tables.py [--check | --targets FOLDER]
 
 Every table of figures stands between two markers and is made here, from results that
 `csfast bench|ablate|eval --json` and the benchmarks in C++ wrote, so that no figure is typed by
-hand. `--check` only says whether the pages are up to date.
+hand. `--check` only says whether the pages are up to date, `--targets` shows what is to be reached
+beside what the files of one folder say.
 """
 
 from __future__ import annotations
@@ -421,7 +422,12 @@ def render(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--targets", type=pathlib.Path, metavar="FOLDER")
+    asked = parser.parse_args()
+    check = asked.check
+    if asked.targets is not None:
+        print(targets(load(asked.targets)))
+        return 0
     results = load(ROOT / "bench" / "results")
     behind = False
     for name, tables in PAGES.items():

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from csfast import doctor
+from csfast.bench import head
 
 HERE = pathlib.Path(__file__).resolve().parent
 SIZES = ("120m", "60m", "17m")  # longest first
@@ -145,36 +145,15 @@ def run(jobs: Sequence[Job], logs: pathlib.Path, gpus: int, seconds: float) -> d
     return status
 
 
-def head(path: pathlib.Path, command: Sequence[str], commit: str | None) -> None:
-    """Add to a result where it comes from."""
+def complete(path: pathlib.Path, command: Sequence[str], commit: str | None) -> None:
+    """Add to a result what its command did not say of where it comes from."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    found["machine"] = doctor.machine(torch.device("cuda"))
     # Without the folders of one machine: only the names of files.
-    found["command"] = [pathlib.Path(word).name for word in command]
-    found["commit"] = commit
+    named = [pathlib.Path(word).name for word in command]
+    found = {**head.of(torch.device("cuda"), command=named), **found, "commit": commit}
     about = {"demo": "demo model", LARGEST: f"model of {LARGEST}"}
     found["about"] = about.get(path.stem.rpartition("-")[2], "all models of the curve")
-    path.write_text(text_of(found), encoding="utf-8")
-
-
-def text_of(found: dict[str, Any]) -> str:
-    """Give a result as JSON: a line for each of its rows, numbers to eight digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.8g}")
-        if isinstance(value, list):
-            return [rounded(item) for item in value]
-        if isinstance(value, dict):
-            return {key: rounded(item) for key, item in value.items()}
-        return value
-
-    def line(value: Any) -> str:
-        return json.dumps(rounded(value), allow_nan=False, separators=(",", ":"))
-
-    rest = {key: value for key, value in found.items() if key != "rows"}
-    rows = ",\n".join(line(row) for row in found["rows"])
-    return f'{line(rest)[:-1]},"rows":[\n{rows}\n]}}\n'
+    path.write_text(head.text_of(found), encoding="utf-8")
 
 
 def main() -> int:
@@ -205,7 +184,7 @@ def main() -> int:
     status = run(jobs, args.out / "logs", args.gpus, args.seconds)
     for job in fresh:
         if job.result is not None and status[job.name] == 0:
-            head(job.result, job.command, args.commit)
+            complete(job.result, job.command, args.commit)
     left = [name for name, code in status.items() if code != 0]
     print(f"not done: {', '.join(left)}" if left else "done", flush=True)
     return 1 if left else 0

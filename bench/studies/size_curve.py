@@ -218,6 +218,7 @@ class Run:
 def measure(args: argparse.Namespace) -> None:
     """Compare rules on every model that is there."""
     from csfast import documents, models
+    from csfast.bench import head
     from csfast.files import write_atomic
     from csfast.judge.ablate import ablate
 
@@ -230,8 +231,12 @@ def measure(args: argparse.Namespace) -> None:
         key=lambda f: (list(SIZES).index(f.name.split("-")[0]), float(f.name.split("-")[1][:-1])),
     )
     chosen = [f for f in folders if not args.only or f.name in args.only]
+    if not chosen:
+        raise SystemExit(f"size_curve: no models in {args.runs.name}: train some first.")
+    # Without the folders of one machine: only the names of files.
+    command = ["size_curve.py", *(Path(word).name for word in sys.argv[1:])]
     result: dict[str, Any] = {
-        "command": sys.argv[1:],
+        **head.of(torch.device(args.device), command=command),
         "seed": args.seed,
         "tokens": args.tokens,
         "models": [],
@@ -276,10 +281,8 @@ def measure(args: argparse.Namespace) -> None:
             for row in table["rows"]
         ]
         result["seconds"] = round(time.time() - start, 1)
-        write_atomic(partial, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(partial, head.text_of(result).encode())
         print(folder.name, table["dense"], result["seconds"], flush=True)
-    if not rows:
-        raise SystemExit(f"size_curve: no models in {args.runs.name}: train some first.")
     partial.replace(args.json)
 
 

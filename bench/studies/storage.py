@@ -12,16 +12,17 @@ An interrupted run goes on from the file beside the result. `csfast report --sto
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from csfast import documents, models
+from csfast.bench import head
 from csfast.files import write_atomic
 from csfast.judge.ablate import ablate
 from csfast.judge.rules import mixed
@@ -99,15 +100,16 @@ def main() -> None:
         }
         for row in table["rows"]
     ]
+    # Without the folders of one machine: only the names of files.
+    command = ["storage.py", *(Path(word).name for word in sys.argv[1:])]
     record: dict[str, Any] = {
-        "command": sys.argv[1:],
-        "commit": args.commit,
+        **head.of(torch.device(args.device), command=command, commit=args.commit),
         "seconds": round(time.time() - start, 1),
         "notes": table["notes"],
         **{key: table[key] for key in ("dense", "documents", "tokens", "model_hash", "seed")},
         "rows": rows,
     }
-    write_atomic(args.json, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(args.json, head.text_of(record).encode())
     for row in sorted(rows, key=lambda row: (row["name"], row["bits_read"])):
         print(
             f"{row['name']:18} {row['bits_read']:5.2f} read {row['bits_stored']:5.2f} stored "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from csfast import ops, reference
-from csfast.bench import pursuits
+from csfast.bench import head, pursuits
 from csfast.bench.cases import PURSUIT_LOADS, PursuitCase
 
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def results():
 
 
 def test_results_have_the_agreed_form(results):
-    assert set(results) == {"machine", "rows"}
+    assert head.faults(results) == []
+    assert {*results} - {*head.KEYS} == {"notes", "rows"}
     assert [row["variant"] for row in results["rows"]] == list(pursuits.VARIANTS)
     for row in results["rows"]:
         assert {name: type(value) for name, value in row.items()} == ROW
@@ -123,7 +124,7 @@ def test_a_package_that_cannot_be_imported_is_left_out(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = pursuits.run([SMALL], device=CPU, runs=1, variants=("pursuit",))
     assert f"{pursuits.PACKAGE} f32" not in found["rows"][0]["baselines"]
-    notes = found["machine"]["notes"]
+    notes = found["notes"]
     assert notes[pursuits.PACKAGE] == "unavailable: no native half"
 
 

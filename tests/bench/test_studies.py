@@ -7,8 +7,10 @@ import pathlib
 import sys
 
 import pytest
+import torch
 
 import tiny
+from csfast.bench import head
 from texts import make_documents
 
 STUDIES = pathlib.Path(__file__).parents[2] / "bench" / "studies"
@@ -139,12 +141,16 @@ def test_a_size_curve_of_nothing_says_so(curve, tmp_path, monkeypatch):
         curve.measure(curve.arguments([str(word) for word in words]))
 
 
-def test_results_are_json_with_a_row_a_line(study):
-    rows = [{"delta": 1 / 3, "ci95": [0.123456789123, 2.0]}, {"delta": None, "name": "x"}]
-    text = study.text_of({"tokens": 7, "dense": {"math": 2.34567890123}, "rows": rows})
-    assert len(text.splitlines()) == 4
-    assert json.loads(text) == {
-        "tokens": 7,
-        "dense": {"math": 2.3456789},
-        "rows": [{"delta": 0.33333333, "ci95": [0.12345679, 2.0]}, {"delta": None, "name": "x"}],
-    }
+def test_what_is_recorded_says_where_it_comes_from(study, tmp_path, monkeypatch):
+    made = head.of(torch.device("cpu"), command=["csfast", "ablate"])
+    monkeypatch.setattr(head, "of", lambda device, command: {**made, "command": command})
+    path = tmp_path / "storage-120m.json"
+    path.write_text(json.dumps({"rows": [{"delta": 1.5}]}))
+    study.complete(path, ["python3", str(tmp_path / "storage.py"), "--tokens", "7"], "abc")
+    found = json.loads(path.read_text())
+    assert head.faults(found) == []
+    assert found["command"] == ["python3", "storage.py", "--tokens", "7"]
+    assert (found["commit"], found["about"]) == ("abc", "model of 120m")
+    path.write_text(json.dumps({**made, "rows": []}))
+    study.complete(path, ["other"], "def")  # a head of its own stays
+    assert json.loads(path.read_text())["command"] == ["csfast", "ablate"]

@@ -164,7 +164,7 @@ def test_bench_of_omp_writes_its_json(folder):
     results = json.loads(out.read_text())
     assert [row["variant"] for row in results["rows"]] == ["complete", "support", "pursuit"]
     assert {row["agreement"] for row in results["rows"]} == {1.0}
-    assert results["machine"]["commit"] == "abc"
+    assert results["commit"] == "abc"
     assert "problems/s" in done.output
 
 

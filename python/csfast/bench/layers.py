@@ -25,7 +25,7 @@ from torch.nn import functional
 from .. import doctor, ops
 from ..codes import levels, planes
 from ..types import Code
-from . import timing
+from . import head, timing
 
 VARIANTS = ("complete", "execute", "select", "sense", "nested")
 EXECUTE = ("complete", "execute")  # of these, what gives the layer's output
@@ -120,10 +120,12 @@ def run(
         found: Given the results so far, after every case.
 
     Returns:
-        ``{"machine": {...}, "rows": [...]}``. Times in microseconds; ``bytes`` is what a call has
-        to read; ``ratio_vs_best`` is the time of the fastest baseline over ours, ``ratio_vs_dense``
-        that of the fastest dense one; ``sigma`` is the density times the latter, 1 at best, for
-        what executes; ``workspace_bytes`` what a session holds for `complete`.
+        The head of `head.of`, ``notes``, the best ``read_bandwidth`` in bytes a second,
+        ``compile_seconds`` if anything was compiled, and ``rows``. Times in microseconds;
+        ``bytes`` is what a call has to read; ``ratio_vs_best`` is the time of the fastest baseline
+        over ours, ``ratio_vs_dense`` that of the fastest dense one; ``sigma`` is the density times
+        the latter, 1 at best, for what executes; ``workspace_bytes`` what a session holds for
+        `complete`.
 
     Raises:
         ValueError: A variant is unknown, a density out of range, the tiles do not divide the
@@ -147,10 +149,7 @@ def run(
     bandwidth = read_bandwidth(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    machine = doctor.machine(device)
-    machine["read_bandwidth"] = bandwidth  # bytes per second
-    machine["notes"] = notes
-    results = {"machine": machine, "rows": rows}
+    results = {**head.of(device), "notes": notes, "read_bandwidth": bandwidth, "rows": rows}
     compiler = _Compiler(device) if compiled else None
     layers: list[_Layer] = []
     dense: dict[str, Callable[[int], Tensor]] = {}
@@ -167,7 +166,7 @@ def run(
             dense = _dense_baselines(layers, device, compiler, notes)
         rows += _measure(setting, layers, dense, device, runs, variants, bandwidth, notes)
         if compiler is not None:
-            machine["compile_seconds"] = compiler.seconds
+            results["compile_seconds"] = compiler.seconds
         if found is not None:
             found(results)
     return results

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import doctor, ops, reference
-from . import timing
+from . import head, timing
 from .cases import PURSUIT_LOADS, PursuitCase
 
 VARIANTS = ("complete", "support", "pursuit")
@@ -71,7 +71,7 @@ def run(
         found: Given the results so far, after every case.
 
     Returns:
-        ``{"machine": {...}, "rows": [...]}``. Times in microseconds, of the whole batch;
+        The head of `head.of`, ``notes`` and ``rows``. Times in microseconds, of the whole batch;
         ``us_per_atom`` is one of them over the atoms taken one after another. ``agreement`` is the
         share of ``agreement_problems`` signals, on which float64 is sure, with the same support.
 
@@ -85,9 +85,7 @@ def run(
     doctor.require(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    machine = doctor.machine(device)
-    machine["notes"] = notes
-    results = {"machine": machine, "rows": rows}
+    results = {**head.of(device), "notes": notes, "rows": rows}
     for load in PURSUIT_LOADS[device.type] if loads is None else loads:
         if progress is not None:
             progress(name_of(load))

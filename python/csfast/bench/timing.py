@@ -35,6 +35,11 @@ class Clock:
         return time.perf_counter() - self._start
 
 
+def today() -> str:
+    """Give the day in UTC, such as ``2026-01-31``, for the head of results."""
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
 def compare(
     variants: Mapping[str, Callable[[int], object]],
     *,

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from .. import doctor, documents, models, ops
 from .._version import __version__
+from ..bench import head
 from ..files import write_atomic
 from ..types import Code, Document
 
@@ -190,8 +191,7 @@ def command() -> list[str]:
 
 def headed(results: dict[str, Any], device: DeviceName) -> dict[str, Any]:
     """Add what results depend on beside their arguments."""
-    machine = doctor.machine(torch.device(device.value))
-    return {**results, "machine": machine, "command": command()}
+    return {**head.of(torch.device(device.value), command=command()), **results}
 
 
 def write_json(path: pathlib.Path | None, results: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def _write_bench(
     json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
 ) -> None:
     """Write what was measured so far."""
-    results["machine"] |= {"command": command(), "commit": commit}
+    results |= {"command": command(), "commit": commit}
     write_json(json_file, results)
 
 

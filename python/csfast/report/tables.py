@@ -90,10 +90,11 @@ def _answers(row: dict[str, Any]) -> str:
 def speed(results: dict[str, Any]) -> Table:
     """Give the benchmark: dense beside ours, and how they compare."""
     machine = results["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    where += f", {machine['isa']}" if "isa" in machine else ""
     table = Table(
         title="Time of a feed-forward layer, median, in microseconds",
-        caption=f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['isa']}. other: the fastest other way through the whole layer, dense or not; "
+        caption=f"{where}. other: the fastest other way through the whole layer, dense or not; "
         "reads: share of the read bandwidth that csfast reaches; sigma: share of the dense time "
         "that is due, over the time taken.",
         padding=0,

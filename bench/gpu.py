@@ -1,6 +1,6 @@
 """Measure all that is timed on a GPU, by one command.
 
-    python tools/gpu_bench.py [--out FOLDER] [--commit HASH] [--only STAGE ...]
+    python bench/gpu.py [--out FOLDER] [--commit HASH] [--only STAGE ...]
 
 From the root of the repository, with csfast installed with CUDA. Stages, in this order, each with
 the file that it writes:
@@ -10,14 +10,16 @@ the file that it writes:
     native    bench/bench_ffn.cu                 native.json
 
 The native benchmark is built while the others run, at the lowest priority and for this GPU alone:
-what they measure are graphs, which do not wait for the host. Last, what is to be reached is shown
-beside what was. The exit status is 1 if a stage failed; the files of the others are whole.
+what they measure are graphs, which do not wait for the host. Files are written as `bench/record.py`
+does it. Last, what is to be reached is shown beside what was. The exit status is 1 if a stage
+failed; the files of the others are whole. Tests and sanitizers are `tools/gpu_check.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -26,12 +28,12 @@ import sys
 
 import torch
 
-import readme_tables
+import record
 from csfast import doctor, ops
 from csfast.bench import timing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "gpu-bench"
+BUILD = ROOT / "build" / "bench-gpu"
 FILES = {stage: f"{stage}.json" for stage in ("layers", "pursuits", "native")}
 SECONDS = 330  # of a stage, at most: twice what the longest is expected to take
 
@@ -61,10 +63,10 @@ def build_command(nvcc: str, arch: str) -> str:
 
 
 def run(stage: str, command: list[str], out: pathlib.Path) -> bool:
-    """Run the command of a stage in `out` and say how it went.
+    """Run the command of a stage in `out`, record what it wrote, and say how it went.
 
-    Standard output of the native benchmark is its file; status 1 may mean that one case of it
-    failed, and the others are there.
+    Standard output of the native benchmark is its file; status 1 may mean that one case failed,
+    and the others are there.
     """
     clock = timing.Clock()
     partial = out / (FILES[stage] + ".partial")
@@ -78,6 +80,13 @@ def run(stage: str, command: list[str], out: pathlib.Path) -> bool:
     if stage == "native" and partial.stat().st_size > 0:
         partial.replace(out / FILES[stage])
     partial.unlink(missing_ok=True)
+    written = out / FILES[stage]
+    if written.exists():
+        try:
+            document = json.loads(written.read_text(encoding="utf-8"))
+            written.write_text(record.recorded(document), encoding="utf-8")
+        except ValueError as error:
+            code, said = -1, f"{said}, {error}"
     print(f"{stage}: {said}, {clock.seconds():.0f} s", flush=True)
     return code == 0
 
@@ -91,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         doctor.require(torch.device("cuda"))
     except ops.BackendError as error:
-        sys.stderr.write(f"gpu_bench: {error}\n")
+        sys.stderr.write(f"gpu: {error}\n")
         return 1
     out = asked.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         folders = os.environ.get("PATH", "") + os.pathsep + "/usr/local/cuda/bin"
         nvcc = shutil.which("nvcc", path=folders)
         if nvcc is None:
-            sys.stderr.write("gpu_bench: [gpu_bench] no nvcc on the path: want it for native.\n")
+            sys.stderr.write("gpu: [gpu] no nvcc on the path: want it for native.\n")
             return 1
         with log.open("w", encoding="utf-8") as stream:
             build = subprocess.Popen(
@@ -122,7 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(f"native: not built\n{log.read_text(encoding='utf-8')[-2000:]}", flush=True)
             passed = False
-    print(readme_tables.targets(readme_tables.load(out)))
+    sys.stdout.flush()
+    tables = ROOT / "tools" / "readme_tables.py"
+    passed &= subprocess.run([sys.executable, str(tables), "--targets", str(out)]).returncode == 0
     return 0 if passed else 1
 
 

@@ -6,26 +6,28 @@ import pathlib
 import sys
 
 import pytest
+import torch
 
 from csfast import ops
+from csfast.bench import head
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    spec = importlib.util.spec_from_file_location("gpu_bench", ROOT / "tools" / "gpu_bench.py")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "bench" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    sys.modules.pop("readme_tables")
+    sys.modules.pop("record")
 
 
 @pytest.mark.skipif(ops.cuda_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(tool, tmp_path, capsys):
     assert tool.main(["--out", str(tmp_path / "out")]) == 1
-    assert "gpu_bench: [doctor] device cuda: want a GPU" in capsys.readouterr().err
+    assert "gpu: [doctor] device cuda: want a GPU" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -54,9 +56,11 @@ def test_machine_code_is_for_this_gpu(tool, capability, name):
 
 
 def test_the_output_of_the_native_benchmark_is_its_file(tool, tmp_path, capsys):
-    program = [sys.executable, "-c", "print('{}')"]
+    made = {**head.of(torch.device("cpu")), "rows": [{"median_us": 1.23456789}]}
+    program = [sys.executable, "-c", f"print({json.dumps(json.dumps(made))})"]
     assert tool.run("native", program, tmp_path)
-    assert json.loads((tmp_path / tool.FILES["native"]).read_text()) == {}
+    written = json.loads((tmp_path / tool.FILES["native"]).read_text())
+    assert written == {**made, "rows": [{"median_us": 1.2346}]}
     assert [path.name for path in tmp_path.iterdir()] == [tool.FILES["native"]]
     assert capsys.readouterr().out.startswith("native: exit status 0, ")
 
@@ -67,6 +71,12 @@ def test_a_failure_leaves_no_empty_file(tool, tmp_path, capsys):
     assert not tool.run("layers", program, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out.count("exit status 3") == 2
+
+
+def test_output_without_a_head_is_a_failure(tool, tmp_path, capsys):
+    program = [sys.executable, "-c", "print('{}')"]
+    assert not tool.run("native", program, tmp_path)
+    assert "exit status 0, [record] 'format' is missing" in capsys.readouterr().out
 
 
 def test_a_stage_that_takes_too_long_is_ended(tool, tmp_path, capsys, monkeypatch):
