@@ -282,7 +282,7 @@ def storage():
 def demo():
     side = {"text": "a text", "seconds": 1.0, "tokens_per_second": 31.5}
     return {
-        "machine": {"cpu": "a machine", "threads": 2},
+        "machine": {"cpu": "a machine", "threads": 2, "notes": {"torch bf16": "left out"}},
         "calibration": {"seconds": 12.5, "tokens": 20_000, "plan_bytes": 1},
         "generation": [
             {
@@ -300,9 +300,12 @@ def demo():
                 "median_us": 80.0,
                 "baselines": {"torch bf16": 70.0, "torch f32": 90.0},
                 "ratio_vs_best": 0.875,
+                "ratio_vs_dense": 0.875,
             }
         ],
         "slower": ["Small layers are slower."],
+        "samples": "The first text of every task.",
+        "evaluation": evaluation(),
         "seconds": 41.0,
     }
 
@@ -356,6 +359,42 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+class Unfolded(Page):
+    """Collects only what a page shows before anything is unfolded."""
+
+    def __init__(self, text):
+        self.hides = []  # of every open `details`: whether it hides what is in it
+        super().__init__(text)
+
+    def shown(self):
+        return not any(self.hides)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "details":
+            self.hides.append("open" not in dict(attrs))
+        elif tag == "summary":
+            self.hides[-1], self.behind = False, self.hides[-1]
+        if self.shown():
+            super().handle_starttag(tag, attrs)
+        elif tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        if self.shown():
+            super().handle_startendtag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        super().handle_endtag(tag)
+        if tag == "summary":
+            self.hides[-1] = self.behind
+        elif tag == "details":
+            self.hides.pop()
+
+    def handle_data(self, data):
+        if self.shown():
+            super().handle_data(data)
 
 
 def words(text):

@@ -224,7 +224,8 @@ TORCH_FREE = [
     "files",
     "documents",
     "judge.retrieval",
-    *(f"report.{name}" for name in ("plots", "fronts", "panels", "results", "page")),
+    *(f"report.{name}" for name in ("plots", "words", "findings", "fronts", "panels")),
+    *(f"report.{name}" for name in ("results", "page")),
 ]
 
 

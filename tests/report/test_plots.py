@@ -290,6 +290,54 @@ def test_bars_are_as_high_as_their_values():
     assert not pages.collisions(plots.bars([0.3] * 200, label="layer", title="t", width=336))
 
 
+def test_sides_are_as_long_as_their_values_and_keep_their_words():
+    shown = [plots.Side("dense", "ghost", 4.0, "4.0 ms"), plots.Side("ours", "s0", 1.0, "1.0 ms")]
+    for width in (plots.NARROW, plots.HALF):
+        svg = plots.sides(shown, title="t", width=width)
+        long, quarter = map(float, re.findall(r'<rect class="side [^>]* width="([^"]*)"', svg))
+        assert quarter == pytest.approx(long / 4, abs=0.1)
+        assert not pages.collisions(svg)
+    nothing = plots.sides([plots.Side("a", "s0", 0.0, "0")], title="t", width=336)
+    assert 'width="0.0"' in nothing
+
+
+@pytest.mark.parametrize("width", [plots.NARROW, plots.HALF])
+def test_differences_stand_where_their_numbers_are(width):
+    shown = [
+        Point(x, 0.0, x - 0.1, x + 0.1, f"p{x}", name)
+        for x, name in ((0.2, "a"), (0.4, "a task with a name that is much too long to be shown"))
+    ]
+    axis = plots.linear("along", -0.2, 0.6)
+    svg = plots.differences(shown, axis, title="t", width=width)
+    assert not pages.collisions(svg)
+    (zero,) = re.findall(r'<line class="zero" x1="([^"]*)"', svg)
+    ends = re.findall(r'class="interval few-bit" x1="([^"]*)" x2="([^"]*)"', svg)
+    (low, high), (again, end) = ([float(v) for v in pair] for pair in ends)
+    # Of tenths the intervals cover 1 to 3 and 3 to 5; pixels are rounded to tenths of their own.
+    unit = low - float(zero)
+    assert [high, again, end] == pytest.approx([float(zero) + n * unit for n in (3, 3, 5)], abs=0.6)
+    assert "<title>p0.4</title>" in svg and "…</text>" in svg
+
+
+@hypothesis.given(st.lists(st.integers(), max_size=60), st.integers(1, 12))
+def test_parts_are_short_and_keep_everything_in_order(members, most):
+    parts = plots.parts(members, most)
+    assert [member for part in parts for member in part] == members
+    assert len(parts) == -(-len(members) // most)
+    assert all(0 < len(part) <= most for part in parts)
+    assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_text_is_clipped_to_its_letters():
+    assert [plots.clipped("letters", n) for n in (7, 6, 1)] == ["letters", "lette…", "l…"]
+
+
+def test_long_names_leave_room_for_a_heat_map():
+    svg = heat([[0.5, 1.0]], rows=["a name of a task that goes on and on and on and on and on"])
+    assert not pages.collisions(svg)
+    assert all(v > 20 for v in numbers(svg, "width"))
+
+
 def test_the_key_of_a_heat_map_goes_from_faint_to_strong():
     key = plots.scale(0, 1, "share")
     strengths = [float(v) for v in re.findall(r'fill-opacity="([^"]*)"', key)]
@@ -307,6 +355,13 @@ def test_no_text_becomes_markup():
         heat([[0.5]], rows=[HOSTILE], columns=[HOSTILE], row_label=HOSTILE, column_label=HOSTILE),
         plots.bars([0.5], label=HOSTILE, title=HOSTILE, width=300),
         plots.scale(0, 1, HOSTILE),
+        plots.sides([plots.Side(HOSTILE, "s0", 1.0, HOSTILE)], title=HOSTILE, width=640),
+        plots.differences(
+            [Point(0.1, 0.0, 0.0, 0.2, HOSTILE, HOSTILE)],
+            plots.linear(HOSTILE, 0.0, 1.0),
+            title=HOSTILE,
+            width=640,
+        ),
         plots.strip([[0.5]], low=0.0, high=1.0, title=HOSTILE, width=300),
     ]
     for part in parts:

@@ -10,9 +10,11 @@ import subprocess
 import pytest
 
 import pages
-from csfast.report import fronts, panels, plots
+from csfast.judge.rules import catalogue
+from csfast.report import findings, fronts, panels, plots
 from csfast.report import page as page_
-from csfast.types import ResultsError
+from csfast.report import words as words_
+from csfast.types import LayerShape, ResultsError
 from pages import Page, words
 
 HOSTILE = '"><script>alert(1)</script>&<b>'
@@ -47,9 +49,11 @@ def test_the_page_holds_every_part(tmp_path, everything):
         "382 of 400 response tokens",
         "50.0 %",
         "75.0 %",
-        "31.5 tokens/s",
+        "31.7 ms a token",
+        "too short to time",
+        "The first text of every task.",
         "Small layers are slower.",
-        "0.88",
+        "1.14 times slower",
         "What is 1 + 1?",
         "M = 1.90 k log(G / k)",
         "nothing that decoding needs is guaranteed",
@@ -118,14 +122,13 @@ def test_hostile_text_is_escaped(everything):
     hostiles["evaluation"]["density_per_task_layer"] = {HOSTILE: [0.1, 0.2]}
     for diagram in hostiles["phase"]["diagrams"]:
         diagram["methods"] = {HOSTILE: diagram["methods"]["omp"], **diagram["methods"]}
-    hostiles["demo"]["bench"][0]["baselines"] = {HOSTILE: 70.0}
-    hostiles["demo"]["machine"] = {HOSTILE: HOSTILE}
+    hostiles["demo"]["evaluation"] = hostiles["evaluation"]
     text = page_.render(**hostiles)
     page = Page(text)
     assert HOSTILE in "".join(page.text)
     assert "<script" not in text
-    # Bold are two sides of a demo, a mean and a front: no tag came from a text.
-    assert page.tags.count("b") == Page(page_.render(**everything)).tags.count("b") == 4
+    # Bold are two sides of a demo and a front: no tag came from a text.
+    assert page.tags.count("b") == Page(page_.render(**everything)).tags.count("b") == 3
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert {value for name, value in page.attributes if name == "style"} == {
         value for name, value in page.attributes if name == "style" and "<" not in value
@@ -149,11 +152,203 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, ablation):
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
+# What is unfolded
+
+
+def body(text):
+    """A page without its head."""
+    return re.search(r"<body>.*</body>", text, re.DOTALL)[0]
+
+
+def unfolded(**given):
+    """What a page shows at first: its tags and its words."""
+    page = pages.Unfolded(body(page_.render(**given)))
+    return page.tags, " ".join(" ".join(page.text).split())
+
+
+def test_research_is_folded_and_marked(everything):
+    _, shown = unfolded(**everything)
+    for kind in page_.RESEARCH:
+        title = page_.SECTIONS[kind][0]
+        assert f"{title} research: nothing here is what apply runs" in shown
+    for hidden in ("random operator", "17M parameters", "Bits stored for a weight", "chance 0.17"):
+        assert hidden not in shown
+
+
+@pytest.mark.parametrize("kind", page_.RESEARCH)
+def test_research_alone_is_unfolded(kind):
+    tags, _ = unfolded(**{kind: pages.MADE[kind]()})
+    assert "svg" in tags
+
+
+def test_few_plots_and_rows_are_unfolded():
+    """The height of a page follows from what is unfolded; a browser measures it below."""
+    made = {**pages.everything(), "ablation": pages.wide_ablation()}
+    tags, _ = unfolded(**made)
+    # Wide and narrow: two bars, the main plot, intervals of an evaluation, strips of a text; keys
+    # of the narrow main plot's four lines, and of the colours of effort.
+    assert tags.count("svg") == 2 * 4 + 4 + 1
+    assert tags.count("table") == 1 and tags.count("tr") == 4
+    assert tags.count("pre") == 1 and tags.count("li") == 3
+
+
+def test_words_that_want_explaining_are_folded(everything):
+    _, shown = unfolded(**everything)
+    for word in (
+        "planes",
+        "mmse",
+        "ternary",
+        "joint",
+        "pooled",
+        "tile",
+        "sigma",
+        "oracle-",
+        "rtn-",
+    ):
+        assert word not in shown.lower(), word
+    assert "of the neurons were executed (density" in shown
+    assert "{" not in shown
+
+
+def test_the_main_plot_has_four_lines_and_calls_the_blue_one_csfast():
+    made = {**pages.ablation(), "rows": pages.wide_ablation()["rows"]}
+    text = page_.render(ablation=made)
+    main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
+    styles = re.findall(r'<polyline class="line ([\w-]+)', main)
+    assert sorted(styles) == ["few-bit", "mixed", "quantised", "selection"]
+    assert re.search(r'class="label few-bit">csfast</text>', main)
+    page = pages.Unfolded(text)
+    assert "classical compressed sensing" in " ".join(page.text)  # among what is folded
+    everywhere = re.findall(r'class="label compressed">([^<]*)</text>', text)
+    assert "classical compressed sensing" in everywhere
+
+
+def test_the_main_plot_takes_the_next_family_where_one_is_missing():
+    rows = [r for r in pages.wide_ablation()["rows"] if r["family"] not in ("mixed", "quantised")]
+    assert fronts.main_families(rows)[:3] == ["few-bit", "selection", "compressed"]
+    assert fronts.main_families(rows[:3]) == ["oracle"]
+
+
+def test_no_plot_has_a_colour_twice():
+    made = {**pages.everything(), "ablation": pages.wide_ablation(), "phase": pages.phase(steps=12)}
+    many = pages.size_curve()
+    made["size_curve"] = [{**r, "method": f"{r['method']}-{i}"} for i in range(5) for r in many]
+    for row in made["ablation"]["rows"][:]:
+        if row["family"] == "selection":  # more methods than there are colours
+            made["ablation"]["rows"] += [{**row, "method": f"{row['method']}-{i}"} for i in (7, 8)]
+    text = page_.render(**made)
+    plots_seen = 0
+    for svg in re.findall(r"<svg viewBox.*?</svg>", text, re.DOTALL):
+        styles = re.findall(r'<polyline class="line ([\w-]+)', svg)
+        assert len(styles) == len(set(styles))
+        plots_seen += len(styles) > 1
+    assert plots_seen > 20
+    assert "other rules that skip, 2 of 2" in words(text)
+
+
+def test_every_method_of_an_ablation_has_plain_words():
+    shape = LayerShape(384, 1152)
+    for method in (*catalogue.default_methods(shape), *catalogue.quick_methods(shape)):
+        assert words_.plain(method) != method, method
+        assert not re.search(r"[a-z]-|-[a-z0-9]", words_.short(method)), method
+    assert words_.plain("something-new") == words_.short("something-new") == "something-new"
+    assert words_.short("planes-b2-block-16") == "2 bits, blocks of 16"
+    assert words_.case("ffn d=384 F=1152 density=.50") == "384 channels, 1152 neurons, 50% executed"
+    assert words_.case("ffn d=8 F=16 density=.25 bits=3 batch=4 joint") == (
+        "8 channels, 16 neurons, 25% executed, bits: 3, requests that share their neurons: 4"
+    )
+    assert words_.case("omp m=2") == "omp m=2"
+
+
+# A demo
+
+
+def test_a_demo_opens_with_its_verdict_and_two_bars():
+    made = pages.MADE["demo"]()
+    made["generation"][0]["csfast"]["tokens_per_second"] = 25.2
+    tags, shown = unfolded(demo=made)
+    assert (
+        "On this machine csfast generated a token in 39.7 ms where dense took 31.7 ms, 1.25 times "
+        "slower, read 58% of the bytes of the feed-forward layers and lost +0.062 nats a token on "
+        "text it had not seen."
+    ) in shown
+    assert tags.count("svg") == 2 and "pre" not in tags and "table" not in tags
+    text = page_.render(demo=made)
+    dense, ours, *_ = map(float, re.findall(r'<rect class="side [^>]* width="([^"]*)"', text))
+    assert ours / dense == pytest.approx(31.5 / 25.2, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "bars"),
+    [
+        ({}, "On this machine csfast read 58% of the bytes of the feed-forward layers and", 2),
+        ({"evaluation": None}, "neither speed nor quality was measured.", 0),
+        ({"evaluation": None, "generation": None}, "neither speed nor quality was measured.", 0),
+    ],
+)
+def test_a_demo_says_what_it_has(change, verdict, bars):
+    tags, shown = unfolded(demo={**pages.MADE["demo"](), **change})
+    assert verdict in shown and tags.count("svg") == bars
+
+
+def test_a_demo_that_was_faster_says_so():
+    made = pages.MADE["demo"]()
+    made["generation"][0]["csfast"]["tokens_per_second"] = 63.0
+    made["evaluation"] = None
+    assert panels.demo_verdict(made) == (
+        "On this machine csfast generated a token in 15.9 ms where dense took 31.7 ms, 2.00 times "
+        "faster."
+    )
+
+
+def test_a_demo_shows_no_raw_structures():
+    shown = words(body(page_.render(demo=pages.MADE["demo"]())))
+    assert "{" not in shown and "'" not in shown
+    assert "processor a machine threads 2" in shown and "left out" not in shown
+
+
 # Sentences
 
 
+def test_three_headlines_tell_an_ablation(ablation):
+    said = findings.headlines(ablation)
+    assert said == [
+        "At 35% of the bytes csfast (2 bits) loses +0.020 nats a token (+2.0% perplexity), the "
+        "best other rule that skips, TEAL (leaves out small inputs), +1.300. csfast is ahead at "
+        "35% and behind at 55%.",
+        "Weights quantised and read whole are level with csfast there: int3 weights, rounded, "
+        "read 36% and lose +0.021.",
+        "A perfect choice of neurons, which no rule can make, would lose +0.0030 there: the rest "
+        "is what choosing costs.",
+    ]
+
+
+def test_headlines_turn_when_the_rows_turn(ablation):
+    by_name = {row["method"]: row for row in reversed(ablation["rows"])}
+    by_name["rtn-int3"].update(delta=0.03, ci95=[0.029, 0.031])
+    assert "do worse there: int3" in findings.headlines(ablation)[1]
+    by_name["rtn-int3"].update(delta=0.01, ci95=[0.009, 0.011])
+    assert "do better there: int3" in findings.headlines(ablation)[1]
+    by_name["teal"].update(ci95=[0.0, 2.0])
+    assert "csfast is level at 35% and behind at 55%." in findings.headlines(ablation)[0]
+    ablation["rows"].append(pages.row("mixed-3+3", "mixed", 0.25, 0.0067, target=0.25))
+    assert findings.headlines(ablation)[2] == (
+        "Research, not what apply runs: 3-bit weights, 3 bits more for neurons that matter, read "
+        "25% and lose +0.0067."
+    )
+    few = [row for row in ablation["rows"] if row["method"] in ("rtn-int8", "planes-b2")]
+    ablation["rows"] = few
+    assert findings.headlines(ablation)[1:] == [
+        "Weights quantised and read whole do not get by with so few bytes: int8 weights, rounded, "
+        "read 52% and lose +0.0001."
+    ]
+    ablation["best"] = ablation["best"][2:]
+    assert findings.headlines(ablation) == []
+    assert "What was found" not in words(page_.render(ablation=ablation))
+
+
 def test_sentences_follow_the_rows(ablation):
-    said = page_.findings(ablation)
+    said = findings.comparisons(ablation)
     assert said[0].endswith("teal, +1.3000: 2% of it.")
     assert said[1].endswith("cats, +0.2500: the other rule is better.")
     assert said[2] == "At 0.10 of the dense bytes no few-bit rule can be compared."
@@ -168,15 +363,15 @@ def test_sentences_turn_when_the_rows_turn(ablation):
     for of in ablation["rows"]:
         if of["method"] == "rtn-int8":
             of.update(delta=0.9, ci95=[0.8, 1.0])
-    assert "rtn-int8 reads 0.52 and loses +0.9000" in page_.findings(ablation)[6]
-    assert page_.findings(ablation)[6].endswith("selection wins.")
+    assert "rtn-int8 reads 0.52 and loses +0.9000" in findings.comparisons(ablation)[6]
+    assert findings.comparisons(ablation)[6].endswith("selection wins.")
 
 
 def test_quantisation_wins_with_fewer_bytes_and_less_loss(ablation):
     for of in ablation["rows"]:
         if of["method"] == "rtn-int2":
             of.update(delta=0.01, ci95=[0.005, 0.015])
-    said = page_.findings(ablation)[3]
+    said = findings.comparisons(ablation)[3]
     assert said == (
         "rtn-int2 reads 0.14 and loses +0.0100; planes-b2 reads more, 0.35, and loses more, "
         "+0.0200: quantisation wins."
@@ -199,7 +394,7 @@ def test_mixed_precision_is_told_beside_weights_quantised_alike():
         row("mixed-3+3", "mixed", 0.399, -0.001),
         {**row("mixed-3+3", "mixed", 0.399, -0.001), "target": 0.75},
     ]
-    said = page_.findings({"best": [], "rows": rows})[4:]
+    said = findings.comparisons({"best": [], "rows": rows})[4:]
     assert said == [
         "mixed-3+3 reads 0.15 and loses +0.3000; no weights quantised alike get by with so "
         "little, and the first to lose no more read 0.20 (rtn-int3).",
@@ -323,8 +518,8 @@ def test_attention_is_not_compared_with_feed_forward_layers():
     rows = pages.wide_ablation()["rows"]
     text = page_.render(ablation={**pages.ablation(), "rows": rows})
     assert "attention: bytes of its linear layers" in words(text)
-    main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
-    assert "oracle-head" not in main and "oracle-block" in main
+    main, families = re.findall(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[:2]
+    assert "attention heads" not in main + families and "blocks of 4 neurons" in families
 
 
 def test_an_ablation_of_one_kind_of_rule_is_shown():
@@ -424,6 +619,8 @@ def test_effort_is_told_by_lightness_and_leaves_the_text_legible(dark):
     assert contrast(*ends) > 1.5
     for share in shares:
         assert contrast(of["ink"], mixed(of["veil"], share, of["card"])) >= 4.5
+    # Numbers in cells of a table stand on half of the colour at most.
+    assert contrast(of["ink"], mixed(of["veil"], 0.5, of["card"])) >= 4.5
     heat = [luminance(mixed(of["heat"], i / 10, of["card"])) for i in range(11)]
     assert heat == sorted(heat, reverse=not dark)
     assert contrast(of["heat"], of["card"]) > 7
@@ -465,9 +662,14 @@ FRAME = """<!doctype html>
 """
 MEASURE = """
 <script>
-document.querySelectorAll("details").forEach(each => each.open = true);
 const found = [];
 const root = document.documentElement;
+const folded = root.scrollHeight;
+const main = document.querySelector("#ablation ~ .first figure").getBoundingClientRect();
+document.querySelectorAll("details").forEach(each => each.open = true);
+const differences = [...document.querySelectorAll("th")]
+  .filter(each => /^(difference|loss over dense)$/.test(each.textContent))
+  .map(each => Math.round(each.getBoundingClientRect().right));
 if (root.scrollWidth > root.clientWidth) found.push(`page is ${root.scrollWidth} wide`);
 let plots = 0;
 document.querySelectorAll("svg").forEach(svg => {
@@ -487,7 +689,8 @@ document.querySelectorAll("svg").forEach(svg => {
     });
   });
 });
-parent.postMessage(JSON.stringify({plots, width: root.clientWidth, found}), "*");
+parent.postMessage(JSON.stringify(
+  {plots, width: root.clientWidth, found, folded, main: main.bottom, differences}), "*");
 </script>
 """
 BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
@@ -499,10 +702,11 @@ OPTIONS = (
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium to render the page")
-@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("width", [400, 1400, 1600])
 def test_a_browser_finds_every_label_in_its_place(tmp_path, width):
     """Measured as rendered: nothing is wider than the window, no label covers another."""
     made = {**pages.everything(), "ablation": pages.wide_ablation(), "phase": pages.phase(steps=12)}
+    del made["demo"]  # its own two bars come first
     text = page_.render(**made).replace("</body>", f"{MEASURE}</body>")
     (tmp_path / "page.html").write_text(text)
     frame = tmp_path / "frame.html"
@@ -528,6 +732,11 @@ def test_a_browser_finds_every_label_in_its_place(tmp_path, width):
     assert measured["found"] == []
     assert measured["width"] == width
     assert measured["plots"] > 40
+    # Columns of differences are seen without scrolling a table.
+    assert len(measured["differences"]) >= 4 and max(measured["differences"]) <= width
+    if width == 1400:
+        assert measured["folded"] <= 6000
+        assert measured["main"] <= 900  # the main plot is within the first screen
 
 
 # Scales

@@ -1,6 +1,6 @@
 """The report's section on loss against bytes: families of rules, their fronts, what they find.
 
-Oracles know for nothing what others pay for, so they are shown and never compared.
+Perfect choices (oracles) know for nothing what others pay for: they are shown, never compared.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from . import plots
+from . import plots, words
 from .plots import HALF, NARROW, WIDE, Axis, Draw, Line, Point, mark_of, palette
 
 _COMPRESSED = re.compile(r"(random|innovation|mmse|probe)-\d+")  # the rest of selection is not
@@ -20,13 +20,17 @@ _BYTES = "bytes read / dense 16-bit bytes"
 
 # Family: name, class of its colour, mark, dashed. The last is drawn on top.
 FAMILIES = {
-    "oracle": ("oracles", "oracle", "triangle", True),
-    "quantised": ("quantised, all read", "quantised", "diamond", True),
-    "selection": ("other selection", "selection", "square", False),
-    "compressed": ("compressed sensing", "compressed", "cross", False),
-    "mixed": ("mixed precision", "mixed", "wedge", False),
-    "few-bit": ("few-bit selection", "few-bit", "circle", False),
+    "oracle": ("perfect choice", "oracle", "triangle", True),
+    "compressed": ("classical compressed sensing", "compressed", "cross", False),
+    "selection": ("other rules that skip", "selection", "square", False),
+    "quantised": ("quantised, read whole", "quantised", "diamond", True),
+    "mixed": ("mixed precision (research)", "mixed", "wedge", False),
+    "few-bit": ("csfast", "few-bit", "circle", False),
 }
+# What the first plot shows: of these the first that are there, so that few lines tell the most.
+MAIN = ("few-bit", "quantised", "selection", "mixed", "compressed", "oracle")
+MAIN_LINES = 4
+MAIN_WIDTH, MAIN_HEIGHT = 880, 440  # pixels; beside it stand the findings
 
 Row = Mapping[str, Any]
 
@@ -41,28 +45,39 @@ def ablation(found: Mapping[str, Any]) -> dict[str, Any]:
     best = front(rows, None)
     axes = _loss_axes(rows, None)
     lines = family_lines(rows, None, best)
+    shown = main_families(rows)
+    few = [row for row in rows if family(row) in shown]
+    main = family_lines(few, None, best)
     families = [
-        (title_of(name), _methods(members, best, axes))
+        panel
         for name, members in _by_family(rows).items()
+        for panel in _methods(title_of(name), members, best, axes)
     ]
     if elsewhere:
         title = "attention: bytes of its linear layers"
-        families.append((title, _methods(elsewhere, [], _loss_axes(elsewhere, None))))
-    chosen = {str(row["method"]) for of in _by_family(rows).values() for row in chosen_rows(of)}
+        families += _methods(title, elsewhere, [], _loss_axes(elsewhere, None))
     return {
-        "plot": plots.figure(_loss_chart(lines, axes, WIDE, 520), lines),
+        "plot": plots.figure(
+            _loss_chart(main, _loss_axes(few, None), MAIN_WIDTH, MAIN_HEIGHT), main
+        ),
+        "said": told(main),
+        "hidden": [title_of(name) for name in _by_family(rows) if name not in shown],
+        "has_mixed": any(family(row) == "mixed" for row in few),
+        "all_families": plots.figure(_loss_chart(lines, axes, WIDE, 520), lines),
         "front": [_named(row) for row in best],
         "tasks": [(task, found["dense"][task], _task_plot(rows, task)) for task in tasks],
         "legend": plots.legend(lines),
         "families": families,
         "best_maps": _best_maps(rows),
         "method_maps": _method_maps(rows, tasks),
-        "recovery": _recovery(rows, chosen),
+        "recovery": _recovery(rows),
         "notes": found["notes"],
         "task_names": tasks,
+        "meanings": _meanings(found["rows"]),
         "rows": [
             {
                 **row,
+                "shown_family": title_of(family(row)),
                 "is_front": row in best,
                 "recall": row.get("recall"),
                 "energy": row.get("energy"),
@@ -77,6 +92,39 @@ def ablation(found: Mapping[str, Any]) -> dict[str, Any]:
         "seed": found["seed"],
         "model_hash": found["model_hash"],
     }
+
+
+def main_families(rows: Sequence[Row]) -> list[str]:
+    """Give the families that the first plot shows: at most `MAIN_LINES`, by the order of `MAIN`."""
+    there = list(_by_family(rows))
+    order = [name for name in MAIN if name in there] + [n for n in there if n not in MAIN]
+    return order[:MAIN_LINES]
+
+
+def told(lines: Sequence[Line]) -> list[str]:
+    """Give the points of lines in words, a sentence a line, for who does not see the plot."""
+    found: dict[str, list[Point]] = {}
+    for line in lines:
+        found.setdefault(line.name, []).extend(line.points)
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{point.y:+.4f} at {point.x:.2f} ({point.name})"
+            for point in sorted(points, key=lambda point: point.x)
+        )
+        + "."
+        for name, points in found.items()
+        if points
+    ]
+
+
+def _meanings(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the names of the methods mean, family by family."""
+    return [
+        (title_of(name), [(method, words.plain(method)) for method in dict.fromkeys(methods)])
+        for name, members in _by_family(rows).items()
+        for methods in [[str(row["method"]) for row in members]]
+    ]
 
 
 def family(row: Row) -> str:
@@ -187,10 +235,10 @@ def _point(row: Row, task: str | None, *, ring: bool = False, name: bool = True)
     y = delta(row, task)
     low, high = row["ci95"] if task is None else row["per_task_ci95"][task]
     title = (
-        f"{row['method']}: {y:+.4f} nats ({low:+.4f} to {high:+.4f}) at "
+        f"{words.plain(row['method'])}: {y:+.4f} nats ({low:+.4f} to {high:+.4f}) at "
         f"{row['bytes_fraction']:.3f} of the bytes, density {row['density']:.3f}"
     )
-    text = str(row["method"]) if name else ""
+    text = words.short(str(row["method"])) if name else ""
     return Point(float(row["bytes_fraction"]), y, low, high, title, text, ring)
 
 
@@ -240,15 +288,29 @@ def _only_rings(lines: Sequence[Line]) -> list[Line]:
     ]
 
 
-def _methods(rows: Sequence[Row], best: Sequence[Row], axes: tuple[Axis, Axis]) -> Markup:
+def _methods(
+    title: str, rows: Sequence[Row], best: Sequence[Row], axes: tuple[Axis, Axis]
+) -> list[tuple[str, Markup]]:
     """Loss against bytes of every method of a family, the front of all behind them."""
     behind = tuple(_point(row, None, name=False) for row in best)
     behind = tuple(dataclasses.replace(point, low=point.y, high=point.y) for point in behind)
-    lines = [Line("front of all", "ghost", "", behind, dashed=True)] if behind else []
-    for number, (name, members) in enumerate(_by_method(rows).items()):
-        points = tuple(_point(row, None, ring=row in best, name=False) for row in members)
-        lines.append(Line(name, palette(number), mark_of(number), points))
-    return plots.figure(_loss_chart(lines, axes, HALF, 340), lines)
+    ghost = [Line("front of all", "ghost", "", behind, dashed=True)] if behind else []
+    found = []
+    for name, methods in _in_parts(title, list(_by_method(rows).items())):
+        lines = list(ghost)
+        for number, (method, members) in enumerate(methods):
+            points = tuple(_point(row, None, ring=row in best, name=False) for row in members)
+            lines.append(Line(method, palette(number), mark_of(number), points))
+        found.append((name, plots.figure(_loss_chart(lines, axes, HALF, 340), lines)))
+    return found
+
+
+def _in_parts(title: str, members: Sequence[Any]) -> list[tuple[str, Sequence[Any]]]:
+    """Members in runs that one plot can show in colours of their own, each with its title."""
+    runs = plots.parts(members)
+    if len(runs) == 1:
+        return [(title, runs[0])]
+    return [(f"{title}, {i} of {len(runs)}", run) for i, run in enumerate(runs, 1)]
 
 
 def _named(row: Row) -> str:
@@ -324,40 +386,30 @@ def _padded(values: Sequence[float], n: int) -> list[float | None]:
     return [*values, *[None] * (n - len(values))]
 
 
-def _recovery(
-    rows: Sequence[Row], chosen: set[str]
-) -> list[tuple[str, Markup, list[tuple[str, Markup]]]]:
-    """Recall and captured energy against density: of chosen methods, and of all by family."""
+def _recovery(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """Recall and captured energy against density, of all methods by family."""
     found = []
     for key, title in (
-        ("recall", "share of the oracle's neurons that is kept"),
+        ("recall", "share of a perfect choice's neurons that is kept"),
         ("energy", "share of the squared usage that is kept"),
     ):
         known = [row for row in rows if row.get(key) is not None]
         if not known:
             continue
-        few = [row for row in known if row["method"] in chosen] or known
-        by_family = {
-            name: _found_lines(members, key, own=True)
-            for name, members in _by_family(known).items()
-        }
         x, y = _found_axes(known, key)
-        panels = [
-            (title_of(name), plots.figure(_found_chart(lines, x, y, title), lines))
-            for name, lines in by_family.items()
-        ]
-        lines = _found_lines(few, key, own=False)
-        found.append((title, plots.figure(_found_chart(lines, x, y, title), lines), panels))
+        panels = []
+        for name, members in _by_family(known).items():
+            for part, methods in _in_parts(title_of(name), list(_by_method(members).items())):
+                lines = _found_lines(methods, key)
+                panels.append((part, plots.figure(_found_chart(lines, x, y, title), lines)))
+        found.append((title, panels))
     return found
 
 
-def _found_lines(rows: Sequence[Row], key: str, *, own: bool) -> list[Line]:
-    """What methods find, as lines in colours of their own or of their families."""
+def _found_lines(methods: Sequence[tuple[str, Sequence[Row]]], key: str) -> list[Line]:
+    """What methods find, each as a line in a colour of its own."""
     lines = []
-    for number, (name, members) in enumerate(_by_method(rows).items()):
-        _, style, mark, dashed = style_of(family(members[0]))
-        if own:
-            style, mark, dashed = palette(number), mark_of(number), False
+    for number, (name, members) in enumerate(methods):
         points = tuple(
             Point(
                 float(row["density"]),
@@ -368,13 +420,14 @@ def _found_lines(rows: Sequence[Row], key: str, *, own: bool) -> list[Line]:
             )
             for row in sorted(members, key=lambda row: float(row["density"]))
         )
-        lines.append(Line(name, style, mark, points, dashed=dashed))
+        lines.append(Line(name, palette(number), mark_of(number), points))
     return lines
 
 
 def _found_axes(rows: Sequence[Row], key: str) -> tuple[Axis, Axis]:
     """Axes for what rows find against density, from 0."""
-    x = plots.linear("density", 0.0, max(0.1, *(float(row["density"]) for row in rows)))
+    most = max(0.1, *(float(row["density"]) for row in rows))
+    x = plots.linear("fraction of the neurons executed", 0.0, most)
     return x, plots.linear("share", 0.0, max(0.1, *(float(row[key]) for row in rows)))
 
 

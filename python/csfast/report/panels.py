@@ -7,14 +7,15 @@ asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from . import plots
+from . import plots, words
+from .findings import nats
 from .fronts import density_map
-from .plots import HALF, NARROW, WIDE, Axis, Draw, Line, Point, mark_of, palette
+from .plots import HALF, NARROW, PALETTE, WIDE, Axis, Draw, Line, Point, Side, mark_of, palette
 
 LEVELS = 10  # of effort, in the colour of a token
 WORSE = 0.5  # nats over dense from which a token is underlined
@@ -27,22 +28,62 @@ Row = Mapping[str, Any]
 
 
 def evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the table and the charts of an evaluation."""
+    """Give the verdict, the table and the charts of an evaluation."""
     entries = found["tasks"].values()
     by_task = found.get("density_per_task_layer")
     layers = found["density_per_layer"]
+    points = [
+        Point(
+            float(row["delta"]),
+            0.0,
+            float(row["ci95"][0]),
+            float(row["ci95"][1]),
+            f"{name}: {row['delta']:+.4f} ({row['ci95'][0]:+.4f} to {row['ci95'][1]:+.4f})",
+            name,
+        )
+        for name, row in found["tasks"].items()
+    ]
+    mean, (low, high) = found["mean_delta"], found["mean_ci95"]
+    title = f"mean: {mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    points.append(Point(float(mean), 0.0, float(low), float(high), title, "mean"))
+    ends = [0.0] + [value for point in points for value in (point.x, point.low, point.high)]
+    axis = plots.linear(plots.DELTA, min(ends), max(ends))
     return {
         **found,
-        "chart": Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-            *(
-                plots.bars(layers, label="layer", title="Density of every layer", width=width)
-                for width in (HALF, NARROW)
+        "verdict": quality_verdict(found),
+        "code": words.code(found["bits"]),
+        "thresholds": words.thresholds(found["task"]),
+        "differences": _both(
+            lambda width: plots.differences(
+                points, axis, title="; ".join(point.title for point in points), width=width
+            )
+        ),
+        "chart": _both(
+            lambda width: plots.bars(
+                layers, label="layer", title="Density of every layer", width=width
             )
         ),
         "map": density_map(by_task) if by_task else None,
         "total_tokens": sum(entry["tokens"] for entry in entries),
         "total_sparse": sum(entry["sparse_tokens"] for entry in entries),
     }
+
+
+def quality_verdict(found: Mapping[str, Any]) -> str:
+    """Say in a sentence what is read and what it costs."""
+    low, high = found["mean_ci95"]
+    return (
+        f"csfast reads {found['bytes_fraction']:.0%} of the bytes of the feed-forward layers and "
+        f"loses {nats(found['mean_delta'])} nats a token against dense "
+        f"({nats(low)} to {nats(high)})."
+    )
+
+
+def _both(draw: Callable[[int], Markup]) -> Markup:
+    """One plot for wide windows, one for narrow ones."""
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+        draw(HALF), draw(NARROW)
+    )
 
 
 # Phase diagrams
@@ -206,24 +247,21 @@ def dictionaries(found: Mapping[str, Any]) -> dict[str, Any]:
         if not layers[0][key]:
             continue
         members = [[layer[key][i] for layer in layers] for i in range(len(layers[0][key]))]
-        lines = [
-            _per_layer(
-                of_layers[0]["name"], palette(i), mark_of(i), [d["coherence"] for d in of_layers]
-            )
-            for i, of_layers in enumerate(members)
-            if not of_layers[0]["weighted"]
-        ]
-        lines.append(
-            _per_layer(
-                "least possible",
-                "oracle",
-                "",
-                [of[0]["welch"] for of in zip(*members, strict=True)],
-                dashed=True,
-            )
+        least = _per_layer(
+            "least possible",
+            "oracle",
+            "",
+            [of[0]["welch"] for of in zip(*members, strict=True)],
+            dashed=True,
         )
-        chart = _layer_chart(lines, "coherence", f"Coherence, {title}", low=0.0, high=1.0)
-        coherences.append((title, plots.figure(chart, lines)))
+        for run in plots.parts([of for of in members if not of[0]["weighted"]]):
+            lines = [
+                _per_layer(of[0]["name"], palette(i), mark_of(i), [d["coherence"] for d in of])
+                for i, of in enumerate(run)
+            ]
+            lines.append(least)
+            chart = _layer_chart(lines, "coherence", f"Coherence, {title}", low=0.0, high=1.0)
+            coherences.append((title, plots.figure(chart, lines)))
         isometries += [(of_layers[0]["name"], _isometry(of_layers)) for of_layers in members]
         tables.append((title, [_summary(of_layers) for of_layers in members]))
     return {
@@ -277,27 +315,26 @@ def _sure(coherence: float) -> int:
 
 
 def _isometry(of_layers: Sequence[Mapping[str, Any]]) -> Markup:
-    """Extreme squared singular values of one dictionary over the layers."""
+    """Least squared singular values of one dictionary over the layers, bands up to the largest."""
     floor = 1e-4
     lines = []
     for kind, title, style, mark in (
         ("drawn", "random supports", "ghost", ""),
-        ("used", "supports in use", "few-bit", "circle"),
+        ("used", "supports in use", "s0", "circle"),
     ):
-        for end in (0, 1):
-            points = tuple(
-                Point(
-                    float(number),
-                    max(d[kind][end], floor),
-                    max(d[kind][end], floor),
-                    max(d[kind][1], floor),
-                    f"layer {number}, {title}: {d[kind][0]:.3g} to {d[kind][1]:.3g}",
-                )
-                for number, d in enumerate(of_layers)
+        points = tuple(
+            Point(
+                float(number),
+                max(d[kind][0], floor),
+                max(d[kind][0], floor),
+                max(d[kind][1], floor),
+                f"layer {number}, {title}: {d[kind][0]:.3g} to {d[kind][1]:.3g}",
             )
-            lines.append(Line(title, style, mark, points, dashed=kind == "drawn"))
+            for number, d in enumerate(of_layers)
+        )
+        lines.append(Line(title, style, mark, points, dashed=kind == "drawn"))
     x = _layer_axis(len(of_layers))
-    values = [point.y for line in lines for point in line.points]
+    values = [value for line in lines for point in line.points for value in (point.y, point.high)]
     y = plots.logarithmic("squared singular values", min(*values, 0.5), max(*values, 2.0))
     return plots.chart(
         lines,
@@ -380,6 +417,8 @@ def effort(found: Mapping[str, Any]) -> dict[str, Any]:
         "high": high,
         "levels": list(range(LEVELS)),
         "worse": WORSE,
+        "code": words.code(found["bits"]),
+        "thresholds": words.thresholds(found["task"]),
         "scale": plots.scale(
             round(ends[0], 2), round(ends[1], 2), "of the neurons of a layer, in the strips"
         ),
@@ -438,10 +477,133 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+# Demo
+
+
 def demo(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what a demo made, with nothing for what it left out."""
-    keys = ("calibration", "seconds", "slower", "generation", "bench", "machine")
-    return {key: found.get(key) for key in keys}
+    """Give the verdict and two bars of a demo, and what they come from."""
+    generation = found.get("generation") or []
+    times = [_milliseconds(generation, side) for side in ("dense", "csfast")]
+    return {
+        "verdict": demo_verdict(found),
+        "sides": _two_bars(found, times),
+        "samples": found.get("samples"),
+        "generation": [_sample(row) for row in generation],
+        "bench": [_timed(row) for row in found.get("bench") or []],
+        "slower": found.get("slower") or [],
+        "calibration": found.get("calibration"),
+        "seconds": found.get("seconds"),
+        "machine": list(machine(found.get("machine") or {})),
+    }
+
+
+def demo_verdict(found: Mapping[str, Any]) -> str:
+    """Say in one sentence what csfast cost and gained against dense on this machine."""
+    dense, ours = (_milliseconds(found.get("generation") or [], s) for s in ("dense", "csfast"))
+    parts = []
+    if dense is not None and ours is not None:
+        parts.append(
+            f"generated a token in {ours:.1f} ms where dense took {dense:.1f} ms, "
+            f"{ratio_in_words(dense / ours)}"
+        )
+    quality = found.get("evaluation")
+    if quality is not None:
+        parts.append(
+            f"read {quality['bytes_fraction']:.0%} of the bytes of the feed-forward layers"
+        )
+        parts.append(f"lost {nats(quality['mean_delta'])} nats a token on text it had not seen")
+    if not parts:
+        return "csfast was run beside dense; neither speed nor quality was measured."
+    joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"On this machine csfast {joined}."
+
+
+def ratio_in_words(ratio: float) -> str:
+    """Say how csfast compares; `ratio` is the dense time over ours."""
+    return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
+
+
+def _milliseconds(generation: Sequence[Row], side: str) -> float | None:
+    """Time of a token, mean over the samples that are long enough on both sides; None if none."""
+    rates = [
+        row[side]["tokens_per_second"]
+        for row in generation
+        if all(row[name]["tokens_per_second"] for name in ("dense", "csfast"))
+    ]
+    return 1000 * _mean([1 / rate for rate in rates]) if rates else None
+
+
+def _two_bars(found: Mapping[str, Any], times: Sequence[float | None]) -> dict[str, Any] | None:
+    """Two bars: the time of a token, or where that is not known what is read for one."""
+    dense, ours = times
+    quality = found.get("evaluation")
+    if dense is not None and ours is not None:
+        title, values = "Time of a generated token", [dense, ours]
+        texts = [f"{value:.1f} ms" for value in values]
+    elif quality is not None:
+        title, values = "Bytes that the feed-forward layers read", [1.0, quality["bytes_fraction"]]
+        texts = [f"{value:.0%}" for value in values]
+    else:
+        return None
+    shown = [
+        Side(name, style, value, text)
+        for name, style, value, text in zip(
+            ("dense", "csfast"), ("ghost", "few-bit"), values, texts, strict=True
+        )
+    ]
+    told = f"{title}: {', '.join(f'{side.name} {side.text}' for side in shown)}"
+    return {
+        "title": title,
+        "plot": _both(lambda width: plots.sides(shown, title=told, width=width)),
+    }
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    """One text, dense beside csfast."""
+    prompt = row["prompt"]
+    sides = []
+    for name in ("dense", "csfast"):
+        rate = row[name]["tokens_per_second"]
+        time = "too short to time" if not rate else f"{1000 / rate:.1f} ms a token"
+        sides.append({"name": name, "text": row[name]["text"], "time": time})
+    return {
+        "task": row["task"],
+        "prompt": prompt if len(prompt) <= PROMPT else f"… {prompt[-PROMPT:]}",
+        "sides": sides,
+        "same": row["dense"]["text"] == row["csfast"]["text"],
+    }
+
+
+def _timed(row: Row) -> dict[str, Any]:
+    """One row of a benchmark in milliseconds, beside dense."""
+    ours = row["median_us"] / 1000
+    return {
+        "case": words.case(row["case"]),
+        "dense": ours * row["ratio_vs_dense"],
+        "csfast": ours,
+        "verdict": ratio_in_words(row["ratio_vs_dense"]) if row["ratio_vs_dense"] else "-",
+        "is_slower": row["ratio_vs_dense"] < 1,
+    }
+
+
+_MACHINE = {
+    "gpu": "GPU",
+    "cpu": "processor",
+    "cores": "cores",
+    "threads": "threads",
+    "isa": "instruction set",
+    "driver": "driver",
+    "platform": "system",
+    "torch": "torch",
+    "csfast": "csfast",
+}
+
+
+def machine(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Give what is known of a machine, in words; what is no text or number is left out."""
+    for key, name in _MACHINE.items():
+        if isinstance(found.get(key), str | int | float):
+            yield name, str(found[key])
 
 
 # Studies
@@ -461,19 +623,28 @@ def size_curve(rows: Sequence[Row]) -> dict[str, Any]:
     wanted: list[float | None] = [*densities]
     for density in wanted or [None]:
         of_density = [row for row in rows if row["density"] is None or row["density"] == density]
-        plotted = []
-        some = [row for row in of_density if row["tokens"] == longest[row["params"]]]
-        if len({row["params"] for row in some}) > 1:
-            plotted.append(("longest training", _study(some, methods, "params", "parameters")))
-        for params in sorted(longest):
-            some = [row for row in of_density if row["params"] == params]
-            if len({row["tokens"] for row in some}) > 1:
-                title = f"{plots.short(params)} parameters"
-                plotted.append((title, _study(some, methods, "tokens", "tokens of training")))
-        if plotted:
-            groups.append((density, plotted))
-    lines = [Line(name, palette(i), mark_of(i), ()) for i, name in enumerate(methods)]
-    return {"groups": groups, "legend": plots.legend(lines), "rows": rows}
+        for run in plots.parts(methods, PALETTE):
+            plotted = _studies([r for r in of_density if r["method"] in run], run, longest)
+            if plotted:
+                lines = [Line(name, palette(i), mark_of(i), ()) for i, name in enumerate(run)]
+                groups.append((density, plots.legend(lines), plotted))
+    return {"groups": groups, "rows": rows}
+
+
+def _studies(
+    rows: Sequence[Row], methods: Sequence[str], longest: Mapping[float, float]
+) -> list[tuple[str, Markup]]:
+    """Loss against size after the longest training, and against training for every size."""
+    plotted = []
+    some = [row for row in rows if row["tokens"] == longest[row["params"]]]
+    if len({row["params"] for row in some}) > 1:
+        plotted.append(("longest training", _study(some, methods, "params", "parameters")))
+    for params in sorted(longest):
+        some = [row for row in rows if row["params"] == params]
+        if len({row["tokens"] for row in some}) > 1:
+            title = f"{plots.short(params)} parameters"
+            plotted.append((title, _study(some, methods, "tokens", "tokens of training")))
+    return plotted
 
 
 def _study(rows: Sequence[Row], methods: Sequence[str], key: str, label: str) -> Markup:
@@ -516,27 +687,30 @@ def storage(rows: Sequence[Row]) -> dict[str, Any]:
         ("bits_stored", "bits stored for a weight"),
     ):
         best = _cheapest(rows, key)
-        lines = []
-        for i, kind in enumerate(kinds):
-            members = sorted((r for r in rows if r["kind"] == kind), key=lambda r: float(r[key]))
-            points = tuple(
-                Point(
-                    float(row[key]),
-                    float(row["delta"]),
-                    float(row["ci95"][0]),
-                    float(row["ci95"][1]),
-                    f"{row['name']}: {row['delta']:+.4f} nats; {row['bits_read']:.2f} bits read, "
-                    f"{row['bits_stored']:.2f} stored",
-                    str(row["name"]),
-                    row in best,
-                )
-                for row in members
-            )
-            lines.append(Line(kind, palette(i), mark_of(i), points, joined=False))
-        key = plots.legend(lines)
-        figure = plots.figure(_bits_chart(lines, label), lines, key=False)
-        plotted.append((label, key + figure))
+        for run in plots.parts(kinds, PALETTE):
+            lines = [_stored(rows, kind, i, key, best) for i, kind in enumerate(run)]
+            figure = plots.figure(_bits_chart(lines, label), lines, key=False)
+            plotted.append((label, plots.legend(lines) + figure))
     return {"plots": plotted, "rows": sorted(rows, key=lambda row: float(row["bits_read"]))}
+
+
+def _stored(rows: Sequence[Row], kind: str, number: int, key: str, best: Sequence[Row]) -> Line:
+    """The rows of one kind as points; those that no other beats stand out."""
+    members = sorted((r for r in rows if r["kind"] == kind), key=lambda r: float(r[key]))
+    points = tuple(
+        Point(
+            float(row[key]),
+            float(row["delta"]),
+            float(row["ci95"][0]),
+            float(row["ci95"][1]),
+            f"{row['name']}: {row['delta']:+.4f} nats; {row['bits_read']:.2f} bits read, "
+            f"{row['bits_stored']:.2f} stored",
+            str(row["name"]),
+            row in best,
+        )
+        for row in members
+    )
+    return Line(kind, palette(number), mark_of(number), points, joined=False)
 
 
 def _cheapest(rows: Sequence[Row], key: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Plots as SVG within a page: axes, lines with bands, bars and heat maps.
+"""Plots as SVG within a page: axes, lines with bands, bars, intervals and heat maps.
 
 Pure functions from numbers to markup. Colours are classes of the page, so that a plot follows light
 and dark; what a mark means is said in its title. Every text is escaped. Texts are placed by an
@@ -11,8 +11,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from markupsafe import Markup
+
+T = TypeVar("T")
 
 LETTER = 7.0  # width of a letter of 12 pixels, pixels: the mean of a wide sans serif is 6.9
 LINE = 15  # height of a line of such text
@@ -21,12 +24,20 @@ WIDE, NARROW = 980, 336  # of a plot on a desk and on a telephone, pixels
 HALF = 640  # of one that shares its row
 DELTA = "loss over dense, nats"  # what axes of `losses` are labelled by
 PALETTE = 10  # classes s0 .. s9 of the page
+LINES = 8  # of a chart that shows all there are; more are hard to tell apart
 
 _LOSSES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 _MARK = 4.5  # half the size of a mark
 
 
 Draw = Callable[[int, bool], Markup]  # (width, whether names stand at the right)
+
+
+def parts(members: Sequence[T], most: int = LINES) -> list[Sequence[T]]:
+    """Cut a sequence into as few runs of at most `most` as it takes, of about one length."""
+    n = -(-len(members) // most)
+    ends = [len(members) * i // n for i in range(n + 1)] if n else []
+    return [members[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -297,7 +308,8 @@ def heat(
         curve: Points of a line on top, in columns from the left and rows from the top; a cell's
             middle is at a half. What lies outside is cut off.
     """
-    left = 12 + LETTER * max(len(name) for name in rows)
+    shown = [clipped(name, round(0.5 * width / LETTER)) for name in rows]
+    left = 12 + LETTER * max(len(name) for name in shown)
     area = Box(left, 22, width - 8, 22 + cell * len(rows))
     height = area.bottom + 40
     step = (area.right - area.left) / len(columns)
@@ -328,9 +340,9 @@ def heat(
             if written:
                 text = f"{value:.2f}".replace("0.", ".")
                 drawn.append(
-                    _text(area.left + step * (j + 0.5), y + cell / 2 + 4, text, "tick middle")
+                    _text(area.left + step * (j + 0.5), y + cell / 2 + 4, text, "number middle")
                 )
-        drawn.append(_text(left - 6, y + cell / 2 + 4, rows[i], "tick end"))
+        drawn.append(_text(left - 6, y + cell / 2 + 4, shown[i], "tick end"))
     last = -math.inf
     for j, name in enumerate(columns):
         middle, half = area.left + step * (j + 0.5), LETTER * len(name) / 2
@@ -387,6 +399,76 @@ def bars(values: Sequence[float], *, label: str, title: str, width: int) -> Mark
     return svg(width, area.bottom + 36, title, drawn)
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of two things that are compared.
+
+    Attributes:
+        name: What it is.
+        style: Class of its colour.
+        value: Its size, not negative.
+        text: Its size in words.
+    """
+
+    name: str
+    style: str
+    value: float
+    text: str
+
+
+def sides(shown: Sequence[Side], *, title: str, width: int) -> Markup:
+    """Draw sizes from 0 as bars that lie beneath each other, names at the left, words behind."""
+    left = 12 + LETTER * max(len(side.name) for side in shown)
+    right = width - 12 - LETTER * max(len(side.text) for side in shown)
+    most = max([side.value for side in shown] + [1e-300])
+    drawn = []
+    for number, side in enumerate(shown):
+        y = 4 + 32 * number
+        length = max(side.value, 0.0) / most * (right - left)
+        drawn.append(_text(left - 6, y + 17, side.name, "number end"))
+        drawn.append(
+            Markup(
+                '<rect class="side {}" x="{:.1f}" y="{}" width="{:.1f}" height="24">'
+                "<title>{}: {}</title></rect>"
+            ).format(side.style, left, y, length, side.name, side.text)
+        )
+        drawn.append(_text(left + length + 6, y + 17, side.text, "number"))
+    return svg(width, 32 * len(shown) + 4, title, drawn)
+
+
+def differences(shown: Sequence[Point], axis: Axis, *, title: str, width: int) -> Markup:
+    """Draw numbers with their intervals beneath each other, named at the left.
+
+    Args:
+        shown: What to draw, the first on top: `x` is the number, `low` to `high` its interval.
+        axis: The scale along; a rule stands at zero if it is on it.
+        title: What a reader who cannot see it is told.
+        width: In pixels.
+    """
+    names = [clipped(point.name, round(0.4 * width / LETTER)) for point in shown]
+    ends = LETTER * max(len(text) for _, text in axis.ticks) / 2
+    area = Box(14 + LETTER * max(map(len, names)), 4, width - 4 - ends, 4 + 24 * len(shown))
+
+    def across(value: float) -> float:
+        return area.left + axis.part(value) * (area.right - area.left)
+
+    drawn = []
+    last = -math.inf
+    for tick, text in axis.ticks:
+        x, half = across(tick), LETTER * len(text) / 2
+        drawn.append(_rule("zero" if tick == 0 else "grid", x, x, area.top, area.bottom))
+        if x - half > last + 4:
+            drawn.append(_text(x, area.bottom + 15, text, "tick middle"))
+            last = x + half
+    for number, (point, name) in enumerate(zip(shown, names, strict=True)):
+        y = area.top + 24 * number + 12
+        drawn.append(_text(area.left - 8, y + 4, name, "number end"))
+        drawn.append(_rule("interval few-bit", across(point.low), across(point.high), y, y))
+        drawn.append(shape("circle", across(point.x), y, "few-bit", point.title))
+    drawn.append(_text((area.left + area.right) / 2, area.bottom + 33, axis.label, "axis middle"))
+    return svg(width, area.bottom + 40, title, drawn)
+
+
 def strip(
     values: Sequence[Sequence[float]],
     *,
@@ -439,6 +521,11 @@ def scale(low: float, high: float, label: str) -> Markup:
 
 
 # Text
+
+
+def clipped(text: str, most: int) -> str:
+    """Give a text, or its start and dots where it has more than `most` letters."""
+    return text if len(text) <= most else f"{text[: max(most - 1, 1)]}…"
 
 
 def text_box(x: float, y: float, text: str, style: str) -> Box:

@@ -460,16 +460,18 @@ _storage = many(
 
 _demo = fields(
     calibration=optional(maybe(fields(seconds=number, tokens=_count))),
+    evaluation=optional(maybe(_evaluation)),
     seconds=optional(number),
     slower=optional(maybe(many(text))),
+    samples=optional(maybe(text)),
     generation=optional(
         maybe(
             many(
                 fields(
                     task=text,
                     prompt=text,
-                    dense=fields(text=text, tokens_per_second=maybe(number)),
-                    csfast=fields(text=text, tokens_per_second=maybe(number)),
+                    dense=fields(text=text, tokens_per_second=maybe(_positive)),
+                    csfast=fields(text=text, tokens_per_second=maybe(_positive)),
                 )
             )
         )
@@ -480,9 +482,8 @@ _demo = fields(
                 fields(
                     case=text,
                     variant=text,
-                    median_us=number,
-                    baselines=each(number),
-                    ratio_vs_best=number,
+                    median_us=_positive,
+                    ratio_vs_dense=_positive,
                 )
             )
         )
