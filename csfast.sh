@@ -20,7 +20,7 @@ venv=$root/.venv
 
 # What decides whether the installed package is the one of this tree.
 stamp() {
-  printf '%s\n' "$root" "${CSFAST_CUDA-}" "${CSFAST_WERROR-}"
+  printf '%s\n' "$root" "${CSFAST_CUDA-}" "${CSFAST_WERROR-}" "${CSFAST_BENCH-}"
   cd "$root"
   find pyproject.toml CMakeLists.txt constraints cpp cuda python -type f \
     ! -path '*/__pycache__/*' ! -name '*.so' -exec cksum {} + | LC_ALL=C sort -k 3
