@@ -4,7 +4,7 @@ import functools
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 SIZES = {
     "vocab_size": 260,
@@ -52,15 +52,44 @@ def make_model(kind="llama", *, dtype=torch.float32, seed=0, **changes):
 
 @functools.cache
 def make_tokenizer():
-    """Bytes as tokens: 256 of them, then the marks of beginning and end."""
+    """Bytes as tokens: 256 of them, then the marks of beginning and end, the first added."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SIZES["bos_token_id"])]
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>"
     )
+
+
+def make_words(single="<s> $A", *, spaced=False, **options):
+    """Words as tokens, between such marks as are wanted.
+
+    Args:
+        single: What stands around a text, ``"$A"`` for nothing.
+        spaced: Put a blank before every text and keep blanks within the words, as sentencepiece.
+        options: Of the tokenizer, such as a chat template.
+    """
+    marks = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = [f"{blank}{c}" for blank in (" ▁" if spaced else " ") for c in "abcdefghij"]
+    vocabulary = [*marks, "▁", "\n", *(word.strip() for word in words)]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    core = Tokenizer(models.BPE(ids, [("▁", c) for c in "abcdefghij"] if spaced else []))
+    if spaced:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        core.decoder = decoders.Metaspace(prepend_scheme="always")
+    else:
+        core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(mark, ids[mark]) for mark in marks if mark in single]
+    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **{**named, **options})
 
 
 def make_ids(n_samples, n_tokens, *, seed=0):

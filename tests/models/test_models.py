@@ -1,4 +1,3 @@
-import itertools
 import json
 import pathlib
 import shutil
@@ -11,8 +10,7 @@ from torch import nn
 
 import tiny
 from csfast import models
-from csfast.models import text
-from csfast.types import Document, LayerShape, UnsupportedModelError
+from csfast.types import LayerShape, UnsupportedModelError
 
 FIRST = "model.layers.0.mlp"
 
@@ -457,107 +455,6 @@ def test_own_code_is_never_run(folder):
 
 def test_demo_folder_is_in_the_package():
     assert models.demo_folder().parent == pathlib.Path(models.__file__).parents[1]
-
-
-BOS, EOS = 256, 257
-
-
-def tokens(text):
-    return tiny.make_tokenizer()(text, add_special_tokens=False)["input_ids"]
-
-
-def test_encode_marks_where_the_response_begins():
-    found = models.encode(tiny.make_tokenizer(), Document("math", "ab", " c"), max_tokens=100)
-    assert found.ids.tolist() == [[BOS, *tokens("ab"), *tokens(" c"), EOS]]
-    assert found.ids.dtype == torch.int64 and found.n_prompt == 3
-
-
-def test_encode_runs_the_start_of_plain_text_dense():
-    long, short = ("x" * n for n in (100, 10))
-    found = models.encode(tiny.make_tokenizer(), Document("prose", "", long), max_tokens=64)
-    assert found.ids.tolist() == [[BOS, *tokens(long)][:64]] and found.n_prompt == 32
-    found = models.encode(tiny.make_tokenizer(), Document("prose", "", short), max_tokens=64)
-    assert found.ids.shape == (1, 11) and found.n_prompt == 11
-
-
-def test_encode_cuts_the_end_of_a_response():
-    found = models.encode(tiny.make_tokenizer(), Document("math", "ab", "c" * 50), max_tokens=10)
-    assert found.ids.tolist() == [[BOS, *tokens("ab"), *tokens("c" * 7)]]
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        (Document("math", "a" * 20, "b"), "a prompt of 21 tokens: want fewer than 21"),
-        (Document("math", "a", ""), "a document of 'math' without text"),
-    ],
-)
-def test_encode_refuses(document, message):
-    with pytest.raises(ValueError, match=message):
-        models.encode(tiny.make_tokenizer(), document, max_tokens=21)
-
-
-@pytest.mark.parametrize("kind", tiny.FAMILIES)
-def test_streamed_text_is_that_of_generate(kind):
-    model, tokenizer = tiny.make_model(kind), tiny.make_tokenizer()
-    ids = torch.tensor([[BOS, *tokens("hello")]])
-    wanted = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
-    pieces = list(models.stream_text(model, tokenizer, "hello", max_new_tokens=40))
-    assert "".join(pieces) == tokenizer.decode(wanted, skip_special_tokens=True)
-    assert len(pieces) > 1 and all(pieces)
-
-
-def test_streaming_ends_at_the_mark():
-    model = tiny.make_model(tie_word_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # all tokens are equally likely: the first wins
-    model.generation_config.eos_token_id = [5, 0]
-    assert list(models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9)) == []
-    model.generation_config.eos_token_id = 5
-    text = "".join(models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9))
-    assert text == "!" * 9
-
-
-def test_half_characters_are_held_back():
-    tokenizer = tiny.make_tokenizer()
-    pieces = list(text._pieces(tokenizer, iter(tokens("aé€b"))))
-    assert pieces == ["a", "é", "€", "b"]
-    assert list(text._pieces(tokenizer, iter(tokens("é")[:1]))) == ["\ufffd"]
-
-
-def test_draws_follow_the_seed():
-    model, tokenizer = tiny.make_model(), tiny.make_tokenizer()
-    before = torch.random.get_rng_state()
-
-    def text(seed):
-        pieces = models.stream_text(
-            model, tokenizer, "a", max_new_tokens=20, temperature=1.0, seed=seed
-        )
-        return "".join(pieces)
-
-    assert text(1) == text(1) != text(2)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_stops_the_model_comes_out_of_the_stream(error):
-    model = tiny.make_model()
-    pieces = models.stream_text(model, tiny.make_tokenizer(), "a", max_new_tokens=9)
-    next(pieces)
-
-    def stop(*_):
-        raise error("stopped")
-
-    model.model.layers[0].register_forward_pre_hook(stop)
-    with pytest.raises(error, match="stopped"):
-        next(pieces)
-    assert list(pieces) == []
-
-
-def test_caller_of_a_stream_may_ask_for_gradients():
-    pieces = models.stream_text(tiny.make_model(), tiny.make_tokenizer(), "a", max_new_tokens=5)
-    for _ in itertools.islice(pieces, 2):
-        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
 
 
 def test_copies_of_a_folder_are_the_same_model(folder, tmp_path):

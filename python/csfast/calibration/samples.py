@@ -109,7 +109,7 @@ def _encode(
     """The sample in at most `length` tokens; nothing if its prompt does not fit."""
     most = min(length, _DOCUMENT_TOKENS_MAX)
     if isinstance(sample, Tensor):
-        n_words = getattr(getattr(model, "config", None), "vocab_size", None)
+        n_words = models.vocabulary(model)
         low, high = int(sample.min()), int(sample.max())
         if low < 0 or (n_words is not None and high >= n_words):
             raise ValueError(
@@ -121,10 +121,13 @@ def _encode(
         raise ValueError("[calibrate] text samples and no tokenizer: want one, or token ids.")
     document = Document(PLAIN, "", sample) if isinstance(sample, str) else sample
     if not document.prompt:
-        return models.encode(tokenizer, document, max_tokens=most)
+        encoded = models.encode(tokenizer, document, max_tokens=most)
+        models.check_ids("calibrate", model, encoded.ids[0].tolist())
+        return encoded
     encoded = models.encode(tokenizer, document, max_tokens=sys.maxsize)
     if encoded.n_prompt >= length:
         return None
+    models.check_ids("calibrate", model, encoded.ids[0].tolist())
     return Encoded(encoded.ids[:, :length], encoded.n_prompt)
 
 

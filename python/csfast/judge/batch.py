@@ -151,6 +151,7 @@ def choose(
             if whole is None or whole.n_sparse < 1:
                 continue
             ids = whole.ids[:, : whole.n_prompt + response_tokens]
+            models.check_ids(verb, model, ids[0].tolist())
             pieces.append(Piece(document, ids, whole.n_prompt))
             n_scored += pieces[-1].n_sparse
     if not pieces:

@@ -366,6 +366,7 @@ def _decode_both(model: nn.Module, tokenizer: Any, piece: Piece) -> tuple[bool, 
     # The last prompt position gives the first token, dense as the prompt is, so it runs with the
     # one before it: a pass of two positions is not decoding.
     ids = piece.ids[:, : piece.n_prompt - 2].to(next(model.parameters()).device)
+    models.check_ids("eval", model, ids[0].tolist())
     cache = None
     if ids.shape[1] > 0:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -382,13 +383,15 @@ def _greedy(model: nn.Module, tokenizer: Any, cache: Any, piece: Piece) -> str:
     cache = judge.copied(cache)
     ids = piece.ids[:, piece.n_prompt - 2 : piece.n_prompt].to(next(model.parameters()).device)
     name = models.cache_argument(model)
+    # An answer ends as the response of a document does, or as the model ends a text.
+    ends = models.end_tokens(model) | {tokenizer.eos_token_id}
     found: list[int] = []
     for _ in range(piece.n_tokens + 2):
         out = model(input_ids=ids, use_cache=True, **{name: cache})
         cache = out[name]
         ids = out.logits[:, -1:].argmax(dim=-1)
         token = int(ids)
-        if token == tokenizer.eos_token_id:
+        if token in ends:
             break
         found.append(token)
     return str(tokenizer.decode(found, skip_special_tokens=True))

@@ -130,8 +130,7 @@ def continued(
         The prompts, each with the likeliest tokens up to the end of text, which is kept. One that
         ends before anything ran sparse is left out.
     """
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = set(ends) if isinstance(ends, list) else {ends}
+    stops = models.end_tokens(model)
     patch.apply(model, plan, density=density, bits=bits, task=task)
     try:
         made = [
@@ -169,7 +168,7 @@ def _long_enough(pieces: Sequence[Piece]) -> Piece:
 
 
 @torch.no_grad()
-def _likeliest(model: nn.Module, piece: Piece, stops: set[int | None], n: int) -> Tensor:
+def _likeliest(model: nn.Module, piece: Piece, stops: frozenset[int], n: int) -> Tensor:
     """The prompt and at most `n` tokens after it, ``(1, T)`` int64 on the CPU."""
     ids = piece.ids[:, : piece.n_prompt]
     step = ids.to(next(model.parameters()).device)

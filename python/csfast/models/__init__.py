@@ -3,6 +3,7 @@
 The one room that imports transformers, and only where it is called: importing it takes seconds.
 """
 
+from .chat import Message, has_template, render
 from .fingerprint import Fingerprint, fingerprint
 from .load import demo_folder, load
 from .structure import (
@@ -20,10 +21,15 @@ from .text import (
     N_DENSE,
     Encoded,
     cache_argument,
+    check_ids,
     context_length,
     encode,
+    end_tokens,
     hidden_states,
+    prompt_ids,
     stream_text,
+    token_ids,
+    vocabulary,
 )
 
 __all__ = [
@@ -36,15 +42,23 @@ __all__ = [
     "Encoded",
     "Ffn",
     "Fingerprint",
+    "Message",
     "Projection",
     "cache_argument",
+    "check_ids",
     "context_length",
     "demo_folder",
     "encode",
+    "end_tokens",
     "find_ffns",
     "fingerprint",
+    "has_template",
     "hidden_states",
     "is_patched",
     "load",
+    "prompt_ids",
+    "render",
     "stream_text",
+    "token_ids",
+    "vocabulary",
 ]
