@@ -6,6 +6,7 @@
 #include "csfast/nested.h"
 #include "csfast/omp.h"
 #include "csfast/project.h"
+#include "csfast/read.h"
 #include "csfast/recover.h"
 #include "csfast/select.h"
 #include "csfast/sense.h"
@@ -41,6 +42,12 @@ void omp(const OmpParams&, Stream) {
 }
 void project(const ProjectParams&, Stream) {
   missing("project");
+}
+int64_t read_sums() {
+  missing("read");
+}
+void read(const ReadParams&, Stream) {
+  missing("read");
 }
 int64_t execute_workspace(int64_t, int64_t, int64_t) {
   missing("execute");

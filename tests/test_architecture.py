@@ -66,6 +66,7 @@ MAY_INCLUDE = {
     "tile": set(),
     "omp": set(),
     "project": set(),
+    "read": set(),
     "execute": {"tile"},  # reads a tile list
     "select": {"sense", "recover", "tile"},
     "ffn": {"select", "execute", "tile"},
@@ -81,6 +82,7 @@ ROOMS = {
     "tile": set(),
     "omp": set(),
     "project": set(),
+    "read": set(),
     "execute": set(),
     "select": {"sense", "recover"},
     "ffn": {"select", "execute"},

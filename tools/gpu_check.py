@@ -36,6 +36,7 @@ from csfast import ops, reference, types
 from csfast.bench import cases, head, timing
 from csfast.bench import pursuits as pursuits_
 from csfast.codes import planes
+from csfast.ops.read import Reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "omp")
@@ -357,6 +358,12 @@ def sanitize_target() -> int:
         for rows in (measured.m, 1):
             y = ops.project(phi.cuda(), x.cuda(), rows=rows)
             assert torch.equal(y.cpu().double(), reference.project(phi, x, rows=rows)), measured
+    # Whole chunks of a block and parts of them, in buffers of any length.
+    words = [torch.arange(4 * n, dtype=torch.int32).cuda() for n in (1, 4096, 3 * 4096 + 7)]
+    read = Reader(words)
+    read()
+    want = sum(4 * n * (4 * n - 1) // 2 for n in (1, 4096, 3 * 4096 + 7))
+    assert int(read.sums.long().sum()) % 2**32 == want % 2**32
     watched = SANITIZED_PURSUITS + SANITIZED_DESIGNS
     made = {case: case.make() for case, _ in watched}
     for case, options in watched:

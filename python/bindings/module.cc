@@ -11,6 +11,7 @@ void bind_recover(nb::module_& m);
 void bind_tile(nb::module_& m);
 void bind_omp(nb::module_& m);
 void bind_project(nb::module_& m);
+void bind_read(nb::module_& m);
 void bind_execute(nb::module_& m);
 void bind_select(nb::module_& m);
 void bind_ffn(nb::module_& m);
@@ -27,6 +28,7 @@ NB_MODULE(_native, m) {
   bind_tile(m);
   bind_omp(m);
   bind_project(m);
+  bind_read(m);
   bind_execute(m);
   bind_select(m);
   bind_ffn(m);
