@@ -87,6 +87,13 @@ class Call {
   std::vector<Array> arrays_;
 };
 
+// Whether the elements of a tensor are of type E.
+template <typename E>
+bool holds(nb::handle tensor) {
+  nb::ndarray<nb::ro> array;
+  return nb::try_cast(tensor, array, false) && array.dtype() == nb::dtype<E>();
+}
+
 // Runs f without the lock of the interpreter.
 template <typename F>
 auto unlocked(F&& f) {

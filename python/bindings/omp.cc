@@ -11,9 +11,9 @@ namespace {
 void omp(nb::handle gram, nb::handle correlation, nb::handle energy, nb::handle budget,
          int64_t budget_max, float tolerance, float residual_max, float correlation_min,
          float gain_min, int64_t per_step, int64_t group, nb::handle start, nb::handle start_count,
-         nb::handle dictionary, const char* design, nb::handle workspace, nb::handle index,
-         nb::handle coef, nb::handle count, nb::handle residual, nb::handle status,
-         uintptr_t stream) {
+         nb::handle dictionary, bool coef, const char* design, nb::handle workspace,
+         nb::handle index, nb::handle values, nb::handle count, nb::handle residual,
+         nb::handle status, uintptr_t stream) {
   Call call("omp");
   Size batch{"batch"}, n{"n_atoms"}, width{"budget_max", budget_max}, grams{"n_dictionaries"};
   Size starts{"n_start"};
@@ -36,7 +36,7 @@ void omp(nb::handle gram, nb::handle correlation, nb::handle energy, nb::handle 
     }
   }
   p.index = call.out<int32_t>(index, "index", {&batch, &width});
-  if (!coef.is_none()) p.coef = call.out<float>(coef, "coef", {&batch, &width});
+  if (coef) p.coef = call.out<float>(values, "values", {&batch, &width});
   p.count = call.out<int32_t>(count, "count", {&batch});
   p.residual = call.out<float>(residual, "residual", {&batch});
   p.status = call.out<int32_t>(status, "status", {&batch});
@@ -76,16 +76,16 @@ std::string omp_plan(int64_t batch, int64_t n_atoms, int64_t budget_max, bool si
 void bind_omp(nb::module_& m) {
   m.def("omp", &omp, "gram"_a, "correlation"_a, "energy"_a, "budget"_a, "budget_max"_a,
         "tolerance"_a, "residual_max"_a, "correlation_min"_a, "gain_min"_a, "per_step"_a, "group"_a,
-        "start"_a.none(), "start_count"_a.none(), "dictionary"_a.none(), "design"_a, "workspace"_a,
-        "index"_a, "coef"_a.none(), "count"_a, "residual"_a, "status"_a, "stream"_a,
+        "start"_a.none(), "start_count"_a.none(), "dictionary"_a.none(), "coef"_a, "design"_a,
+        "workspace"_a, "index"_a, "values"_a, "count"_a, "residual"_a, "status"_a, "stream"_a,
         nb::sig("def omp(gram: torch.Tensor, correlation: torch.Tensor, energy: torch.Tensor, "
                 "budget: torch.Tensor, budget_max: int, tolerance: float, residual_max: float, "
                 "correlation_min: float, gain_min: float, per_step: int, group: int, "
                 "start: torch.Tensor | None, start_count: torch.Tensor | None, "
-                "dictionary: torch.Tensor | None, design: str, workspace: torch.Tensor, index: "
-                "torch.Tensor, "
-                "coef: torch.Tensor | None, count: torch.Tensor, residual: torch.Tensor, "
-                "status: torch.Tensor, stream: int) -> None"));
+                "dictionary: torch.Tensor | None, coef: bool, design: str, "
+                "workspace: torch.Tensor, index: torch.Tensor, values: torch.Tensor, "
+                "count: torch.Tensor, residual: torch.Tensor, status: torch.Tensor, "
+                "stream: int) -> None"));
   m.def("omp_workspace", &omp_workspace, "batch"_a, "n_atoms"_a, "budget_max"_a, "design"_a,
         "cuda"_a);
   m.def("omp_plan", &omp_plan, "batch"_a, "n_atoms"_a, "budget_max"_a, "single"_a, "processors"_a,

@@ -6,15 +6,15 @@ using namespace nb::literals;
 
 namespace {
 
-// `limit` is the threshold or the budget, by `top`; `is_float` says which numbers y holds.
+// `limit` is the threshold or the budget, by `top`.
 void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle limit, bool top,
-             nb::handle offset, nb::handle weight, bool is_float, int group_rows,
-             const char* activation, nb::handle usage, nb::handle index, nb::handle count,
-             nb::handle missed, uintptr_t stream) {
+             nb::handle offset, nb::handle weight, int group_rows, const char* activation,
+             nb::handle index, nb::handle count, nb::handle usage, nb::handle missed,
+             uintptr_t stream) {
   Call call("recover");
   Size batch{"batch"}, n{"n_neurons"}, columns{"columns"}, one{"1", 1};
   csfast::RecoverParams p{};
-  if (is_float) {
+  if (holds<float>(y)) {
     p.y_float = call.in<float>(y, "y", {&batch, &n, &columns});
   } else {
     p.y = call.in<int32_t>(y, "y", {&batch, &n, &columns});
@@ -47,11 +47,11 @@ void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle li
 
 void bind_recover(nb::module_& m) {
   m.def("recover", &recover, "y"_a, "scale"_a, "row_scale"_a, "limit"_a, "top"_a, "offset"_a.none(),
-        "weight"_a.none(), "is_float"_a, "group_rows"_a, "activation"_a, "usage"_a, "index"_a,
-        "count"_a, "missed"_a, "stream"_a,
+        "weight"_a.none(), "group_rows"_a, "activation"_a, "index"_a, "count"_a, "usage"_a,
+        "missed"_a, "stream"_a,
         nb::sig("def recover(y: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor, "
                 "limit: torch.Tensor, top: bool, offset: torch.Tensor | None, "
-                "weight: torch.Tensor | None, is_float: bool, group_rows: int, activation: str, "
-                "usage: torch.Tensor, index: torch.Tensor, count: torch.Tensor, "
+                "weight: torch.Tensor | None, group_rows: int, activation: str, "
+                "index: torch.Tensor, count: torch.Tensor, usage: torch.Tensor, "
                 "missed: torch.Tensor, stream: int) -> None"));
 }

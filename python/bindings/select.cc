@@ -11,9 +11,9 @@ namespace {
 // Not `select`: the C library has one, outside every namespace.
 void select_tiles(nb::handle codes, nb::handle equal, nb::handle row_scale, nb::handle threshold,
                   nb::handle x, int code, int tile_rows, nb::handle offset, nb::handle weight,
-                  const char* activation, const char* design, nb::handle workspace,
-                  nb::handle tiles, nb::handle n_tiles, nb::handle missed, nb::handle cap,
-                  nb::handle dropped, uintptr_t stream) {
+                  const char* activation, const char* design, nb::handle cap, nb::handle workspace,
+                  nb::handle tiles, nb::handle n_tiles, nb::handle missed, nb::handle dropped,
+                  uintptr_t stream) {
   Call call("select");
   LayerSizes sizes;
   csfast::SelectParams p{};
@@ -45,14 +45,14 @@ void bind_select(nb::module_& m) {
   m.def(
       "select", &select_tiles, "codes"_a, "equal"_a, "row_scale"_a, "threshold"_a, "x"_a, "code"_a,
       "tile_rows"_a, "offset"_a.none(), "weight"_a.none(), "activation"_a, "design"_a,
-      "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "cap"_a.none(), "dropped"_a.none(),
+      "cap"_a.none(), "workspace"_a, "tile"_a, "n_tiles"_a, "missed"_a, "dropped"_a.none(),
       "stream"_a,
       nb::sig(
           "def select(codes: torch.Tensor, equal: torch.Tensor, row_scale: torch.Tensor, "
           "threshold: torch.Tensor, x: torch.Tensor, code: int, tile_rows: int, "
           "offset: torch.Tensor | None, weight: torch.Tensor | None, activation: str, design: str, "
-          "workspace: torch.Tensor, tile: torch.Tensor, n_tiles: torch.Tensor, "
-          "missed: torch.Tensor, cap: torch.Tensor | None, dropped: torch.Tensor | None, "
+          "cap: torch.Tensor | None, workspace: torch.Tensor, tile: torch.Tensor, "
+          "n_tiles: torch.Tensor, missed: torch.Tensor, dropped: torch.Tensor | None, "
           "stream: int) -> None"));
   m.def("select_workspace", &select_workspace, "batch"_a, "d"_a, "n_neurons"_a, "cuda"_a);
 }

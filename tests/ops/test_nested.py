@@ -366,7 +366,7 @@ def test_refuses_other_widths(width):
 
 
 def test_the_registered_operation_refuses_no_level():
-    with pytest.raises(ValueError, match=r"\[nested\] no level: want at least one\."):
+    with pytest.raises(ValueError, match=r"\[nested\] no codes: want at least one\."):
         torch.ops.csfast.nested.default([], [], [], torch.ones(8), torch.ones(1, 8), [])
 
 

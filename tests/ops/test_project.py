@@ -176,9 +176,9 @@ def test_refuses_rows_that_are_not_there(rows):
         ((5, 4), (2, 4), (2, 0), r"rows = 0: want 1 to m = 5"),
         ((0, 4), (2, 4), (2, 0), r"m = 0: want 1 to 2\^31 - 1"),
         ((5, 0), (2, 0), (2, 5), r"d = 0: want 1 to 2\^31 - 1 channels"),
-        ((5, 4), (2, 4), (3, 5), r"y has shape \(3, 5\): want \(batch = 2, rows\)"),
+        ((5, 4), (2, 4), (3, 5), r"y has shape \(3, 5\): want \(batch = 2, rows = 5\)"),
     ],
 )
 def test_the_kernel_refuses_by_itself(phi, x, y, message):
     with pytest.raises(ValueError, match=r"\[project\] " + message):
-        _native.project(torch.ones(phi), torch.ones(x), torch.ones(y), 0)
+        _native.project(torch.ones(phi), torch.ones(x), y[1], torch.ones(y), 0)

@@ -1,19 +1,15 @@
 """The operations on tensors: the CPU and CUDA kernels behind one function each."""
 
+from .._native import BackendError, cuda_available, isa
 from .calls import (
-    BackendError,
     Pursuit,
     PursuitStatus,
-    Session,
     Support,
     TileList,
     backend_info,
     choose,
-    cuda_available,
     execute,
     ffn,
-    ffn_workspace,
-    isa,
     nested,
     omp,
     omp_plan,
@@ -23,6 +19,7 @@ from .calls import (
     sense,
     tile,
 )
+from .session import Session, ffn_workspace
 
 __all__ = [
     "BackendError",

@@ -13,11 +13,9 @@ inside tensors (indices, budgets) are not checked.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,35 +23,9 @@ from torch import Tensor
 from .. import _native
 from .._native import BackendError, cuda_available, isa
 from ..codes.levels import Packed
-from ..types import TERNARY, Code
-
-__all__ = [
-    "BackendError",
-    "Pursuit",
-    "PursuitStatus",
-    "Session",
-    "Support",
-    "TileList",
-    "backend_info",
-    "cuda_available",
-    "execute",
-    "ffn",
-    "ffn_workspace",
-    "isa",
-    "nested",
-    "omp",
-    "omp_plan",
-    "project",
-    "recover",
-    "select",
-    "sense",
-    "tile",
-]
-
-_INT32_MAX = 2**31 - 1
-_CODES: dict[Code, int] = {1: 1, 2: 2, 3: 3, 4: 4, TERNARY: 5}  # as csfast::Code numbers them
-# May be None.
-_OPTIONAL = {"offset", "gate_bias", "up_bias", "down_bias", "weight", "stats", "cap", "dropped"}
+from ..types import Code
+from . import check
+from .table import CALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +96,7 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors("sense", codes=codes, equal=equal, x=x)
-    y, scale = torch.ops.csfast.sense.default(codes, equal, x, _code("sense", bits))
+    y, scale = CALL["sense"](codes, equal, x, bits)
     return y, scale
 
 
@@ -157,24 +128,14 @@ def nested(
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    if n_levels is None:
-        n_levels = len(levels)
-    _check_ints("nested", n_levels=n_levels)
-    if not 1 <= n_levels <= len(levels):
+    check.integer("nested", "n_levels", len(levels) if n_levels is None else n_levels)
+    if n_levels is not None and not 1 <= n_levels <= len(levels):
         raise ValueError(f"[nested] n_levels = {n_levels}: want 1 to the {len(levels)} given.")
-    codes = [level.codes for level in levels[:n_levels]]
-    exponents = [level.exponent for level in levels[:n_levels]]
-    tops = [level.top for level in levels[:n_levels]]
-    bits = [level.bits for level in levels[:n_levels]]
-    named = {"codes": codes, "exponent": exponents, "top": tops}
-    _check_tensors(
-        "nested",
-        **{f"{name}[{i}]": t for name, some in named.items() for i, t in enumerate(some)},
-        equal=equal,
-        x=x,
+    read = levels[:n_levels]
+    codes, exponents, tops = (
+        [getattr(level, name) for level in read] for name in ("codes", "exponent", "top")
     )
-    _check_ints("nested", **{f"bits[{i}]": width for i, width in enumerate(bits)})
-    y, scale = torch.ops.csfast.nested.default(codes, exponents, tops, equal, x, bits)
+    y, scale = CALL["nested"](codes, exponents, tops, equal, x, [level.bits for level in read])
     return y, scale
 
 
@@ -233,13 +194,9 @@ def recover(
     if limit is None or (threshold is not None and budget is not None):
         given = "neither" if limit is None else "both"
         raise ValueError(f"[recover] {given} of threshold and budget: want exactly one.")
-    _check_tensors(
-        "recover", y=y, scale=scale, row_scale=row_scale, limit=limit, offset=offset, weight=weight
-    )
-    _check_ints("recover", group_rows=group_rows)
-    _check_activation("recover", activation)
-    index, count, usage, missed = torch.ops.csfast.recover.default(
-        y, scale, row_scale, limit, budget is not None, offset, weight, group_rows, activation
+    is_top = budget is not None
+    index, count, usage, missed = CALL["recover"](
+        y, scale, row_scale, limit, is_top, offset, weight, group_rows, activation
     )
     return Support(index, count, usage, missed, group_rows)
 
@@ -260,9 +217,7 @@ def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors("tile", index=index, count=count)
-    _check_ints("tile", tile_rows=tile_rows)
-    tiles, n_tiles = torch.ops.csfast.tile.default(index, count, tile_rows)
+    tiles, n_tiles = CALL["tile"](index, count, tile_rows)
     return TileList(tiles, n_tiles, tile_rows)
 
 
@@ -343,40 +298,9 @@ def omp(
         matching pursuit", 2012; Eldar, Kuppinger, Bolcskei, "Block-sparse signals: uncertainty
         relations and efficient recovery", 2010.
     """
-    optional = {"start": start, "start_count": start_count, "dictionary": dictionary}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-    _check_tensors("omp", gram=gram, correlation=correlation, energy=energy, budget=budget, **given)
-    _check_ints("omp", budget_max=budget_max, per_step=per_step, group=group)
-    limits = {
-        "tolerance": tolerance,
-        "residual_max": residual_max,
-        "correlation_min": correlation_min,
-        "gain_min": gain_min,
-    }
-    for name, value in limits.items():
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"[omp] {name} is a {type(value).__name__}: want a float.")
-    if not isinstance(coef, bool):
-        raise TypeError(f"[omp] coef is a {type(coef).__name__}: want a bool.")
-    if not isinstance(design, str):
-        raise TypeError(f"[omp] design is a {type(design).__name__}: want a str.")
-    return Pursuit(
-        *torch.ops.csfast.omp.default(
-            gram,
-            correlation,
-            energy,
-            budget,
-            budget_max,
-            *limits.values(),
-            per_step,
-            group,
-            start,
-            start_count,
-            dictionary,
-            coef,
-            design,
-        )
-    )
+    limits = (tolerance, residual_max, correlation_min, gain_min)
+    given = (gram, correlation, energy, budget, budget_max, *limits, per_step, group)
+    return Pursuit(*CALL["omp"](*given, start, start_count, dictionary, coef, design))
 
 
 def omp_plan(
@@ -412,31 +336,13 @@ def omp_plan(
         ValueError: A size is out of range, or the design is unknown or does not fit.
         TypeError: A size is not an int, or `single` not a bool.
     """
-    sizes = {
-        "batch": batch,
-        "n_atoms": n_atoms,
-        "budget_max": budget_max,
-        "processors": processors,
-        "registers": registers,
-        "threads": threads,
-        "shared_per_block": shared_per_block,
-        "shared_per_processor": shared_per_processor,
-    }
-    _check_ints("omp", **sizes)
-    if not isinstance(single, bool):
-        raise TypeError(f"[omp] single is a {type(single).__name__}: want a bool.")
-    return _native.omp_plan(
-        batch,
-        n_atoms,
-        budget_max,
-        single,
-        processors,
-        registers,
-        threads,
-        shared_per_block,
-        shared_per_processor,
-        design,
-    )
+    sizes = (batch, n_atoms, budget_max)
+    machine = (processors, registers, threads, shared_per_block, shared_per_processor)
+    names = "batch n_atoms budget_max processors registers threads".split()
+    names += ["shared_per_block", "shared_per_processor"]
+    check.integers("omp", **dict(zip(names, (*sizes, *machine), strict=True)))
+    check.of_type("omp", "single", single, bool, "a bool")
+    return _native.omp_plan(*sizes, single, *machine, design)
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
@@ -459,11 +365,9 @@ def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors("project", phi=phi, x=x)
     if rows is None:
-        rows = phi.shape[0] if phi.dim() == 2 else 0
-    _check_ints("project", rows=rows)
-    y: Tensor = torch.ops.csfast.project.default(phi, x, rows)
+        rows = phi.shape[0] if isinstance(phi, Tensor) and phi.dim() == 2 else 0
+    y: Tensor = CALL["project"](phi, x, rows)
     return y
 
 
@@ -506,34 +410,9 @@ def execute(
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors(
-        "execute",
-        gate=gate,
-        up=up,
-        down_t=down_t,
-        x=x,
-        tile=tiles.tile,
-        n_tiles=tiles.n_tiles,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=down_bias,
-    )
-    _check_ints("execute", tile_rows=tiles.tile_rows)
-    _check_activation("execute", activation)
-    out: Tensor = torch.ops.csfast.execute.default(
-        gate,
-        up,
-        down_t,
-        x,
-        tiles.tile,
-        tiles.n_tiles,
-        tiles.tile_rows,
-        gate_bias,
-        up_bias,
-        down_bias,
-        activation,
-        design,
-    )
+    listed = (tiles.tile, tiles.n_tiles, tiles.tile_rows)
+    biases = (gate_bias, up_bias, down_bias)
+    out: Tensor = CALL["execute"](gate, up, down_t, x, *listed, *biases, activation, design)
     return out
 
 
@@ -572,24 +451,14 @@ def choose(
     Raises:
         ValueError: The design is unknown or does not fit.
     """
-    _check_ints("execute", batch=batch, d=d, n_neurons=n_neurons, tile_rows=tile_rows)
+    sizes = (batch, d, n_neurons, tile_rows)
+    check.integers("execute", batch=batch, d=d, n_neurons=n_neurons, tile_rows=tile_rows)
     if min(d, n_neurons, tile_rows) < 1:
         raise ValueError(
             f"[execute] d = {d}, n_neurons = {n_neurons}, tile_rows = {tile_rows}: want 1 at least."
         )
-    return _native.choose(
-        batch,
-        d,
-        n_neurons,
-        tile_rows,
-        shared,
-        senses,
-        dtype.itemsize,
-        design,
-        capability,
-        n_processors,
-        shared_bytes,
-    )
+    kind = (shared, senses, dtype.itemsize, design)
+    return _native.choose(*sizes, *kind, capability, n_processors, shared_bytes)
 
 
 def select(
@@ -636,28 +505,11 @@ def select(
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors(
-        "select",
-        codes=codes,
-        equal=equal,
-        row_scale=row_scale,
-        threshold=threshold,
-        x=x,
-        offset=offset,
-        weight=weight,
-        cap=cap,
+    form = (offset, weight, activation, design)
+    tiles, n_tiles, missed, *dropped = CALL["select"](
+        codes, equal, row_scale, threshold, x, bits, tile_rows, *form, cap
     )
-    code = _code("select", bits)
-    _check_ints("select", tile_rows=tile_rows)
-    _check_activation("select", activation)
-    given = (codes, equal, row_scale, threshold, x, code, tile_rows)
-    more = (offset, weight, activation, design)
-    if cap is None:
-        tiles, n_tiles, missed = torch.ops.csfast.select.default(*given, *more)
-        return TileList(tiles, n_tiles, tile_rows), missed
-    capped = torch.ops.csfast.select.capped(*given, cap, *more)
-    tiles, n_tiles, missed, dropped = capped
-    return TileList(tiles, n_tiles, tile_rows, dropped), missed
+    return TileList(tiles, n_tiles, tile_rows, *dropped), missed
 
 
 def ffn(
@@ -722,233 +574,15 @@ def ffn(
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
     """
-    _check_tensors(
-        "ffn",
-        codes=codes,
-        equal=equal,
-        row_scale=row_scale,
-        threshold=threshold,
-        gate=gate,
-        up=up,
-        down_t=down_t,
-        x=x,
-        offset=offset,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=down_bias,
-        weight=weight,
-        stats=stats,
-        cap=cap,
-        dropped=dropped,
-    )
-    code = _code("ffn", bits)
-    _check_ints("ffn", tile_rows=tile_rows)
-    _check_activation("ffn", activation)
-    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
-    biases = (offset, gate_bias, up_bias, down_bias)
-    out: Tensor
     if cap is not None or dropped is not None:
-        stats = x.new_zeros(2, dtype=torch.int64) if stats is None else stats
-        dropped = x.new_zeros(1, dtype=torch.int64) if dropped is None else dropped
         if cap is None:
             raise ValueError("[ffn] dropped without a cap: want both, or no dropped.")
-        out = torch.ops.csfast.ffn.capped(
-            *layer, x, code, tile_rows, stats, cap, dropped, *biases, weight, activation, design
-        )
-        return out
-    if stats is None:
-        out = torch.ops.csfast.ffn.default(
-            *layer, x, code, tile_rows, *biases, weight, activation, design
-        )
-    else:
-        out = torch.ops.csfast.ffn.counted(
-            *layer, x, code, tile_rows, stats, *biases, weight, activation, design
-        )
+        stats = x.new_zeros(2, dtype=torch.int64) if stats is None else stats
+        dropped = x.new_zeros(1, dtype=torch.int64) if dropped is None else dropped
+    sensor, weights = (codes, equal, row_scale, threshold), (gate, up, down_t)
+    more = (offset, gate_bias, up_bias, down_bias, weight, activation, design)
+    out: Tensor = CALL["ffn"](*sensor, *weights, x, bits, tile_rows, *more, stats, cap, dropped)
     return out
-
-
-class Session:
-    """The layers of a model, bound once, so that a token costs one call of plain addresses.
-
-    Keeps what is bound alive, and one workspace for each size of layer. Calls of one session must
-    not overlap: they share that workspace.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        """Open a session for tensors on `device`, the CPU or one CUDA device.
-
-        Raises:
-            ValueError: The device is of another kind.
-        """
-        self._device = torch.device(device)
-        if self._device.type not in ("cpu", "cuda"):
-            raise ValueError(f"[session] device = {device}: want cpu or cuda.")
-        self._cuda = self._device.type == "cuda"
-        self._native = _native.Session(self._cuda)
-        self._bound: list[tuple[Tensor | None, ...]] = []
-        self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
-        self._workspaces: dict[int, Tensor] = {}
-        self._place: torch.device | None = None  # of what is bound
-        # Made once: a step of decoding enters it for every layer.
-        self._current: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-
-    def bind(
-        self,
-        *,
-        codes: Tensor,
-        equal: Tensor,
-        row_scale: Tensor,
-        threshold: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down_t: Tensor,
-        bits: Code,
-        max_batch: int,
-        tile_rows: int = 1,
-        offset: Tensor | None = None,
-        gate_bias: Tensor | None = None,
-        up_bias: Tensor | None = None,
-        down_bias: Tensor | None = None,
-        weight: Tensor | None = None,
-        activation: str = "silu",
-        stats: Tensor | None = None,
-    ) -> int:
-        """Check the tensors of one layer and take them over.
-
-        Args:
-            codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
-            equal: Channel equaliser, ``(d,)``, float32.
-            row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32.
-            threshold: Usage from which a tile is kept, ``(max_batch,)``, float32; with `weight`
-                the first entry is that of the joint decision. Read at every call, so writing to it
-                changes what later calls keep.
-            gate: Gate projection, ``(n_neurons, d)``, T.
-            up: Up projection, ``(n_neurons, d)``, T.
-            down_t: Transposed down projection, ``(n_neurons, d)``, T.
-            bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
-            max_batch: The most rows that a call may bring.
-            tile_rows: Neurons a tile, at least 1.
-            offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
-            gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
-            up_bias: Bias of the up projection, ``(n_neurons,)``, T.
-            down_bias: Bias of the down projection, ``(d,)``, T.
-            weight: What each row counts in a joint decision, ``(max_batch,)``, float32, see
-                `recover`; read at every call, as far as its batch goes. Without it every row has a
-                support of its own.
-            activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
-            stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in
-                all of them.
-
-        Returns:
-            The number of the layer.
-
-        Raises:
-            ValueError: The shapes do not fit together, a tensor is on another device, or the
-                activation is unknown.
-            TypeError: A tensor has another dtype or is not contiguous.
-            BackendError: The device has no csfast backend.
-        """
-        _check_tensors(
-            "session",
-            codes=codes,
-            equal=equal,
-            row_scale=row_scale,
-            threshold=threshold,
-            gate=gate,
-            up=up,
-            down_t=down_t,
-            offset=offset,
-            gate_bias=gate_bias,
-            up_bias=up_bias,
-            down_bias=down_bias,
-            weight=weight,
-            stats=stats,
-        )
-        code = _code("session", bits)
-        _check_ints("session", tile_rows=tile_rows, max_batch=max_batch)
-        _check_activation("session", activation)
-        if gate.device.type != self._device.type or self._place not in (None, gate.device):
-            raise ValueError(
-                f"[session] gate is on {gate.device}: want {self._place or self._device}."
-            )
-        if gate.dim() != 2 or threshold.shape != (max_batch,):
-            raise ValueError(
-                f"[session] gate {tuple(gate.shape)}, threshold {tuple(threshold.shape)}: want "
-                f"(n_neurons, d) and (max_batch = {max_batch},)."
-            )
-        _check_total("session", max_batch, gate.shape[0])
-        n_bytes = ffn_workspace(max_batch, gate.shape[1], gate.shape[0], gate.device)
-        workspace = self._workspaces.get(n_bytes)
-        if workspace is None:
-            workspace = torch.empty(n_bytes, dtype=torch.uint8, device=gate.device)
-        layer = self._native.bind(
-            codes.detach(),
-            equal.detach(),
-            row_scale.detach(),
-            threshold.detach(),
-            gate.detach(),
-            up.detach(),
-            down_t.detach(),
-            code,
-            tile_rows,
-            _plain(offset),
-            _plain(gate_bias),
-            _plain(up_bias),
-            _plain(down_bias),
-            _plain(weight),
-            activation,
-            stats,
-            workspace,
-            self._cuda,
-        )
-        self._workspaces[n_bytes] = workspace
-        self._place = gate.device
-        if self._cuda:
-            self._current = torch.cuda.device(gate.device)
-        layer_tensors = (codes, equal, row_scale, threshold, gate, up, down_t, stats)
-        self._bound.append((*layer_tensors, offset, gate_bias, up_bias, down_bias, weight))
-        self._rows.append((gate.dtype, gate.shape[1]))
-        return layer
-
-    def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
-        """Run one bound layer: x ``(batch, d)`` to out ``(batch, d)``, both T and contiguous.
-
-        Raises:
-            ValueError: No such layer, another shape or device, or more rows than it was bound for.
-            TypeError: Another dtype, or not contiguous.
-            BackendError: The device failed.
-        """
-        if not 0 <= layer < len(self._rows):
-            raise ValueError(f"[session] layer = {layer}: want one of {len(self._rows)} bound.")
-        dtype, d = self._rows[layer]
-        batch = x.shape[0]
-        if x.shape != (batch, d) or out.shape != x.shape:
-            raise ValueError(
-                f"[session] x {tuple(x.shape)}, out {tuple(out.shape)}: want (batch, d = {d})."
-            )
-        if x.dtype is not dtype or out.dtype is not dtype:
-            raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
-        if not (x.is_contiguous() and out.is_contiguous()):
-            raise TypeError("[session] x or out has other strides: want contiguous tensors.")
-        if x.device != self._place or out.device != x.device:
-            raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
-        if not self._cuda:
-            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, 0)
-            return
-        with self._current:
-            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, _stream(x))
-
-
-def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
-    """Give the bytes of workspace that a `Session` keeps for layers of one size.
-
-    Raises:
-        ValueError: The device is neither the CPU nor CUDA, or a size is out of range.
-        BackendError: There are no kernels for the device.
-    """
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"[session] device = {device}: want cpu or cuda.")
-    return _native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")
 
 
 def backend_info() -> dict[str, str]:
@@ -962,714 +596,3 @@ def backend_info() -> dict[str, str]:
         except BackendError:
             cuda = "not built"
     return {"isa": isa(), "cuda": cuda}
-
-
-def _check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """Refuse what torch could not even dispatch: no tensor, no plain memory, several devices."""
-    first: torch.device | None = None
-    for name, value in tensors.items():
-        if value is None and name in _OPTIONAL:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"[{op}] {name} is a {type(value).__name__}: want a torch.Tensor.")
-        if value.layout != torch.strided:
-            raise TypeError(f"[{op}] {name} is {value.layout}: want a strided tensor.")
-        if value.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"[{op}] {name} is on {value.device}: want cpu or cuda.")
-        first = first or value.device
-        if value.device != first:
-            raise ValueError(
-                f"[{op}] {name} is on {value.device}, the tensors before it on {first}: want all "
-                "tensors of a call on one device."
-            )
-
-
-def _code(op: str, bits: Code) -> int:
-    """The number of a code, `csfast::Code`."""
-    if not isinstance(bits, (int, str)):
-        raise TypeError(f'[{op}] bits is a {type(bits).__name__}: want an int or "{TERNARY}".')
-    code = _CODES.get(bits)
-    if code is None:
-        raise ValueError(f'[{op}] bits = {bits!r}: want 1 to 4 or "{TERNARY}".')
-    return code
-
-
-def _check_ints(op: str, **values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int):
-            raise TypeError(f"[{op}] {name} is a {type(value).__name__}: want an int.")
-        if not 0 <= value <= _INT32_MAX:
-            raise ValueError(f"[{op}] {name} = {value}: want 0 to 2^31 - 1.")
-
-
-def _check_activation(op: str, name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"[{op}] activation is a {type(name).__name__}: want a str.")
-    if name not in ("silu", "gelu_tanh"):
-        raise ValueError(f"[{op}] activation = {name}: want silu or gelu_tanh.")
-
-
-def _sizes(op: str, rows: Tensor, neurons: Tensor, n_axes: int) -> tuple[int, int, int]:
-    """Sizes (batch, d, n_neurons) of what an operation will allocate, refused where absurd."""
-    if rows.dim() != 2 or neurons.dim() != n_axes:
-        raise ValueError(
-            f"[{op}] tensors of {rows.dim()} and {neurons.dim()} axes: want 2 for x and {n_axes} "
-            "for what has a row a neuron."
-        )
-    batch, d, n_neurons = rows.shape[0], rows.shape[1], neurons.shape[0]
-    _check_total(op, batch, n_neurons)
-    return batch, d, n_neurons
-
-
-def _check_total(op: str, batch: int, n_neurons: int) -> None:
-    if batch > 65535 or n_neurons * max(batch, 1) > _INT32_MAX:
-        raise ValueError(
-            f"[{op}] batch = {batch} rows of {n_neurons} neurons: want at most 65535 rows and "
-            "fewer than 2^31 neurons in all."
-        )
-
-
-def _n_tiles_max(op: str, n_neurons: int, tile_rows: int, name: str = "tile_rows") -> int:
-    if tile_rows < 1:
-        raise ValueError(f"[{op}] {name} = {tile_rows}: want at least 1.")
-    return -(-n_neurons // tile_rows)
-
-
-def _stream(x: Tensor) -> int:
-    """The current CUDA stream of the tensor's device, or 0 on the CPU."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def _sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
-    batch, d, _ = _sizes("sense", x, codes, 4)
-    y, scale = _fake_sense(codes, equal, x, code)
-    q = x.new_empty((batch, _native.q_width(d)), dtype=torch.int8)
-    _native.sense(codes.detach(), equal.detach(), x.detach(), code, q, y, scale, _stream(x))
-    return y, scale
-
-
-def _fake_sense(codes: Tensor, equal: Tensor, x: Tensor, code: int) -> tuple[Tensor, Tensor]:
-    batch, _, n_neurons = _sizes("sense", x, codes, 4)
-    y = x.new_empty((batch, n_neurons, 2), dtype=torch.int32)
-    return y, x.new_empty((batch,), dtype=torch.float32)
-
-
-def _nested(
-    codes: list[Tensor],
-    exponent: list[Tensor],
-    top: list[Tensor],
-    equal: Tensor,
-    x: Tensor,
-    bits: list[int],
-) -> tuple[Tensor, Tensor]:
-    y, scale = _fake_nested(codes, exponent, top, equal, x, bits)
-    q = x.new_empty((x.shape[0], _native.q_width(x.shape[1])), dtype=torch.int8)
-    _native.nested(
-        [t.detach() for t in codes],
-        [t.detach() for t in exponent],
-        [t.detach() for t in top],
-        equal.detach(),
-        x.detach(),
-        list(bits),
-        q,
-        y,
-        scale,
-        _stream(x),
-    )
-    return y, scale
-
-
-def _fake_nested(
-    codes: list[Tensor],
-    exponent: list[Tensor],
-    top: list[Tensor],
-    equal: Tensor,
-    x: Tensor,
-    bits: list[int],
-) -> tuple[Tensor, Tensor]:
-    if not codes:
-        raise ValueError("[nested] no level: want at least one.")
-    batch, _, n_neurons = _sizes("nested", x, codes[0], 4)
-    y = x.new_empty((batch, n_neurons, 2), dtype=torch.float32)
-    return y, x.new_empty((batch,), dtype=torch.float32)
-
-
-def _recover(
-    y: Tensor,
-    scale: Tensor,
-    row_scale: Tensor,
-    limit: Tensor,
-    top: bool,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    group_rows: int = 1,
-    activation: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = _fake_recover(y, scale, row_scale, limit, top, offset, weight, group_rows, activation)
-    index, count, usage, missed = made
-    _native.recover(
-        y.detach(),
-        scale.detach(),
-        row_scale.detach(),
-        limit.detach(),
-        top,
-        _plain(offset),
-        _plain(weight),
-        y.dtype == torch.float32,
-        group_rows,
-        activation,
-        usage,
-        index,
-        count,
-        missed,
-        _stream(y),
-    )
-    return made
-
-
-def _fake_recover(
-    y: Tensor,
-    scale: Tensor,
-    row_scale: Tensor,
-    limit: Tensor,
-    top: bool,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    group_rows: int = 1,
-    activation: str = "silu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if y.dim() != 3:
-        raise ValueError(f"[recover] y has {y.dim()} axes: want (batch, n_neurons, 1 or 2).")
-    if y.dtype not in (torch.int32, torch.float32):
-        kind = str(y.dtype).removeprefix("torch.")
-        raise TypeError(f"[recover] y is {kind}: want int32 or float32.")
-    batch, n_neurons = y.shape[0], y.shape[1]
-    _check_total("recover", batch, n_neurons)
-    lists = batch if weight is None else 1
-    n_groups = _n_tiles_max("recover", n_neurons, group_rows, "group_rows")
-    return (
-        y.new_zeros((lists, n_groups), dtype=torch.int32),
-        y.new_empty((lists,), dtype=torch.int32),
-        y.new_empty((lists, n_groups), dtype=torch.float32),
-        y.new_empty((lists,), dtype=torch.float32),
-    )
-
-
-def _tile(index: Tensor, count: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-    tiles, n_tiles = _fake_tile(index, count, tile_rows)
-    _native.tile(index, count, tile_rows, tiles, n_tiles, _stream(index))
-    return tiles, n_tiles
-
-
-def _fake_tile(index: Tensor, count: Tensor, tile_rows: int) -> tuple[Tensor, Tensor]:
-    if index.dim() != 2:
-        raise ValueError(f"[tile] index has {index.dim()} axes: want (batch, n_neurons).")
-    batch, n_neurons = index.shape
-    _check_total("tile", batch, n_neurons)
-    width = _n_tiles_max("tile", n_neurons, tile_rows)
-    return (
-        index.new_zeros((batch, width), dtype=torch.int32),
-        index.new_empty((batch,), dtype=torch.int32),
-    )
-
-
-def _omp(
-    gram: Tensor,
-    correlation: Tensor,
-    energy: Tensor,
-    budget: Tensor,
-    budget_max: int,
-    tolerance: float = 0.0,
-    residual_max: float = 0.0,
-    correlation_min: float = 0.0,
-    gain_min: float = 0.0,
-    per_step: int = 1,
-    group: int = 1,
-    start: Tensor | None = None,
-    start_count: Tensor | None = None,
-    dictionary: Tensor | None = None,
-    coef: bool = True,
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    limits = (tolerance, residual_max, correlation_min, gain_min)
-    optional = (start, start_count, dictionary)
-    made = _fake_omp(
-        gram, correlation, energy, budget, budget_max, *limits, per_step, group, *optional, coef
-    )
-    gram, correlation, energy = (t.detach() for t in (gram, correlation, energy))
-    batch, n_atoms = correlation.shape
-    n_bytes = _native.omp_workspace(batch, n_atoms, budget_max, design, gram.is_cuda)
-    index, values, count, residual, status = made
-    _native.omp(
-        gram,
-        correlation,
-        energy,
-        budget,
-        budget_max,
-        *limits,
-        per_step,
-        group,
-        *optional,
-        design,
-        _workspace(n_bytes, gram),
-        index,
-        values if coef else None,
-        count,
-        residual,
-        status,
-        _stream(gram),
-    )
-    return made
-
-
-def _fake_omp(
-    gram: Tensor,
-    correlation: Tensor,
-    energy: Tensor,
-    budget: Tensor,
-    budget_max: int,
-    tolerance: float = 0.0,
-    residual_max: float = 0.0,
-    correlation_min: float = 0.0,
-    gain_min: float = 0.0,
-    per_step: int = 1,
-    group: int = 1,
-    start: Tensor | None = None,
-    start_count: Tensor | None = None,
-    dictionary: Tensor | None = None,
-    coef: bool = True,
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if correlation.dim() != 2:
-        raise ValueError(f"[omp] correlation has {correlation.dim()} axes: want (batch, n_atoms).")
-    batch, n_atoms = correlation.shape
-    if dictionary is not None and gram.dim() != 3:
-        raise ValueError(
-            f"[omp] gram has {gram.dim()} axes beside dictionary: want (n_dictionaries, n_atoms, "
-            "n_atoms)."
-        )
-    if dictionary is None and gram.dim() == 3:
-        raise ValueError("[omp] gram has 3 axes without dictionary: want (n_atoms, n_atoms).")
-    if gram.shape[dictionary is not None :] != (n_atoms, n_atoms):
-        raise ValueError(
-            f"[omp] gram has shape {tuple(gram.shape)}: want (n_atoms, n_atoms) = "
-            f"({n_atoms}, {n_atoms})."
-        )
-    if start is None and start_count is not None:
-        raise ValueError("[omp] start_count without start: want both or neither.")
-    if not 1 <= budget_max <= n_atoms:
-        raise ValueError(f"[omp] budget_max = {budget_max}: want 1 to n_atoms = {n_atoms}.")
-    return (
-        correlation.new_empty((batch, budget_max), dtype=torch.int32),
-        correlation.new_empty((batch, budget_max if coef else 0), dtype=torch.float32),
-        correlation.new_empty((batch,), dtype=torch.int32),
-        correlation.new_empty((batch,), dtype=torch.float32),
-        correlation.new_empty((batch,), dtype=torch.int32),
-    )
-
-
-def _project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
-    y = _fake_project(phi, x, rows)
-    phi, x = phi.detach(), x.detach()
-    _native.project(phi, x, y, _stream(x))
-    return y
-
-
-def _fake_project(phi: Tensor, x: Tensor, rows: int) -> Tensor:
-    if phi.dim() != 2 or x.dim() != 2:
-        raise ValueError(
-            f"[project] phi of {phi.dim()} axes and x of {x.dim()}: want (m, d) and (batch, d)."
-        )
-    m, batch = phi.shape[0], x.shape[0]
-    if not 1 <= rows <= m:
-        raise ValueError(f"[project] rows = {rows}: want 1 to m = {m}.")
-    if batch * rows > _INT32_MAX:
-        raise ValueError(
-            f"[project] batch = {batch} rows of {rows} measurements: want fewer than 2^31 in all."
-        )
-    return x.new_empty((batch, rows), dtype=torch.float32)
-
-
-def _execute(
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    tiles: Tensor,
-    n_tiles: Tensor,
-    tile_rows: int,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> Tensor:
-    batch, d, n_neurons = _sizes("execute", x, gate, 2)
-    workspace = _workspace(_native.execute_workspace(batch, d, n_neurons, x.is_cuda), x)
-    out = x.new_empty((batch, d))
-    _native.execute(
-        gate.detach(),
-        up.detach(),
-        down_t.detach(),
-        x.detach(),
-        tiles,
-        n_tiles,
-        tile_rows,
-        _plain(gate_bias),
-        _plain(up_bias),
-        _plain(down_bias),
-        activation,
-        design,
-        workspace,
-        out,
-        _stream(x),
-    )
-    return out
-
-
-def _fake_execute(
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    tiles: Tensor,
-    n_tiles: Tensor,
-    tile_rows: int,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> Tensor:
-    batch, d, _ = _sizes("execute", x, gate, 2)
-    return x.new_empty((batch, d))
-
-
-def _select(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = (offset, weight, activation, design)
-    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options)
-    _run_select(codes, equal, row_scale, threshold, x, code, tile_rows, *options, made, None, None)
-    return made
-
-
-def _select_capped(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    cap: Tensor,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (offset, weight, activation, design)
-    rows = (codes, equal, row_scale, threshold, x, code, tile_rows)
-    tile, n_tiles, missed, dropped = _fake_select_capped(*rows, cap, *options)
-    _run_select(*rows, *options, (tile, n_tiles, missed), cap, dropped)
-    return tile, n_tiles, missed, dropped
-
-
-def _run_select(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    offset: Tensor | None,
-    weight: Tensor | None,
-    activation: str,
-    design: str,
-    made: tuple[Tensor, ...],
-    cap: Tensor | None,
-    dropped: Tensor | None,
-) -> None:
-    batch, d, n_neurons = _sizes("select", x, codes, 4)
-    workspace = _workspace(_native.select_workspace(batch, d, n_neurons, x.is_cuda), x)
-    tile, n_tiles, missed = made
-    _native.select(
-        codes.detach(),
-        equal.detach(),
-        row_scale.detach(),
-        threshold.detach(),
-        x.detach(),
-        code,
-        tile_rows,
-        _plain(offset),
-        _plain(weight),
-        activation,
-        design,
-        workspace,
-        tile,
-        n_tiles,
-        missed,
-        cap,
-        dropped,
-        _stream(x),
-    )
-
-
-def _fake_select_capped(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    cap: Tensor,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = _fake_select(codes, equal, row_scale, threshold, x, code, tile_rows, offset, weight)
-    return *made, made[1].new_empty(made[1].shape)
-
-
-def _fake_select(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, n_neurons = _sizes("select", x, codes, 4)
-    lists = batch if weight is None else 1
-    width = _n_tiles_max("select", n_neurons, tile_rows)
-    return (
-        x.new_empty((lists, width), dtype=torch.int32),
-        x.new_empty((lists,), dtype=torch.int32),
-        x.new_empty((lists,), dtype=torch.float32),
-    )
-
-
-def _ffn(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    offset: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-    stats: Tensor | None = None,
-    cap: Tensor | None = None,
-    dropped: Tensor | None = None,
-) -> Tensor:
-    batch, d, n_neurons = _sizes("ffn", x, codes, 4)
-    workspace = _workspace(_native.ffn_workspace(batch, d, n_neurons, x.is_cuda), x)
-    out = x.new_empty((batch, d))
-    _native.ffn(
-        codes.detach(),
-        equal.detach(),
-        row_scale.detach(),
-        threshold.detach(),
-        gate.detach(),
-        up.detach(),
-        down_t.detach(),
-        x.detach(),
-        code,
-        tile_rows,
-        _plain(offset),
-        _plain(gate_bias),
-        _plain(up_bias),
-        _plain(down_bias),
-        _plain(weight),
-        activation,
-        design,
-        stats,
-        cap,
-        dropped,
-        workspace,
-        out,
-        _stream(x),
-    )
-    return out
-
-
-def _ffn_counted(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    stats: Tensor,
-    offset: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> Tensor:
-    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
-    biases = (offset, gate_bias, up_bias, down_bias)
-    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, stats)
-
-
-def _ffn_capped(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    code: int,
-    tile_rows: int,
-    stats: Tensor,
-    cap: Tensor,
-    dropped: Tensor,
-    offset: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
-) -> Tensor:
-    layer = (codes, equal, row_scale, threshold, gate, up, down_t)
-    biases = (offset, gate_bias, up_bias, down_bias)
-    counters = (stats, cap, dropped)
-    return _ffn(*layer, x, code, tile_rows, *biases, weight, activation, design, *counters)
-
-
-def _fake_ffn(codes: Tensor, *others: Any) -> Tensor:
-    x: Tensor = others[6]
-    batch, d, _ = _sizes("ffn", x, codes, 4)
-    return x.new_empty((batch, d))
-
-
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    """Without autograd, which refuses to show its tensors to other libraries."""
-    return None if tensor is None else tensor.detach()
-
-
-def _workspace(n_bytes: int, like: Tensor) -> Tensor:
-    return torch.empty(n_bytes, dtype=torch.uint8, device=like.device)
-
-
-# Lives as long as the module: torch forgets the operations of a library that is collected.
-_LIBRARY = torch.library.Library("csfast", "DEF")  # type: ignore[no-untyped-call]
-
-
-def _on_its_device(run: Callable[..., object]) -> Callable[..., object]:
-    """The same with the CUDA device of the first tensor made current: kernels start on that one."""
-
-    def guarded(first: Tensor | list[Tensor], *rest: object) -> object:
-        with torch.cuda.device((first if isinstance(first, Tensor) else first[0]).device):
-            return run(first, *rest)
-
-    return guarded
-
-
-def _register(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for key, implementation in (("CPU", run), ("CUDA", _on_its_device(run))):
-        _LIBRARY.impl(name, implementation, key)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"csfast::{name}", fake, lib=_LIBRARY)
-
-
-_register(
-    "sense(Tensor codes, Tensor equal, Tensor x, int code) -> (Tensor, Tensor)", _sense, _fake_sense
-)
-_register(
-    "nested(Tensor[] codes, Tensor[] exponent, Tensor[] top, Tensor equal, Tensor x, int[] bits)"
-    " -> (Tensor, Tensor)",
-    _nested,
-    _fake_nested,
-)
-_register(
-    "recover(Tensor y, Tensor scale, Tensor row_scale, Tensor limit, bool top, Tensor? offset=None,"
-    " Tensor? weight=None, int group_rows=1, str activation='silu')"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _recover,
-    _fake_recover,
-)
-_register("tile(Tensor index, Tensor count, int tile_rows) -> (Tensor, Tensor)", _tile, _fake_tile)
-_register(
-    "omp(Tensor gram, Tensor correlation, Tensor energy, Tensor budget, int budget_max,"
-    " float tolerance=0.0, float residual_max=0.0, float correlation_min=0.0, float gain_min=0.0,"
-    " int per_step=1, int group=1, Tensor? start=None, Tensor? start_count=None,"
-    " Tensor? dictionary=None, bool coef=True, str design='')"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _omp,
-    _fake_omp,
-)
-_register("project(Tensor phi, Tensor x, int rows) -> Tensor", _project, _fake_project)
-_register(
-    "execute(Tensor gate, Tensor up, Tensor down_t, Tensor x, Tensor tiles, Tensor n_tiles,"
-    " int tile_rows, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None,"
-    " str activation='silu', str design='') -> Tensor",
-    _execute,
-    _fake_execute,
-)
-_register(
-    "select(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x, int code,"
-    " int tile_rows, Tensor? offset=None, Tensor? weight=None, str activation='silu',"
-    " str design='') -> (Tensor, Tensor, Tensor)",
-    _select,
-    _fake_select,
-)
-_register(
-    "select.capped(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor x,"
-    " int code, int tile_rows, Tensor cap, Tensor? offset=None, Tensor? weight=None,"
-    " str activation='silu', str design='') -> (Tensor, Tensor, Tensor, Tensor)",
-    _select_capped,
-    _fake_select_capped,
-)
-# Overloads: inductor 2.13 cannot lower an operation whose mutable argument is None.
-for _name, _stats, _run in (
-    ("ffn", "", _ffn),
-    ("ffn.counted", " Tensor(a!) stats,", _ffn_counted),
-    ("ffn.capped", " Tensor(a!) stats, Tensor cap, Tensor(b!) dropped,", _ffn_capped),
-):
-    _register(
-        f"{_name}(Tensor codes, Tensor equal, Tensor row_scale, Tensor threshold, Tensor gate,"
-        f" Tensor up, Tensor down_t, Tensor x, int code, int tile_rows,{_stats}"
-        " Tensor? offset=None, Tensor? gate_bias=None, Tensor? up_bias=None,"
-        " Tensor? down_bias=None, Tensor? weight=None, str activation='silu', str design='')"
-        " -> Tensor",
-        _run,
-        _fake_ffn,
-    )
