@@ -324,7 +324,7 @@ TABLE = {
     "resume in no folder": (
         lambda s: s.calibrate(resume=s.folder / "none" / "a.resume"),
         FileNotFoundError,
-        "No such file or directory",
+        "none': want one that is there",
     ),
     # Plan
     "truncated plan": (truncated, P, "want"),

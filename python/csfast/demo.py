@@ -24,6 +24,7 @@ from .report import page as page_
 from .report import tables
 from .types import Document
 
+PAGE, PLAN = "csfast-demo.html", "csfast-demo.plan.safetensors"
 DENSITY = 0.5
 BITS = 2
 NEW_TOKENS = 32  # of one text
@@ -99,7 +100,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
         "slower": slower,
         "seconds": clock.seconds(),
     }
-    page = folder / "csfast-demo.html"
+    page = folder / PAGE
     page_.write_report(page, evaluation=quality, demo=results)
     console.print(f"{page} written; {results['seconds']:.0f} s in all.")
     return results
@@ -121,7 +122,7 @@ def _calibrate(
             tokenizer,
             progress=_mover(bar, "calibrate"),
         )
-    path = folder / "csfast-demo.plan.safetensors"
+    path = folder / PLAN
     plan.save(path)
     found = {
         "seconds": clock.seconds(),

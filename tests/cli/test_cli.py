@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -343,6 +344,75 @@ def test_results_are_not_half_written(folder, monkeypatch):
     assert not list(folder.glob(".whole.json*"))
 
 
+@pytest.mark.parametrize("name", ["none/a", ".", "{folder}/circle"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("calibrate", "nowhere", "--out"),
+        ("eval", "nowhere", "no.plan", "--json"),
+        ("eval", "nowhere", "no.plan", "--html"),
+        ("ablate", "nowhere", "--json"),
+        ("ablate", "nowhere", "--html"),
+        ("tokens", "nowhere", "no.plan", "--json"),
+        ("tokens", "nowhere", "no.plan", "--html"),
+        ("phase", "nowhere", "--json"),
+        ("phase", "nowhere", "--dictionaries"),
+        ("phase", "nowhere", "--html"),
+        ("bench", "--json"),
+        ("demo", "--out", "{folder}", "--json"),
+        ("report",),
+    ],
+    ids=" ".join,
+)
+def test_an_output_is_checked_before_anything_else(command, name, folder):
+    circle = folder / "circle"
+    if not circle.is_symlink():
+        circle.symlink_to("circle")
+    line = refused(*(word.format(folder=folder) for word in (*command, name)))
+    assert line.startswith(f"[write] '{name.format(folder=folder)}'")
+
+
+def test_outputs_do_not_overwrite_each_other(folder):
+    (folder / "other").symlink_to("same")
+    outputs = ("--json", folder / "same", "--html", folder / "other")
+    assert "is given twice: want a file for each output" in refused("ablate", "nowhere", *outputs)
+    assert "nowhere" in refused("ablate", "nowhere", "--json", "/dev/null", "--html", "/dev/null")
+
+
+def test_a_folder_for_the_demo_is_no_file(folder):
+    (folder / "file").write_text("kept")
+    assert refused("demo", "--out", folder / "file").endswith("want a folder.")
+
+
+@pytest.mark.parametrize(
+    "command", [("calibrate", "--out"), ("ablate", "--json"), ("phase", "--json")], ids=" ".join
+)
+def test_what_an_interrupted_run_left_is_kept(command, folder):
+    verb, option = command
+    out, left = folder / f"left-{verb}", folder / f"left-{verb}.partial"
+    left.write_text("some work")
+    given = (verb, folder / "nowhere", option, out)
+    line = refused(*given)
+    assert f"[{verb}] '{left}' is what an interrupted run left" in line
+    assert "--resume" in line and "--overwrite" in line
+    assert "want one of them" in refused(*given, "--resume", "--overwrite")
+    assert "nowhere" in refused(*given, "--resume") and left.read_text() == "some work"
+    assert "nowhere" in refused(*given, "--overwrite") and not left.exists()
+    nothing = (verb, folder / "nowhere", option, "/dev/null")
+    assert "want the file that the interrupted run" in refused(*nothing, "--resume")
+
+
+def test_bench_writes_into_a_pipe_once(folder):
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(json.loads(pipe.read_text())))
+    reader.start()
+    assert call("bench", "omp", "--quick", "--json", pipe).exit_code == 0
+    reader.join(30)
+    assert len(found[0]["rows"]) == 3
+
+
 def test_ctrl_c_ends_calibration_and_it_resumes(folder):
     out = folder / "slow.plan.safetensors"
     partial = pathlib.Path(f"{out}.partial")
@@ -360,7 +430,7 @@ def test_ctrl_c_ends_calibration_and_it_resumes(folder):
     finally:
         process.kill()
     assert process.returncode == app.INTERRUPTED, errors
-    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert "csfast: interrupted; go on with --resume" in errors and "Traceback" not in errors
     assert not out.exists() and partial.exists()
     done = subprocess.run(
         [*command, "--resume"], capture_output=True, text=True, timeout=240, check=False
@@ -392,7 +462,7 @@ def test_ctrl_c_ends_an_ablation_and_leaves_its_rows(data, folder):
     finally:
         process.kill()
     assert process.returncode == app.INTERRUPTED, errors
-    assert "csfast: interrupted." in errors and "Traceback" not in errors
+    assert "csfast: interrupted; go on with --resume" in errors and "Traceback" not in errors
     assert not out.exists()
     assert list(json.loads(partial.read_text())["rows"]) == ["oracle-neuron"]
 

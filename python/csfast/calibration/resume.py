@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..codes import planes
 from ..container import laid_out, unpack
-from ..files import read_bounded, write_atomic
+from ..files import check_writable, read_bounded, write_atomic
 from ..models import Ffn
 from ..plan import LayerPlan, layer_of, layer_tensors
 from ..types import Code, PlanError
@@ -80,7 +80,10 @@ def start(
     bits: tuple[Code, ...],
 ) -> State:
     """The state in the resume file, or an empty one if there is no file yet."""
-    if resume is None or not resume.exists():
+    if resume is None:
+        return empty
+    if not resume.exists():
+        check_writable(resume)
         return empty
     tensors, fields = unpack(read_bounded(resume))
     if fields.get("format") != FORMAT:

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from .. import doctor, documents, models, ops
+from .. import doctor, documents, files, models, ops
 from .._version import __version__
 from ..bench import head
-from ..files import write_atomic
 from ..types import Code, Document
 
 USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
@@ -43,6 +42,10 @@ class DeviceName(StrEnum):
     CUDA = "cuda"
 
 
+class _Resumable(KeyboardInterrupt):
+    """Ctrl-C, and what was done until then is kept."""
+
+
 class Commands(TyperGroup):
     """The commands, with errors that a user can mend put in one line."""
 
@@ -51,8 +54,9 @@ class Commands(TyperGroup):
         try:
             with _log_on_stderr():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("csfast: interrupted.", err=True)
+        except KeyboardInterrupt as stop:
+            hint = "; go on with --resume" if isinstance(stop, _Resumable) else "."
+            typer.echo(f"csfast: interrupted{hint}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader has seen enough, as in `csfast ... | head`; the rest has nowhere to go.
@@ -89,6 +93,12 @@ Block = Annotated[int, typer.Option(help="Neurons kept or skipped as one; the pl
 Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results here.")]
 Html = Annotated[pathlib.Path | None, typer.Option("--html", help="Write a page here.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of every task, at most.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run with this output stopped.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Begin anew where an interrupted run left something.")
+]
 Where = Annotated[DeviceName, typer.Option("--device", help="Where to run.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
@@ -194,8 +204,58 @@ def headed(results: dict[str, Any], device: DeviceName) -> dict[str, Any]:
     return {**head.of(torch.device(device.value), command=command()), **results}
 
 
+def check_outputs(*paths: pathlib.Path | None) -> None:
+    """Refuse outputs that could not be written, or would overwrite each other, before the work."""
+    seen: set[str] = set()
+    for path in paths:
+        if path is None:
+            continue
+        files.check_writable(path)
+        target = os.path.realpath(path)
+        if target in seen and not (path.exists() and not path.is_file()):
+            raise ValueError(f"[write] {str(path)!r} is given twice: want a file for each output.")
+        seen.add(target)
+
+
+@contextlib.contextmanager
+def resumable(
+    verb: str, out: pathlib.Path | None, *, resume: bool, overwrite: bool
+) -> Iterator[pathlib.Path | None]:
+    """Give the file that keeps what is done of an output; it goes once the block has ended.
+
+    What an interrupted run left there is gone on with, or overwritten, only if that is asked for.
+    None where nothing can be kept: for an output that is no file, and for none at all.
+    """
+    if resume and overwrite:
+        raise ValueError(f"[{verb}] --resume and --overwrite: want one of them.")
+    partial = None if out is None else files.partial_of(out)
+    if partial is None:
+        if resume:
+            raise ValueError(
+                f"[{verb}] --resume of {'no output' if out is None else str(out)!r}: want the file "
+                "that the interrupted run was to write."
+            )
+        yield None
+        return
+    if partial.exists() and not resume:
+        if not overwrite:
+            raise ValueError(
+                f"[{verb}] {str(partial)!r} is what an interrupted run left: want --resume to go "
+                "on with it, or --overwrite to begin anew."
+            )
+        partial.unlink()
+    try:
+        yield partial
+    except KeyboardInterrupt as stop:
+        if partial.exists():
+            raise _Resumable from stop
+        raise
+    partial.unlink(missing_ok=True)
+
+
 def write_json(path: pathlib.Path | None, results: dict[str, Any]) -> None:
     """Write the results whole or not at all."""
     if path is None:
         return
-    write_atomic(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    sys.stdout.flush()  # before what may go to the same place
+    files.write_atomic(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

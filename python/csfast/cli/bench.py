@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
+from .. import files
 from ..bench import layers as bench_
 from ..bench import pursuits as bench_omp_
 from ..report import tables
@@ -19,6 +20,7 @@ from .app import (
     Json,
     Where,
     app,
+    check_outputs,
     command,
     notes,
     write_json,
@@ -45,6 +47,7 @@ def bench(
     commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
     """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
+    check_outputs(json_file)
     if operation is Operation.OMP:
         _bench_omp(device, json_file, quick, commit)
         return
@@ -63,17 +66,26 @@ def bench(
             variants=names[operation] if operation in names else (str(operation),),
             compiled=not quick,
             progress=status.update,
-            found=lambda results: _write_bench(json_file, results, commit),
+            found=lambda results: _write_so_far(json_file, results, commit),
         )
+    _write_bench(json_file, results, commit)
     Console().print(tables.speed(results))
 
 
 def _write_bench(
     json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
 ) -> None:
-    """Write what was measured so far."""
+    """Write what was measured."""
     results |= {"command": command(), "commit": commit}
     write_json(json_file, results)
+
+
+def _write_so_far(
+    json_file: pathlib.Path | None, results: dict[str, Any], commit: str | None
+) -> None:
+    """Write what was measured so far, where the rest can take its place: not into a pipe."""
+    if json_file is not None and files.partial_of(json_file) is not None:
+        _write_bench(json_file, results, commit)
 
 
 def _bench_omp(
@@ -87,6 +99,7 @@ def _bench_omp(
             device=where,
             runs=3 if quick else 20,
             progress=status.update,
-            found=lambda results: _write_bench(json_file, results, commit),
+            found=lambda results: _write_so_far(json_file, results, commit),
         )
+    _write_bench(json_file, results, commit)
     Console().print(tables.pursuits(results))

@@ -28,16 +28,20 @@ from .app import (
     Json,
     Limit,
     Model,
+    Overwrite,
     Part,
     PlanFile,
+    Resume,
     Seed,
     Where,
     app,
+    check_outputs,
     code,
     headed,
     load,
     progress,
     read_documents,
+    resumable,
     write_json,
 )
 
@@ -60,6 +64,7 @@ def evaluate_(
     seed: Seed = 0,
 ) -> None:
     """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
+    check_outputs(json_file, html_file)
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
     net, tokenizer = load(model, device)
@@ -95,9 +100,8 @@ def ablate(
     bytes_: Annotated[
         str, typer.Option("--bytes", help="Fractions of the dense bytes.", metavar="FRACTIONS")
     ] = ".25,.35,.55,.75",
-    resume: Annotated[
-        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json_file: Json = None,
     html_file: Html = None,
     device: Where = DeviceName.CPU,
@@ -108,46 +112,44 @@ def ablate(
         raise ValueError(
             "[ablate] --resume without --json: want the file of the run to go on with."
         )
+    check_outputs(json_file, html_file)
     try:
         fractions = [float(part) for part in bytes_.split(",")]
     except ValueError as error:
         raise ValueError(
             f"[ablate] --bytes {bytes_!r}: want fractions with commas between."
         ) from error
-    select = read_documents(data, Part.SELECT, limit)
-    kept = read_documents(data, Part.REPORT, limit)
-    net, tokenizer = load(model, device, dtype="float32")  # rounding would blur small differences
-    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
-    if partial is not None and not resume:
-        partial.unlink(missing_ok=True)
-    with progress("ablate") as advance:
-        results = ablate_(
-            net,
-            tokenizer,
-            select,
-            kept,
-            methods=methods if methods in ("full", "quick") else methods.split(","),
-            bytes_fractions=fractions,
-            tokens=tokens,
-            seed=seed,
-            resume=partial,
-            progress=advance,
-        )
-    table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
-    for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
-        table.add_row(
-            row["method"],
-            f"{row['density']:.3f}",
-            f"{row['sensor_fraction']:.3f}",
-            f"{row['bytes_fraction']:.3f}",
-            f"{row['delta']:+.4f}",
-        )
-    Console().print(table)
-    write_json(json_file, headed(results, device))
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-    if html_file is not None:
-        page.write_report(html_file, ablation=results)
+    with resumable("ablate", json_file, resume=resume, overwrite=overwrite) as partial:
+        select = read_documents(data, Part.SELECT, limit)
+        kept = read_documents(data, Part.REPORT, limit)
+        # Rounding would blur small differences.
+        net, tokenizer = load(model, device, dtype="float32")
+        with progress("ablate") as advance:
+            results = ablate_(
+                net,
+                tokenizer,
+                select,
+                kept,
+                methods=methods if methods in ("full", "quick") else methods.split(","),
+                bytes_fractions=fractions,
+                tokens=tokens,
+                seed=seed,
+                resume=partial,
+                progress=advance,
+            )
+        table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
+        for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
+            table.add_row(
+                row["method"],
+                f"{row['density']:.3f}",
+                f"{row['sensor_fraction']:.3f}",
+                f"{row['bytes_fraction']:.3f}",
+                f"{row['delta']:+.4f}",
+            )
+        Console().print(table)
+        write_json(json_file, headed(results, device))
+        if html_file is not None:
+            page.write_report(html_file, ablation=results)
 
 
 @app.command()
@@ -172,6 +174,7 @@ def tokens(
     seed: Seed = 0,
 ) -> None:
     """Show what every token of a text cost, one text of every task."""
+    check_outputs(json_file, html_file)
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
     net, tokenizer = load(model, device)
@@ -206,9 +209,8 @@ def phase(
         int, typer.Option("--tokens", min=2, help="Tokens of every task and part to look at.")
     ] = 400,
     limit: Limit = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on where an interrupted run with this --json stopped.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json_file: Json = None,
     dictionaries_file: Annotated[
         pathlib.Path | None,
@@ -221,36 +223,33 @@ def phase(
     """Measure which sparsity is recovered from how many measurements, and what theory promises."""
     if resume and json_file is None:
         raise ValueError("[phase] --resume without --json: want the file of the run to go on with.")
-    select = read_documents(data, Part.SELECT, limit)
-    kept = read_documents(data, Part.REPORT, limit)
-    net, tokenizer = load(model, device, dtype="float32")
-    partial = None if json_file is None else json_file.with_name(json_file.name + ".partial")
-    if partial is not None and not resume:
-        partial.unlink(missing_ok=True)
-    with progress("capture") as advance:
-        fit, shown = phase_.capture(
-            net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
-        )
-    with progress("phase") as advance:
-        found = phase_.diagrams(
-            fit,
-            shown,
-            n_groups=groups,
-            steps=steps,
-            trials=trials,
-            resume=partial,
-            progress=advance,
-        )
-    with progress("dictionaries") as advance:
-        known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
-    for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
-        Console().print(sentence)
-    write_json(json_file, headed(found, device))
-    write_json(dictionaries_file, headed(known, device))
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-    if html_file is not None:
-        page.write_report(html_file, phase=found, dictionaries=known)
+    check_outputs(json_file, dictionaries_file, html_file)
+    with resumable("phase", json_file, resume=resume, overwrite=overwrite) as partial:
+        select = read_documents(data, Part.SELECT, limit)
+        kept = read_documents(data, Part.REPORT, limit)
+        net, tokenizer = load(model, device, dtype="float32")
+        with progress("capture") as advance:
+            fit, shown = phase_.capture(
+                net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
+            )
+        with progress("phase") as advance:
+            found = phase_.diagrams(
+                fit,
+                shown,
+                n_groups=groups,
+                steps=steps,
+                trials=trials,
+                resume=partial,
+                progress=advance,
+            )
+        with progress("dictionaries") as advance:
+            known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
+        for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
+            Console().print(sentence)
+        write_json(json_file, headed(found, device))
+        write_json(dictionaries_file, headed(known, device))
+        if html_file is not None:
+            page.write_report(html_file, phase=found, dictionaries=known)
 
 
 @app.command("report")
@@ -274,6 +273,7 @@ def report_(
     ] = None,
 ) -> None:
     """Write one page of results from files of them."""
+    check_outputs(out)
     files = {
         "ablation": ablation,
         "evaluation": evaluation,

@@ -27,14 +27,18 @@ from .app import (
     Json,
     Limit,
     Model,
+    Overwrite,
     Part,
+    Resume,
     Seed,
     Where,
     app,
+    check_outputs,
     code,
     load,
     progress,
     read_documents,
+    resumable,
     write_json,
 )
 
@@ -45,7 +49,10 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Do the whole job on the embedded model and show dense beside csfast."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"[demo] {str(out)!r}: want a folder.")
     out.mkdir(parents=True, exist_ok=True)
+    check_outputs(out / demo_.PAGE, out / demo_.PLAN, json_file)
     results = demo_.run(out, Console())
     write_json(json_file, results)
 
@@ -57,7 +64,8 @@ def calibrate(
     out: Annotated[pathlib.Path, typer.Option(help="Where to write the plan.")] = pathlib.Path(
         "csfast.plan.safetensors"
     ),
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use, at most.")] = TOKENS_MAX,
     bits: Annotated[str, typer.Option(help="Codes of the sensor, such as 2,3,ternary.")] = "2,3",
     blocks: Annotated[str, typer.Option(help="Sizes of block, such as 1,16.")] = "1",
@@ -74,27 +82,25 @@ def calibrate(
 ) -> None:
     """Find a model's codes and thresholds on sample text and write them to a plan."""
     clock = timing.Clock()
-    samples = read_documents(data, part, limit)
-    net, tokenizer = load(model, device)
-    partial = out.with_name(out.name + ".partial")
-    if not resume:
-        partial.unlink(missing_ok=True)
-    with progress("calibrate") as advance:
-        plan = calibrate_(
-            net,
-            samples,
-            tokenizer,
-            bits=[code(text) for text in bits.split(",")],
-            blocks=[_size(text) for text in blocks.split(",")],
-            joint=joint,
-            feedback=feedback,
-            seed=seed,
-            resume=partial,
-            progress=advance,
-            max_tokens=tokens,
-        )
-    plan.save(out)
-    partial.unlink(missing_ok=True)
+    check_outputs(out)
+    with resumable("calibrate", out, resume=resume, overwrite=overwrite) as partial:
+        samples = read_documents(data, part, limit)
+        net, tokenizer = load(model, device)
+        with progress("calibrate") as advance:
+            plan = calibrate_(
+                net,
+                samples,
+                tokenizer,
+                bits=[code(text) for text in bits.split(",")],
+                blocks=[_size(text) for text in blocks.split(",")],
+                joint=joint,
+                feedback=feedback,
+                seed=seed,
+                resume=partial,
+                progress=advance,
+                max_tokens=tokens,
+            )
+        plan.save(out)
     Console().print(
         f"{out}: {len(plan.layers)} layers, {sum(plan.n_tokens.values())} tokens, "
         f"{out.stat().st_size:,} bytes, {clock.seconds():.1f} s"

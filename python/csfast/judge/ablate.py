@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .. import judge, models
-from ..files import read_bounded, write_atomic
+from ..files import check_writable, read_bounded, write_atomic
 from ..judge import CHUNK, Judge, Measured, Piece, Progress, Rule, Sample, Setting
 from ..models import Ffn
 from ..types import Document, PlanError
@@ -243,7 +243,10 @@ def _key(model_hash: str, parts: Sequence[Sequence[Piece]], settings: object) ->
 
 def _start(resume: pathlib.Path | None, key: str) -> _State:
     """The state in the resume file, or an empty one if there is no file yet."""
-    if resume is None or not resume.exists():
+    if resume is None:
+        return _State({}, {})
+    if not resume.exists():
+        check_writable(resume)
         return _State({}, {})
     try:
         found = json.loads(read_bounded(resume))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import judge, models, ops
-from ..files import read_bounded, write_atomic
+from ..files import check_writable, read_bounded, write_atomic
 from ..judge import Judge, Progress, Sample
 from ..pursuit import operators
 from ..types import TASKS, Document, PlanError
@@ -442,7 +442,10 @@ class _State:
 
 def _start(resume: pathlib.Path | None, settings: list[Any]) -> _State:
     """The state in the resume file, or an empty one if there is no file yet."""
-    if resume is None or not resume.exists():
+    if resume is None:
+        return _State(settings, {})
+    if not resume.exists():
+        check_writable(resume)
         return _State(settings, {})
     try:
         found = json.loads(read_bounded(resume))
