@@ -21,15 +21,19 @@ from .calibration import calibrate
 from .judge import evaluate
 from .plan import Plan
 from .report import page as page_
-from .report import tables
+from .report import panels, tables, words
 from .types import Document
 
 PAGE, PLAN = "csfast-demo.html", "csfast-demo.plan.safetensors"
 DENSITY = 0.5
 BITS = 2
 NEW_TOKENS = 32  # of one text
-PROMPT_TASKS = ("retrieval", "math", "prose")
 PROMPT_WORDS = 60  # of a plain text
+SAMPLES = (
+    "Of every task the first text of the half that nothing was chosen on, in the order of the "
+    f"file: its prompt, or the first {PROMPT_WORDS} words of a plain text; at most {NEW_TOKENS} "
+    "new tokens, the likeliest each time."
+)
 EVAL_TOKENS = 1000  # scored of every task: a first look, `csfast eval` takes four times as many
 EVAL_ANSWERS = 8  # decoded of every task that has short ones
 
@@ -42,8 +46,9 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
         console: Where it is shown.
 
     Returns:
-        What was measured: ``machine``, ``calibration``, ``generation``, ``evaluation``, ``bench``,
-        ``slower`` (a sentence for everything in which csfast lost) and ``seconds``.
+        What was measured: ``machine``, ``calibration``, ``samples`` (by which rule they were
+        chosen), ``generation``, ``evaluation``, ``bench``, ``slower`` (a sentence for everything in
+        which csfast lost) and ``seconds``; docs/schemas.md explains every key.
     """
     clock = timing.Clock()
     cpu = torch.device("cpu")
@@ -55,7 +60,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     texts = documents.read(models.demo_folder() / "sample.jsonl")
     plan, calibration = _calibrate(model, tokenizer, texts, folder, console)
 
-    console.rule(f"generate, density {DENSITY:g}, {BITS}-bit sensing")
+    console.rule(f"generate: {DENSITY:.0%} of the neurons, chosen by {words.code(BITS)}")
     reported = documents.split(texts, "report")
     generation = _generate(model, tokenizer, plan, _prompts(reported), console)
 
@@ -94,6 +99,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     results = {
         "machine": times["machine"],
         "calibration": calibration,
+        "samples": SAMPLES,
         "generation": generation,
         "evaluation": quality,
         "bench": times["rows"],
@@ -102,6 +108,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     }
     page = folder / PAGE
     page_.write_report(page, evaluation=quality, demo=results)
+    console.print(panels.demo_verdict(results), style="bold", highlight=False)
     console.print(f"{page} written; {results['seconds']:.0f} s in all.")
     return results
 
@@ -148,14 +155,10 @@ def _mover(bar: Progress, name: str) -> Callable[[int, int], None]:
 
 
 def _prompts(texts: Sequence[Document]) -> Iterator[tuple[str, str]]:
-    """Give (task, prompt) for every task: its shortest prompt, or the start of its longest text."""
-    for task in PROMPT_TASKS:
-        prompts = [d.prompt for d in texts if d.group == task and d.prompt]
-        plain = [d.response for d in texts if d.group == task and not d.prompt]
-        if prompts:
-            yield task, min(prompts, key=len)
-        elif plain:
-            yield task, " ".join(max(plain, key=len).split(" ")[:PROMPT_WORDS])
+    """Give (task, prompt) for every task, by the rule that `SAMPLES` states."""
+    for document in documents.few(texts, 1):
+        plain = " ".join(document.response.split(" ")[:PROMPT_WORDS])
+        yield document.group, document.prompt or plain
 
 
 def _generate(
@@ -204,13 +207,13 @@ def _stream(model: Any, tokenizer: Any, prompt: str, name: str, console: Console
 
 
 def _rates(generation: Sequence[dict[str, Any]]) -> Table:
-    """Give the token rates of the generated texts."""
-    table = Table("task", "dense, tokens/s", "csfast, tokens/s", "same text", "verdict")
+    """Give the time of a token of the generated texts, in milliseconds."""
+    table = Table("task", "dense, ms a token", "csfast, ms a token", "same text", "against dense")
     for row in generation:
         ratio = _rate_ratio(row)
         table.add_row(
             row["task"],
-            *("-" if r is None else f"{r:.0f}" for r in _both_rates(row)),
+            *("-" if r is None else f"{1000 / r:.2f}" for r in _both_rates(row)),
             "yes" if row["same_text"] else "no",
             "too short to tell" if ratio is None else tables.verdict(ratio),
         )
@@ -230,7 +233,7 @@ def _rate_ratio(row: dict[str, Any]) -> float | None:
 def _slower(generation: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[str]:
     """Give a sentence for everything in which csfast lost against dense."""
     named = [(f"{row['task']} text", _rate_ratio(row)) for row in generation]
-    named += [(row["case"], row["ratio_vs_best"]) for row in rows]
+    named += [(f"a layer of {words.case(r['case'])}", r["ratio_vs_dense"]) for r in rows]
     return [
         f"csfast is slower here: {name} takes {1 / ratio:.2f} times as long as dense."
         for name, ratio in named

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import csfast
 import pages
-from csfast import Document, documents
+from csfast import Document, documents, models
 from csfast.cli import app
 from csfast.judge import phase
 from csfast.report import page as page_
-from csfast.report import results
+from csfast.report import panels, results
 
 TEXT = "Once upon a time, in the morning, the old sailor walked along the quiet street. " * 20
 
@@ -487,9 +487,19 @@ def test_the_demo_does_the_whole_job(tmp_path):
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text())
     assert set(results) == {
-        *("machine", "calibration", "generation", "evaluation", "bench", "slower", "seconds")
+        *("machine", "calibration", "samples", "generation", "evaluation", "bench", "slower"),
+        "seconds",
     }
-    assert (tmp_path / "csfast-demo.html").is_file()
+    page = (tmp_path / "csfast-demo.html").read_text()
+    verdict = panels.demo_verdict(results)
+    assert f'<p class="verdict">{verdict}</p>' in page and results["samples"] in page
+    assert verdict in " ".join(done.stdout.split())
     csfast.Plan.load(tmp_path / "csfast-demo.plan.safetensors")
     slow = [row for row in results["bench"] if row["ratio_vs_best"] < 1]
     assert len(results["slower"]) >= len(slow)
+    # Samples are chosen by the stated rule: of every task the first text nothing was chosen on.
+    shipped = documents.read(models.demo_folder() / "sample.jsonl")
+    first = documents.few(documents.split(shipped, "report"), 1)
+    assert [row["task"] for row in results["generation"]] == [d.group for d in first]
+    for row, document in zip(results["generation"], first, strict=True):
+        assert row["prompt"] and (document.prompt or document.response).startswith(row["prompt"])

@@ -270,7 +270,7 @@ def test_a_demo_opens_with_its_verdict_and_two_bars():
     assert (
         "On this machine csfast generated a token in 39.7 ms where dense took 31.7 ms, 1.25 times "
         "slower, read 58% of the bytes of the feed-forward layers and lost +0.062 nats a token on "
-        "text it had not seen."
+        "text it had not seen (+6.4% perplexity)."
     ) in shown
     assert tags.count("svg") == 2 and "pre" not in tags and "table" not in tags
     text = page_.render(demo=made)

@@ -504,33 +504,33 @@ def demo_verdict(found: Mapping[str, Any]) -> str:
     if dense is not None and ours is not None:
         parts.append(
             f"generated a token in {ours:.1f} ms where dense took {dense:.1f} ms, "
-            f"{ratio_in_words(dense / ours)}"
+            f"{words.ratio(dense / ours)}"
         )
     quality = found.get("evaluation")
     if quality is not None:
         parts.append(
             f"read {quality['bytes_fraction']:.0%} of the bytes of the feed-forward layers"
         )
-        parts.append(f"lost {nats(quality['mean_delta'])} nats a token on text it had not seen")
+        more = math.expm1(min(quality["mean_delta"], 9.0))
+        parts.append(
+            f"lost {nats(quality['mean_delta'])} nats a token on text it had not seen "
+            f"({more:+.1%} perplexity)"
+        )
     if not parts:
         return "csfast was run beside dense; neither speed nor quality was measured."
     joined = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return f"On this machine csfast {joined}."
 
 
-def ratio_in_words(ratio: float) -> str:
-    """Say how csfast compares; `ratio` is the dense time over ours."""
-    return f"{ratio:.2f} times faster" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
-
-
 def _milliseconds(generation: Sequence[Row], side: str) -> float | None:
-    """Time of a token, mean over the samples that are long enough on both sides; None if none."""
-    rates = [
-        row[side]["tokens_per_second"]
+    """Time of a token over all samples that are long enough on both sides; None if none is."""
+    timed = [
+        (row[side]["seconds"], row[side]["tokens_per_second"])
         for row in generation
         if all(row[name]["tokens_per_second"] for name in ("dense", "csfast"))
     ]
-    return 1000 * _mean([1 / rate for rate in rates]) if rates else None
+    tokens = math.fsum(seconds * rate for seconds, rate in timed)
+    return 1000 * math.fsum(seconds for seconds, _ in timed) / tokens if timed else None
 
 
 def _two_bars(found: Mapping[str, Any], times: Sequence[float | None]) -> dict[str, Any] | None:
@@ -581,7 +581,7 @@ def _timed(row: Row) -> dict[str, Any]:
         "case": words.case(row["case"]),
         "dense": ours * row["ratio_vs_dense"],
         "csfast": ours,
-        "verdict": ratio_in_words(row["ratio_vs_dense"]) if row["ratio_vs_dense"] else "-",
+        "verdict": words.ratio(row["ratio_vs_dense"]),
         "is_slower": row["ratio_vs_dense"] < 1,
     }
 

@@ -458,6 +458,10 @@ _storage = many(
     least=1,
 )
 
+# Of one text; a time is that of at least one token, and of no more than anyone waits for.
+_time = within(1e-9, 1e9)
+_side = fields(text=text, seconds=_time, tokens_per_second=maybe(_time))
+
 _demo = fields(
     calibration=optional(maybe(fields(seconds=number, tokens=_count))),
     evaluation=optional(maybe(_evaluation)),
@@ -470,8 +474,8 @@ _demo = fields(
                 fields(
                     task=text,
                     prompt=text,
-                    dense=fields(text=text, tokens_per_second=maybe(_positive)),
-                    csfast=fields(text=text, tokens_per_second=maybe(_positive)),
+                    dense=_side,
+                    csfast=_side,
                 )
             )
         )
@@ -482,8 +486,8 @@ _demo = fields(
                 fields(
                     case=text,
                     variant=text,
-                    median_us=_positive,
-                    ratio_vs_dense=_positive,
+                    median_us=_time,
+                    ratio_vs_dense=_time,
                 )
             )
         )

@@ -118,3 +118,8 @@ def case(name: str) -> str:
     more = rest.replace(" bits=", ", bits: ").replace(" blocks=", ", blocks of ")
     more = more.replace(" batch=", ", requests that share their neurons: ").removesuffix(" joint")
     return f"{channels} channels, {neurons} neurons, {float(density):.0%} executed{more}"
+
+
+def ratio(value: float) -> str:
+    """Say how csfast compares; `value` is the dense time over ours."""
+    return f"{value:.2f} times faster" if value >= 1 else f"{1 / value:.2f} times slower"
