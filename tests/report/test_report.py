@@ -166,6 +166,27 @@ def unfolded(**given):
     return page.tags, " ".join(" ".join(page.text).split())
 
 
+def test_many_tasks_fold_the_plot_of_their_losses():
+    made = pages.evaluation()
+    made["tasks"] = {f"task {i}": made["tasks"]["math"] for i in range(60)}
+    del made["density_per_task_layer"]
+    tags, shown = unfolded(evaluation=made)
+    assert "svg" not in tags and tags.count("tr") == 62 and "52 %" not in shown
+    assert page_.render(evaluation=made).count('class="interval few-bit"') == 2 * 61
+
+
+def test_plots_are_told_to_who_does_not_see_them(everything):
+    text = page_.render(**everything)
+    figure = re.search(r"<figure.*?</figure>", text, re.DOTALL)[0]
+    told = Page(re.search(r'<div class="unseen-text">.*?</div>', figure)[0]).text
+    assert "csfast: +0.0200 at 0.35 (2 bits), -0.0010 at 0.55 (2 bits)." in told
+    assert "other rules that skip: +1.3000 at 0.35 (TEAL)." in told
+    labels = [value for name, value in Page(text).attributes if name == "aria-label"]
+    assert all(labels) and len(labels) > 40
+    assert "math: +0.0625 (+0.0500 to +0.0750); prose: +0.0625" in " ".join(labels)
+    assert "Bytes that the feed-forward layers read: dense 100%, csfast 58%" in labels
+
+
 def test_research_is_folded_and_marked(everything):
     _, shown = unfolded(**everything)
     for kind in page_.RESEARCH:

@@ -20,7 +20,7 @@ from . import findings, fronts, panels, plots, results
 SECTIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "demo": ("Dense beside csfast", panels.demo),
     "ablation": ("Loss against bytes", fronts.ablation),
-    "evaluation": ("Quality of one plan", panels.evaluation),
+    "evaluation": ("Quality beside dense", panels.evaluation),
     "effort": ("Effort, token by token", panels.effort),
     "size_curve": ("Size and training", panels.size_curve),
     "storage": ("Storage", panels.storage),

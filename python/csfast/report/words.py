@@ -106,7 +106,8 @@ def code(bits: int | str) -> str:
 
 def thresholds(task: str) -> str:
     """Give whose thresholds decided."""
-    return "thresholds for all tasks together" if task == "pooled" else f"thresholds for {task}"
+    whose = "all tasks together" if task == "pooled" else task
+    return f"thresholds for {whose}"
 
 
 def case(name: str) -> str:
