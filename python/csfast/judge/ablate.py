@@ -82,7 +82,7 @@ def ablate(
         progress: Called with steps done and their number, over all methods.
 
     Returns:
-        What ``csfast ablate --json`` writes; docs/quality.md explains every key.
+        What ``csfast ablate --json`` writes; docs/schemas.md explains every key.
 
     Raises:
         ValueError: A method is unknown or named twice, a number is out of range, or nothing would

@@ -54,7 +54,7 @@ def analyse(
         progress: Called with layers done and their number.
 
     Returns:
-        What ``csfast phase --dictionaries`` writes; docs/quality.md explains every key.
+        What ``csfast phase --dictionaries`` writes; docs/schemas.md explains every key.
 
     Raises:
         ValueError: A number is out of range.

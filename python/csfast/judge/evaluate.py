@@ -84,7 +84,7 @@ def evaluate(
         progress: Called with documents done and their number.
 
     Returns:
-        What ``csfast eval --json`` writes; docs/quality.md explains every key.
+        What ``csfast eval --json`` writes; docs/schemas.md explains every key.
 
     Raises:
         PlanError: The plan is not for this model.

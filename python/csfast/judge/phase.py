@@ -149,7 +149,7 @@ def diagrams(
         progress: Called with cells done and their number.
 
     Returns:
-        What ``csfast phase --json`` writes; docs/quality.md explains every key.
+        What ``csfast phase --json`` writes; docs/schemas.md explains every key.
 
     Raises:
         ValueError: A number is out of range, the layers differ in size, or a usage is not finite.

@@ -57,7 +57,7 @@ def examples(
         progress: Called with texts done and their number.
 
     Returns:
-        What ``csfast tokens --json`` writes; docs/quality.md explains every key.
+        What ``csfast tokens --json`` writes; docs/schemas.md explains every key.
 
     Raises:
         PlanError: The plan is not for this model.
