@@ -1,17 +1,19 @@
 // Times a feed-forward layer on a GPU without Python: select, execute and both, rows of a batch
-// with one support. What bounds all of them is the memory, so plain reading takes its turn among
-// them, and every time is given as a fraction of the bandwidth that it finds.
+// with one support. What bounds all of them is the memory, so reading the very weights and nothing
+// else takes its turn among them, and every time is given as a fraction of the bandwidth that it
+// finds. A fraction above 1 fails the run.
 //
 //   cmake -B build -DCSFAST_CUDA=ON && cmake --build build
 //   build/bench/bench_ffn_cuda [--quick] [--json] [--runs N] [--only TEXT] [--design WORDS]
 //                              [--commit HASH]
 //
-// A measurement is one replay of a CUDA graph with a call for every layer. Layers of random weights
-// rotate so that no cache holds them; variants take turns; medians are shown. Before a case is
-// timed its list and its outputs are compared with each other.
+// Cases are those of cases.inc. A measurement is one replay of a CUDA graph with a call for every
+// layer. Layers of random weights rotate so that no cache holds them; variants take turns; medians
+// are shown. Before a case is timed its list and its outputs are compared with each other.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +22,7 @@
 #include <functional>
 #include <iterator>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -27,6 +30,7 @@
 
 #include "common/launch.cuh"
 #include "csfast/ffn.h"
+#include "csfast/read.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
 #include "rows.h"
@@ -38,14 +42,13 @@ using csfast::Device;
 using csfast::bench::Case;
 using csfast::bench::kCode;
 using csfast::bench::Row;
-using csfast::bench::Shape;
 using csfast::bench::Timing;
 
-constexpr int kThreads = 512;               // of a block of the kernels below
-constexpr int kReadUnroll = 8;              // loads of 16 bytes that a thread has in flight
-constexpr int64_t kSliceBytes = 2LL << 30;  // read by one launch in half a millisecond
-constexpr int kSlices = 2;                  // take turns, each far more than a cache holds
-constexpr int kWarmup = 2;                  // replays of each graph that do not count
+constexpr int kThreads = 512;  // of a block of the kernels below
+constexpr int kWarmup = 2;     // replays of each graph that do not count
+
+static_assert(csfast::bench::have_no_blocks(csfast::bench::kCudaCases));
+static_assert(csfast::bench::have_no_blocks(csfast::bench::kQuickCases));
 
 void want(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
@@ -141,30 +144,6 @@ __global__ void __launch_bounds__(kThreads) bits_kernel(const BitsParams p) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < p.words; i += stride) {
     p.out[i] = random_bits(p.seed, i);
   }
-}
-
-struct ReadParams {
-  const uint4* data;  // (vectors), a multiple of kThreads * kReadUnroll
-  int64_t vectors;
-  unsigned* seen;  // (blocks, kThreads), written, or the compiler would leave the loads out
-};
-
-__global__ void __launch_bounds__(kThreads) read_kernel(const ReadParams p) {
-  constexpr int64_t kStep = kThreads * kReadUnroll;
-  unsigned seen = 0;
-  for (int64_t first = int64_t{blockIdx.x} * kStep; first < p.vectors;
-       first += int64_t{gridDim.x} * kStep) {
-    uint4 vector[kReadUnroll];
-#pragma unroll
-    for (int k = 0; k < kReadUnroll; ++k) {
-      vector[k] = __ldcs(p.data + first + k * kThreads + threadIdx.x);
-    }
-#pragma unroll
-    for (int k = 0; k < kReadUnroll; ++k) {
-      seen ^= vector[k].x ^ vector[k].y ^ vector[k].z ^ vector[k].w;
-    }
-  }
-  p.seen[int64_t{blockIdx.x} * kThreads + threadIdx.x] = seen;
 }
 
 struct ClockParams {
@@ -290,7 +269,7 @@ struct Layer {
   int32_t kept = 0;             // neurons: n_tiles on the host
 };
 
-Layer random_layer(const Shape& s, int64_t batch_max, uint64_t seed, cudaStream_t stream) {
+Layer random_layer(const Case& s, int64_t batch_max, uint64_t seed, cudaStream_t stream) {
   const float spread = 1.0f / std::sqrt(static_cast<float>(s.d));
   Layer layer;
   layer.codes = Array<uint8_t>(s.n_neurons * 2 * csfast::row_bytes(s.d, kCode));
@@ -315,7 +294,7 @@ Layer random_layer(const Shape& s, int64_t batch_max, uint64_t seed, cudaStream_
 // are left at zero: null or the default.
 class Operations {
  public:
-  Operations(const Shape& s, int64_t batch_max, const csfast::Design& design, cudaStream_t stream)
+  Operations(const Case& s, int64_t batch_max, const csfast::Design& design, cudaStream_t stream)
       : design_(design),
         stream_(stream),
         weight_(std::vector<float>(batch_max, 1.0f)),
@@ -427,7 +406,7 @@ class Operations {
       const float a = __bfloat162float(one[i]);
       const float b = __bfloat162float(other[i]);
       if (std::isfinite(a) && std::abs(a - b) <= 0x1p-7f * size) continue;
-      throw BackendError("[bench] " + csfast::bench::name_of(c) + ": output " + std::to_string(i) +
+      throw BackendError("[bench] " + std::string(c.name) + ": output " + std::to_string(i) +
                          " is " + std::to_string(a) + " of execute and " + std::to_string(b) +
                          " of ffn: want the same.");
     }
@@ -435,7 +414,7 @@ class Operations {
 
  private:
   static void fail(const Case& c, const char* what, int32_t found, int32_t wanted) {
-    throw BackendError("[bench] " + csfast::bench::name_of(c) + ": " + what + " " +
+    throw BackendError("[bench] " + std::string(c.name) + ": " + what + " " +
                        std::to_string(found) + " neurons: want " + std::to_string(wanted) + ".");
   }
 
@@ -489,41 +468,35 @@ class Operations {
   Array<unsigned char> select_space_, execute_space_, ffn_space_;
 };
 
-// Reads slices of random bits in turns.
+// Reads the weights of all layers in as few launches as take them, as a launch has to be long: the
+// time of one that reads a small layer is that of its start.
 class Reader {
  public:
-  explicit Reader(cudaStream_t stream)
-      : stream_(stream),
-        blocks_(blocks()),
-        data_(kSlices * kSliceBytes),
-        seen_(blocks_ * kThreads) {
-    fill_bits(data_.data(), data_.size(), 1, stream);
-  }
-  void read_all() const {
-    for (int slice = 0; slice < kSlices; ++slice) {
-      csfast::cuda::launch(
-          "bench", "read", read_kernel, dim3(static_cast<unsigned>(blocks_)), dim3(kThreads),
-          stream_,
-          ReadParams{.data = reinterpret_cast<const uint4*>(data_.data() + slice * kSliceBytes),
-                     .vectors = kSliceBytes / int64_t{sizeof(uint4)},
-                     .seen = seen_.data()});
+  Reader(const std::vector<Layer>& layers, cudaStream_t stream)
+      : stream_(stream), sums_(csfast::read_sums(Device::kCuda)) {
+    for (const Layer& layer : layers) {
+      for (const auto* weight : {&layer.gate, &layer.up, &layer.down_t}) {
+        spans_.push_back({weight->data(), weight->size() * int64_t{sizeof(__nv_bfloat16)}});
+        bytes_ += static_cast<double>(spans_.back().bytes);
+      }
     }
   }
+  void read_all() const {
+    for (size_t first = 0; first < spans_.size(); first += csfast::kMaxSpans) {
+      const auto left = static_cast<int>(spans_.size() - first);
+      csfast::read({.span = spans_.data() + first,
+                    .n_spans = std::min(left, csfast::kMaxSpans),
+                    .sum = sums_.data()},
+                   Device::kCuda, stream_);
+    }
+  }
+  double bytes() const { return bytes_; }
 
  private:
-  // As many as are at work at once.
-  static int64_t blocks() {
-    int of_processor = 0;
-    want(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_processor, read_kernel, kThreads, 0),
-         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return int64_t{of_processor} * attribute(cudaDevAttrMultiProcessorCount);
-  }
-
-  static_assert(kSliceBytes % (int64_t{sizeof(uint4)} * kThreads * kReadUnroll) == 0);
   cudaStream_t stream_;
-  int64_t blocks_;
-  Array<unsigned char> data_;  // (kSlices, kSliceBytes)
-  Array<unsigned> seen_;       // (blocks, kThreads)
+  std::vector<csfast::Span> spans_;
+  double bytes_ = 0;
+  Array<uint32_t> sums_;  // written and never read
 };
 
 struct Variant {
@@ -576,8 +549,7 @@ double measure(const Case& c, std::vector<Layer>& layers, const Operations& ops,
                       of_layers(&Operations::select)});
   variants.push_back(
       {"all neurons", dense_bytes, execute_space, n_layers, of_layers(&Operations::execute_all)});
-  variants.push_back({"read", static_cast<double>(kSliceBytes), 0, kSlices,
-                      Graph(stream, [&] { reader.read_all(); })});
+  variants.push_back({"read", reader.bytes(), 0, 1, Graph(stream, [&] { reader.read_all(); })});
 
   Stopwatch stopwatch;
   for (int turn = -kWarmup; turn < runs; ++turn) {
@@ -608,18 +580,13 @@ double measure(const Case& c, std::vector<Layer>& layers, const Operations& ops,
   return bandwidth;
 }
 
-std::vector<Shape> shapes_of(const Options& options) {
-  if (options.quick) return {{512, 1024, 2}};
-  return {std::begin(csfast::bench::kCudaShapes), std::end(csfast::bench::kCudaShapes)};
-}
-
-std::vector<Case> cases_of(const Shape& s, const Options& options) {
+std::vector<Case> cases_of(const Options& options) {
+  const std::span<const Case> all = options.quick
+                                        ? std::span<const Case>(csfast::bench::kQuickCases)
+                                        : std::span<const Case>(csfast::bench::kCudaCases);
   std::vector<Case> found;
-  for (const int64_t batch : csfast::bench::kCudaBatches) {
-    for (const double density : csfast::bench::kCudaDensities) {
-      const Case c = {.d = s.d, .n_neurons = s.n_neurons, .density = density, .batch = batch};
-      if (csfast::bench::name_of(c).find(options.only) != std::string::npos) found.push_back(c);
-    }
+  for (const Case& c : all) {
+    if (std::string(c.name).find(options.only) != std::string::npos) found.push_back(c);
   }
   return found;
 }
@@ -668,24 +635,28 @@ csfast::bench::Head head_of(const Options& options, double clock, int argc, char
           {"cuda", quoted(cuda)}, {"driver", quoted(driver())}, {"compiler", quoted(__VERSION__)}}};
 }
 
-// Gives the number of cases that failed, each of which says why on stderr.
+// Gives the number of cases and rows that failed, each of which says why on stderr.
 int run(const Options& options, int argc, char** argv) {
   if (!csfast::cuda::available()) throw BackendError("[bench] no CUDA device: want one.");
   const Stream stream;
-  const Reader reader(stream);
+  const std::vector<Case> cases = cases_of(options);
+  if (cases.empty()) {
+    throw std::invalid_argument("[bench] --only " + options.only +
+                                ": want a part of the name of a case.");
+  }
   std::vector<Row> rows;
   double bandwidth = 0;
   int failed = 0;
-  for (const Shape& s : shapes_of(options)) {
-    const std::vector<Case> cases = cases_of(s, options);
-    if (cases.empty()) continue;
-    const int64_t batch_max = cases.back().batch;
+  csfast::bench::for_shapes(cases, [&](std::span<const Case> alike) {
+    int64_t batch_max = 1;
+    for (const Case& c : alike) batch_max = std::max(batch_max, c.batch);
     std::vector<Layer> layers;
-    for (int i = 0; i < s.layers; ++i) {
-      layers.push_back(random_layer(s, batch_max, static_cast<uint64_t>(i + 1), stream));
+    for (int i = 0; i < alike[0].layers; ++i) {
+      layers.push_back(random_layer(alike[0], batch_max, static_cast<uint64_t>(i + 1), stream));
     }
-    const Operations ops(s, batch_max, options.design, stream);
-    for (const Case& c : cases) {
+    const Operations ops(alike[0], batch_max, options.design, stream);
+    const Reader reader(layers, stream);
+    for (const Case& c : alike) {
       const size_t first = rows.size();
       try {
         bandwidth =
@@ -700,11 +671,7 @@ int run(const Options& options, int argc, char** argv) {
       }
       std::fflush(out);
     }
-  }
-  if (rows.empty() && failed == 0) {
-    throw std::invalid_argument("[bench] --only " + options.only +
-                                ": want a part of the name of a case.");
-  }
+  });
   const csfast::bench::Head head = head_of(options, clock_rate(stream), argc, argv);
   if (options.json) {
     csfast::bench::print_json(head, bandwidth, rows);
@@ -714,6 +681,7 @@ int run(const Options& options, int argc, char** argv) {
     }
     std::printf("read bandwidth %.1f GB/s\n", bandwidth / 1e9);
   }
+  if (!options.quick) failed += csfast::bench::too_fast(rows);
   return failed;
 }
 

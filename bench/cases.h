@@ -1,9 +1,9 @@
-// What bench_ffn times, on the CPU and on CUDA, by the names that `csfast bench` gives it.
+// What bench_ffn and bench_ffn_cuda time: the cases of `csfast bench`, by its names.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstdio>
-#include <string>
+#include <span>
 
 #include "csfast/planes.h"
 
@@ -11,34 +11,35 @@ namespace csfast::bench {
 
 inline constexpr Code kCode = Code::kBits2;
 
-// A layer's sizes, and how many such layers rotate so that no cache holds them.
-struct Shape {
-  int64_t d, n_neurons;
-  int layers;
-};
-
 struct Case {
+  const char* name;  // in the results
   int64_t d, n_neurons;
-  double density;      // fraction of the neurons that is executed
-  int64_t batch = 1;   // rows; more than one share a support
-  int block_rows = 1;  // neurons that are kept and read as one
+  double density;  // fraction of the neurons that is executed
+  int64_t batch;   // rows; more than one share a support
+  int block_rows;  // neurons that are kept and read as one
+  int layers;      // that rotate, so that no cache holds them
 };
 
-inline constexpr Shape kCpuShape = {2048, 8192, 6};  // 600 MB
-// 1.9 GB (of which select reads 280 MB), 12 GB and 12 GB, beside an L2 of 60 MB.
-inline constexpr Shape kCudaShapes[] = {{896, 4864, 128}, {4096, 14336, 32}, {8192, 28672, 8}};
-inline constexpr double kCudaDensities[] = {0.5, 0.25, 0.1};
-inline constexpr int64_t kCudaBatches[] = {1, 4, 16};
+#include "cases.inc"
 
-// For example "ffn d=4096 F=14336 density=.25 batch=4 joint".
-inline std::string name_of(const Case& c) {
-  char density[16];
-  std::snprintf(density, sizeof density, "%.2f", c.density);
-  std::string name = "ffn d=" + std::to_string(c.d) + " F=" + std::to_string(c.n_neurons);
-  name += std::string(" density=") + (density + (density[0] == '0' ? 1 : 0));
-  if (c.block_rows > 1) name += " blocks=" + std::to_string(c.block_rows);
-  if (c.batch > 1) name += " batch=" + std::to_string(c.batch) + " joint";
-  return name;
+// A benchmark that does not do blocks, or batches, says so of its cases.
+constexpr bool have_no_blocks(std::span<const Case> cases) {
+  return std::ranges::all_of(cases, [](const Case& c) { return c.block_rows == 1; });
+}
+constexpr bool have_no_batches(std::span<const Case> cases) {
+  return std::ranges::all_of(cases, [](const Case& c) { return c.batch == 1; });
+}
+
+// Calls f(cases of one shape, neighbours in `cases`) for each shape, so that they share layers.
+template <typename F>
+void for_shapes(std::span<const Case> cases, F&& f) {
+  for (size_t first = 0, end = 0; first < cases.size(); first = end) {
+    const auto is_other = [&](const Case& c) {
+      return c.d != cases[first].d || c.n_neurons != cases[first].n_neurons;
+    };
+    end = std::find_if(cases.begin() + first, cases.end(), is_other) - cases.begin();
+    f(cases.subspan(first, end - first));
+  }
 }
 
 // Bytes that a call has to read: codes, row scales, the equaliser and x (batch, d) ...

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import csfast
-from csfast.bench import layers
+from csfast.bench import layers, timed
 from csfast.cli import app
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -175,7 +175,7 @@ def test_pursuits_have_a_table_of_their_own(tool):
 
 
 def test_targets_are_of_cases_that_are_measured(tool):
-    cases = {setting.case for setting in layers.CUDA_SETTINGS}
+    cases = {case.name for case in timed.BESIDE_TORCH["cuda"]}
     for target in tool.TARGETS:
         if target.case.startswith("ffn "):
             assert target.case in cases and target.variant in layers.VARIANTS

@@ -130,6 +130,11 @@ def spread(row: dict[str, Any], digits: int = 1) -> str:
     return f"{row['median_us']:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
+def fraction_of(row: dict[str, Any], digits: int = 2) -> str:
+    found = row["fraction_of_read_bandwidth"]
+    return "-" if found is None else f"{found:.{digits}f}"
+
+
 def sigma_of(row: dict[str, Any]) -> str:
     return "-" if row.get("sigma") is None else f"{row['sigma']:.2f}"
 
@@ -154,7 +159,7 @@ def speed(results: list[dict[str, Any]]) -> str:
             f"{row['baselines'][best]:.0f} ({best})",
             f"{row['median_us']:.0f}",
             f"{row['ratio_vs_best']:.2f}x",
-            f"{row['fraction_of_read_bandwidth']:.2f}",
+            fraction_of(row),
         )
         rows.append((*line, sigma_of(row)) if has_sigma else line)
     best = "best other, us" if has_sigma else "best dense, us"
@@ -207,7 +212,7 @@ def layers(results: list[dict[str, Any]]) -> str:
                 row["case"].removeprefix("ffn "),
                 row["variant"],
                 spread(row),
-                f"{row['fraction_of_read_bandwidth']:.2f}",
+                fraction_of(row),
                 sigma_of(row),
                 f"{row['ratio_vs_dense']:.2f}x",
                 f"{row['ratio_vs_best']:.2f}x",
@@ -226,7 +231,7 @@ def native(results: list[dict[str, Any]]) -> str:
             row["case"].removeprefix("ffn "),
             row["variant"],
             spread(row, 2),
-            f"{row['fraction_of_read_bandwidth']:.3f}",
+            fraction_of(row, 3),
             sigma_of(row),
             f"{row['baselines']['csfast all neurons']:.1f}",
             f"{row['workspace_bytes'] / 2**20:.2f}",

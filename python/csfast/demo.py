@@ -17,6 +17,7 @@ from rich.table import Table
 
 from . import doctor, documents, models, patch
 from .bench import layers, timing
+from .bench.timed import LayerCase
 from .calibration import calibrate
 from .judge import evaluate
 from .plan import Plan
@@ -83,13 +84,10 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     console.rule("time")
     console.print(_rates(generation))
     shape = plan.model.shapes[0]
-    settings = [
-        layers.Setting(shape.d, shape.n_neurons, DENSITY),
-        layers.Setting(2048, 8192, 0.25),
-    ]
+    cases = [LayerCase(shape.d, shape.n_neurons, DENSITY), LayerCase(2048, 8192, 0.25)]
     with console.status("bench"):
         times = layers.run(
-            settings, device=cpu, runs=15, variants=("complete",), n_layers=4, compiled=False
+            cases, device=cpu, runs=15, variants=("complete",), n_layers=4, compiled=False
         )
     console.print(tables.speed(times))
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -13,16 +12,17 @@ import pytest
 import torch
 
 from csfast import ops, reference
-from csfast.bench import head
+from csfast.bench import head, timed
 from csfast.bench import layers as layers_
 from csfast.bench.cases import CASES
+from csfast.bench.timed import LayerCase
 from csfast.codes import planes
 from numeric import assert_within, execute_tolerance, made
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
-SMALL = layers_.Setting(192, 256, 0.25)
+SMALL = LayerCase(192, 256, 0.25)
 ROW = {
     "case": str,
     "variant": str,
@@ -42,7 +42,7 @@ ROW = {
 
 
 def check_form(results, variants=layers_.VARIANTS):
-    """What holds for the rows of any run of one setting, on every device."""
+    """What holds for the rows of any run of one case, on every device."""
     assert head.faults(results) == []
     assert {*results} - {*head.KEYS} == {"notes", "read_bandwidth", "rows"}
     assert [row["variant"] for row in results["rows"]] == list(variants)
@@ -92,8 +92,8 @@ def test_bytes_are_those_of_the_layer(results):
 
 
 def test_blocks_are_measured_as_blocks():
-    setting = layers_.Setting(192, 256, 0.25, tile_rows=16)
-    found = layers_.run([setting], device=CPU, runs=1, n_layers=1, compiled=False)
+    case = LayerCase(192, 256, 0.25, tile_rows=16)
+    found = layers_.run([case], device=CPU, runs=1, n_layers=1, compiled=False)
     assert {row["case"] for row in found["rows"]} == {"ffn d=192 F=256 density=.25 blocks=16"}
     read = {row["variant"]: row["bytes"] for row in found["rows"]}
     assert read["execute"] == 4 * (16 * 3 * 2 * 192 + 4) + 2 * 192  # four blocks of sixteen
@@ -101,8 +101,8 @@ def test_blocks_are_measured_as_blocks():
 
 
 def test_rows_of_a_batch_share_a_support():
-    setting = layers_.Setting(192, 256, 0.25, batch=4)
-    found = layers_.run([setting], device=CPU, runs=1, n_layers=2, compiled=False)
+    case = LayerCase(192, 256, 0.25, batch=4)
+    found = layers_.run([case], device=CPU, runs=1, n_layers=2, compiled=False)
     check_form(found)
     assert {row["case"] for row in found["rows"]} == {"ffn d=192 F=256 density=.25 batch=4 joint"}
     read = {row["variant"]: row["bytes"] for row in found["rows"]}
@@ -118,41 +118,60 @@ def test_sigma_is_the_share_of_the_dense_time_that_is_due_over_the_time_taken():
     assert layers_.sigma(1.0, 90.0, 100.0) == 0.9
 
 
-def test_cases_are_those_of_the_native_benchmark():
-    text = (ROOT / "bench" / "cases.h").read_text(encoding="utf-8")
-    shapes = re.search(r"kCudaShapes\[\] = \{(.*)\};", text)[1]
-    shapes = [tuple(map(int, s)) for s in re.findall(r"\{(\d+), (\d+), (\d+)\}", shapes)]
-    for d, n_neurons, layers in shapes:
-        assert layers_.n_layers_of(layers_.Setting(d, n_neurons, 0.5), CUDA) == layers
-    listed = {
-        name: [float(n) for n in re.search(rf"{name}\[\] = \{{(.*)\}};", text)[1].split(", ")]
-        for name in ("kCudaDensities", "kCudaBatches")
-    }
-    for setting in layers_.CUDA_SETTINGS:
-        assert (setting.d, setting.n_neurons) in {(d, n) for d, n, _ in shapes}
-        assert setting.density in listed["kCudaDensities"]
-        assert setting.batch in listed["kCudaBatches"]
-    at_one = {(s.d, s.n_neurons, s.density) for s in layers_.CUDA_SETTINGS if s.batch == 1}
-    assert at_one == {(d, n, r) for d, n, _ in shapes for r in listed["kCudaDensities"]}
-    d, n_neurons, layers = map(
-        int, re.search(r"kCpuShape = \{(\d+), (\d+), (\d+)\}", text).groups()
-    )
-    assert {(s.d, s.n_neurons) for s in layers_.CPU_SETTINGS} == {(d, n_neurons)}
-    assert layers_.n_layers_of(layers_.CPU_SETTINGS[0], CPU) == layers
+def test_a_row_that_reads_faster_than_reading_is_named(results):
+    rows = [{**row, "fraction_of_read_bandwidth": 0.99} for row in results["rows"]]
+    assert layers_.too_fast(rows) == []
+    rows[1]["fraction_of_read_bandwidth"] = 1.04
+    assert layers_.too_fast(rows) == [
+        "ffn d=192 F=256 density=.25 execute: 1.040 of what reading alone reaches: want at most 1."
+    ]
 
 
-@pytest.mark.parametrize("setting", layers_.CUDA_SETTINGS, ids=lambda s: s.case)
-def test_no_cache_holds_what_a_variant_reads(setting):
+@pytest.mark.parametrize(("device", "count"), [("cpu", 2), ("cuda", 2), ("cuda", 100)])
+def test_reading_takes_turns_over_the_weights_of_all_layers(monkeypatch, device, count):
+    seen = []
+
+    class Reader:
+        def __init__(self, tables):
+            self.tables = tables
+
+        def __call__(self):
+            seen.extend(self.tables)
+
+    class Table:
+        def __init__(self):
+            self.device = torch.device(device)
+
+        def numel(self):
+            return 1000
+
+        def element_size(self):
+            return 2
+
+    monkeypatch.setattr(layers_, "Reader", Reader)
+    none = (None,) * 4
+    layers = [layers_._Layer(Table(), Table(), None, Table(), *none, None) for _ in range(count)]
+    read, n_bytes = layers_._reading(layers)
+    calls = 3 * count if device == "cpu" else count  # a graph has one for each layer
+    for call in range(calls):
+        read(call % count)
+    assert len(seen) * 2000 == calls * n_bytes
+    wanted = {table for layer in layers for table in (layer.gate, layer.up, layer.down_t)}
+    assert set(seen) == wanted and len(seen) == len(wanted)
+
+
+@pytest.mark.parametrize("case", timed.CASES["cuda"], ids=lambda s: s.name)
+def test_no_cache_holds_what_a_variant_reads(case):
     """An L2 of 60 MB, and the least that is read: by select, or at this density by execute."""
-    read = layers_._bytes(setting, setting.density * setting.n_neurons)
+    read = layers_._bytes(case, case.density * case.n_neurons)
     for variant in ("select", "execute"):
-        assert read[variant] * layers_.n_layers_of(setting, CUDA) > 2 * (60 << 20), variant
+        assert read[variant] * timed.n_layers_of(case, CUDA) > 2 * (60 << 20), variant
 
 
 def test_at_least_32_layers_rotate_unless_they_are_large():
-    for setting in layers_.CUDA_SETTINGS:
-        large = 3 * 2 * setting.d * setting.n_neurons > 1 << 30
-        assert layers_.n_layers_of(setting, CUDA) >= (8 if large else 32)
+    for case in timed.CASES["cuda"]:
+        large = 3 * 2 * case.d * case.n_neurons > 1 << 30
+        assert timed.n_layers_of(case, CUDA) >= (8 if large else 32)
 
 
 def test_gathered_neurons_are_the_layer_of_these_neurons():
@@ -167,8 +186,8 @@ def test_gathered_neurons_are_the_layer_of_these_neurons():
 
 def test_neurons_of_tiles_are_listed_in_order():
     tiles = ops.TileList(torch.tensor([[1, 3, 9]], dtype=torch.int32), torch.tensor([2]), 4)
-    setting = layers_.Setting(64, 64, 0.25, tile_rows=4)
-    assert layers_._neurons(setting, tiles).tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+    case = LayerCase(64, 64, 0.25, tile_rows=4)
+    assert layers_._neurons(case, tiles).tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
 def test_the_threshold_of_a_density_keeps_that_many():
@@ -180,7 +199,7 @@ def test_the_threshold_of_a_density_keeps_that_many():
     assert int((equal > layers_.threshold_of(equal, 0.5)).sum()) == 0
 
 
-def sparse_baselines(setting, monkeypatch, installed):
+def sparse_baselines(case, monkeypatch, installed):
     """The sparse baselines of a GPU, closures over a layer on the CPU, and the notes."""
     seen = importlib.util.find_spec
     monkeypatch.setattr(
@@ -188,11 +207,11 @@ def sparse_baselines(setting, monkeypatch, installed):
         "find_spec",
         lambda name: (sys if installed else None) if name == "triton" else seen(name),
     )
-    layer = layers_._random_layer(setting, torch.Generator().manual_seed(0), CPU)
-    kept = torch.arange(setting.n_neurons // setting.tile_rows, dtype=torch.int32)[None]
-    tiles = ops.TileList(kept, torch.tensor([4], dtype=torch.int32), setting.tile_rows)
+    layer = layers_._random_layer(case, torch.Generator().manual_seed(0), CPU)
+    kept = torch.arange(case.n_neurons // case.tile_rows, dtype=torch.int32)[None]
+    tiles = ops.TileList(kept, torch.tensor([4], dtype=torch.int32), case.tile_rows)
     notes = {}
-    found = layers_._sparse_baselines(setting, [layer], [tiles], CUDA, notes)
+    found = layers_._sparse_baselines(case, [layer], [tiles], CUDA, notes)
     return found, notes, layer
 
 
@@ -204,14 +223,14 @@ def test_without_triton_a_note_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "why"),
+    ("case", "why"),
     [
         (dataclasses.replace(SMALL, batch=4), "rows share a support"),
         (dataclasses.replace(SMALL, tile_rows=16), "in blocks"),
     ],
 )
-def test_the_rule_of_teal_is_left_out_where_it_has_no_meaning(setting, why, monkeypatch):
-    found, notes, _ = sparse_baselines(setting, monkeypatch, installed=True)
+def test_the_rule_of_teal_is_left_out_where_it_has_no_meaning(case, why, monkeypatch):
+    found, notes, _ = sparse_baselines(case, monkeypatch, installed=True)
     assert list(found) == [layers_.GATHER]
     assert why in notes[layers_.TEAL]
 
@@ -246,15 +265,15 @@ def test_the_benchmark_is_there_without_triton():
 @pytest.mark.skipif(ops.cuda_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(ops.BackendError, match=r"^\[doctor\] device cuda: want a GPU"):
-        layers_.run(layers_.CUDA_SETTINGS, device=CUDA)
+        layers_.run(timed.CASES["cuda"], device=CUDA)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device and a build with CUDA")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_gpu_has_every_baseline(batch):
-    setting = layers_.Setting(512, 1024, 0.25, batch=batch)
-    found = layers_.run([setting], device=CUDA, runs=2, n_layers=2, compiled=False)
+    case = LayerCase(512, 1024, 0.25, batch=batch)
+    found = layers_.run([case], device=CUDA, runs=2, n_layers=2, compiled=False)
     check_form(found)
     teal = {layers_.TEAL} if batch == 1 and importlib.util.find_spec("triton") else set()
     assert set(found["rows"][0]["baselines"]) == {"torch bf16", layers_.GATHER} | teal
@@ -265,8 +284,8 @@ def test_a_gpu_has_every_baseline(batch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not ops.cuda_available(), reason="needs a CUDA device and a build with CUDA")
 def test_a_gpu_compiles_each_shape_once():
-    settings = [layers_.Setting(512, 1024, density) for density in (0.5, 0.25)]
-    found = layers_.run(settings, device=CUDA, runs=2, n_layers=2, variants=("execute",))
+    cases = [LayerCase(512, 1024, density) for density in (0.5, 0.25)]
+    found = layers_.run(cases, device=CUDA, runs=2, n_layers=2, variants=("execute",))
     names = [set(row["baselines"]) for row in found["rows"]]
     compiled = "torch.compile max-autotune bf16"
     assert compiled in found["notes"] or all(compiled in name for name in names)
@@ -274,8 +293,8 @@ def test_a_gpu_compiles_each_shape_once():
 
 
 def test_a_ternary_layer_is_measured_too():
-    setting = layers_.Setting(192, 256, 0.25, "ternary")
-    found = layers_.run([setting], device=CPU, runs=1, n_layers=1, compiled=False)
+    case = LayerCase(192, 256, 0.25, "ternary")
+    found = layers_.run([case], device=CPU, runs=1, n_layers=1, compiled=False)
     assert [row["variant"] for row in found["rows"]] == list(layers_.VARIANTS)
     read = {row["variant"]: row["bytes"] for row in found["rows"]}
     assert read["select"] == 2 * 256 * 48 + 8 * 256 + (4 + 2) * 192  # three groups of 80 channels
@@ -285,8 +304,8 @@ def test_a_ternary_layer_is_measured_too():
 @pytest.mark.parametrize("bits", [2, "ternary"])
 def test_random_layers_are_sensed_as_trained_ones_are(bits):
     """The shared row scale is no worse than a twentieth more error than one fitted for each row."""
-    setting = dataclasses.replace(SMALL, bits=bits)
-    layer = layers_._random_layer(setting, torch.Generator().manual_seed(0), CPU)
+    case = dataclasses.replace(SMALL, bits=bits)
+    layer = layers_._random_layer(case, torch.Generator().manual_seed(0), CPU)
     y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
     estimate = reference.usage(y, scale, layer.row_scale)
     x = layer.x.double()
@@ -316,15 +335,15 @@ def test_equal_seeds_give_equal_layers():
     ("options", "message"),
     [
         ({"variants": ("prefill",)}, r"^\[bench\] variant 'prefill': want one of complete"),
-        ({"settings": [layers_.Setting(64, 64, 0.0)]}, r"^\[bench\] density = 0.0: want"),
-        ({"settings": [layers_.Setting(64, 64, 1.5)]}, r"^\[bench\] density = 1.5: want"),
-        ({"settings": [layers_.Setting(64, 64, 0.5, batch=0)]}, r"^\[bench\] batch = 0: want at"),
+        ({"cases": [LayerCase(64, 64, 0.0)]}, r"^\[bench\] density = 0.0: want"),
+        ({"cases": [LayerCase(64, 64, 1.5)]}, r"^\[bench\] density = 1.5: want"),
+        ({"cases": [LayerCase(64, 64, 0.5, batch=0)]}, r"^\[bench\] batch = 0: want at"),
         (
-            {"settings": [layers_.Setting(64, 64, 0.5, tile_rows=24)]},
+            {"cases": [LayerCase(64, 64, 0.5, tile_rows=24)]},
             r"^\[bench\] tile_rows = 24 of 64 neurons: want a divisor\.",
         ),
     ],
 )
 def test_refuses_what_it_cannot_measure(options, message):
     with pytest.raises(ValueError, match=message):
-        layers_.run(**{"settings": [SMALL], "device": CPU, **options})
+        layers_.run(**{"cases": [SMALL], "device": CPU, **options})

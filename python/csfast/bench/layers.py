@@ -1,12 +1,13 @@
 """What the operations of a feed-forward layer cost, beside the dense layer in torch.
 
 Layers of random weights rotate so that no cache holds them, all variants and baselines run in
-turns (`csfast.timing`), and thresholds are the quantiles of the estimated usage that give the
-wanted density. The read bandwidth that fractions refer to is measured in the same run.
+turns (`bench.timing`), and thresholds are the quantiles of the estimated usage that give the wanted
+density. What fractions of the read bandwidth refer to is measured in the same turns: a reader of
+the very weights (`ops.read`), so that a fraction above 1 is a mistake of the run (`too_fast`).
 
 On a GPU every measurement is a CUDA graph, and there are two more baselines, which are sparse
 themselves: the neurons of the list gathered into dense matrices for cuBLAS, and the rule of TEAL as
-Triton kernels (`bench_triton`) at the same density of channels, which a single row allows.
+Triton kernels (`bench.teal`) at the same density of channels, which a single row allows.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,59 +26,18 @@ from torch.nn import functional
 
 from .. import doctor, ops
 from ..codes import levels, planes
+from ..ops.read import MOST_BUFFERS, Reader
 from ..types import Code
-from . import head, timing
+from . import head, timed, timing
+from .timed import LayerCase
 
 VARIANTS = ("complete", "execute", "select", "sense", "nested")
 EXECUTE = ("complete", "execute")  # of these, what gives the layer's output
-NESTED_BITS = 3  # of the level that the variant of that name reads, whatever `Setting.bits`
-# Layers to rotate over. On the CPU 600 MB of bf16 weights at d = 2048, F = 8192; on a GPU at least
-# 32, more of the small layers, whose codes alone have to exceed an L2 of 60 MB several times, and
-# fewer where one layer is 1.4 GB.
-N_LAYERS = {"cpu": 6, "cuda": 32}
-CUDA_LAYERS = {(896, 4864): 128, (8192, 28672): 8}
+NESTED_BITS = 3  # of the level that the variant of that name reads, whatever the code of the case
 GATHER = "gather + cuBLAS"
 TEAL = "triton TEAL rule"
+READ = "read"  # of the turns: what fractions of the bandwidth refer to
 COMPILE_SECONDS = 60.0  # of the searches of torch.compile in all, from which no other one begins
-# Bytes read at a time for the bandwidth, and how many such slices take turns. On the CPU a slice is
-# about what a sparse layer reads, and all of them are more than any cache holds; a GPU reads 32 MB
-# in less time than it takes to fill the machine, so its slices are larger.
-_SLICES = {"cpu": (32 << 20, 16), "cuda": (1 << 30, 2)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One problem: a layer's sizes and the density that is executed."""
-
-    d: int  # channels of the activation
-    n_neurons: int  # rows of the gate and of the up projection
-    density: float  # fraction of the neurons, in (0, 1]
-    bits: Code = 2  # of a weight
-    tile_rows: int = 1  # neurons that are kept and read as one
-    batch: int = 1  # rows; more than one share a support
-
-    @property
-    def case(self) -> str:
-        """Its name in the results, for example ``ffn d=2048 F=8192 density=.25``."""
-        density = f"{self.density:.2f}".removeprefix("0")
-        bits = "" if self.bits == 2 else f" bits={self.bits}"
-        blocks = "" if self.tile_rows == 1 else f" blocks={self.tile_rows}"
-        rows = "" if self.batch == 1 else f" batch={self.batch} joint"
-        return f"ffn d={self.d} F={self.n_neurons} density={density}{bits}{blocks}{rows}"
-
-
-CPU_SETTINGS = (
-    *(Setting(2048, 8192, density) for density in (0.5, 0.25, 0.1)),
-    Setting(2048, 8192, 0.25, tile_rows=16),
-)
-# Cases of bench/cases.h. Neighbours of one shape share their weights and what torch.compile found;
-# that search may stop before the last shape, where cuBLAS alone reads as fast as the memory can.
-CUDA_SETTINGS = (
-    *(Setting(4096, 14336, density) for density in (0.5, 0.25, 0.1)),
-    *(Setting(4096, 14336, 0.25, batch=batch) for batch in (4, 16)),
-    *(Setting(896, 4864, density) for density in (0.5, 0.25, 0.1)),
-    *(Setting(8192, 28672, density) for density in (0.5, 0.25, 0.1)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +56,7 @@ class _Layer:
 
 
 def run(
-    settings: Sequence[Setting],
+    cases: Sequence[LayerCase],
     *,
     device: torch.device,
     runs: int = 40,
@@ -106,10 +67,10 @@ def run(
     progress: Callable[[str], None] | None = None,
     found: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the settings, one row for each setting and variant.
+    """Measure the cases, one row for each case and variant.
 
     Args:
-        settings: The problems; those of one shape are best neighbours, they share their weights.
+        cases: The problems; those of one shape are best neighbours, they share their weights.
         device: Where to measure.
         runs: Measurements of every variant.
         variants: Which of `VARIANTS`.
@@ -120,7 +81,7 @@ def run(
         found: Given the results so far, after every case.
 
     Returns:
-        The head of `head.of`, ``notes``, the best ``read_bandwidth`` in bytes a second,
+        The head of `head.of`, ``notes``, ``read_bandwidth`` of the best case in bytes a second,
         ``compile_seconds`` if anything was compiled, and ``rows``. Times in microseconds;
         ``bytes`` is what a call has to read; ``ratio_vs_best`` is the time of the fastest baseline
         over ours, ``ratio_vs_dense`` that of the fastest dense one; ``sigma`` is the density times
@@ -135,36 +96,36 @@ def run(
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"[bench] variant {variant!r}: want one of {', '.join(VARIANTS)}.")
-    for setting in settings:
-        if not 0 < setting.density <= 1:
-            raise ValueError(f"[bench] density = {setting.density}: want a fraction in (0, 1].")
-        if setting.tile_rows < 1 or setting.n_neurons % setting.tile_rows != 0:
+    for case in cases:
+        if not 0 < case.density <= 1:
+            raise ValueError(f"[bench] density = {case.density}: want a fraction in (0, 1].")
+        if case.tile_rows < 1 or case.n_neurons % case.tile_rows != 0:
             raise ValueError(
-                f"[bench] tile_rows = {setting.tile_rows} of {setting.n_neurons} neurons: want a "
-                "divisor."
+                f"[bench] tile_rows = {case.tile_rows} of {case.n_neurons} neurons: want a divisor."
             )
-        if setting.batch < 1:
-            raise ValueError(f"[bench] batch = {setting.batch}: want at least 1.")
+        if case.batch < 1:
+            raise ValueError(f"[bench] batch = {case.batch}: want at least 1.")
     doctor.require(device)
-    bandwidth = read_bandwidth(device)
     notes: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    results = {**head.of(device), "notes": notes, "read_bandwidth": bandwidth, "rows": rows}
+    results = {**head.of(device), "notes": notes, "read_bandwidth": 0.0, "rows": rows}
     compiler = _Compiler(device) if compiled else None
     layers: list[_Layer] = []
     dense: dict[str, Callable[[int], Tensor]] = {}
     shape: tuple[int, int, Code, int] | None = None
-    for setting in settings:
+    for case in cases:
         if progress is not None:
-            progress(setting.case)
-        if shape != (setting.d, setting.n_neurons, setting.bits, setting.batch):
-            shape = (setting.d, setting.n_neurons, setting.bits, setting.batch)
+            progress(case.name)
+        if shape != (case.d, case.n_neurons, case.bits, case.batch):
+            shape = (case.d, case.n_neurons, case.bits, case.batch)
             layers, dense = [], {}  # frees the last shape's before the next one's are made
             generator = torch.Generator(device).manual_seed(seed)
-            count = n_layers_of(setting, device) if n_layers is None else n_layers
-            layers = [_random_layer(setting, generator, device) for _ in range(count)]
+            count = timed.n_layers_of(case, device) if n_layers is None else n_layers
+            layers = [_random_layer(case, generator, device) for _ in range(count)]
             dense = _dense_baselines(layers, device, compiler, notes)
-        rows += _measure(setting, layers, dense, device, runs, variants, bandwidth, notes)
+        measured, bandwidth = _measure(case, layers, dense, device, runs, variants, notes)
+        rows += measured
+        results["read_bandwidth"] = max(results["read_bandwidth"], bandwidth)
         if compiler is not None:
             results["compile_seconds"] = compiler.seconds
         if found is not None:
@@ -172,36 +133,51 @@ def run(
     return results
 
 
-def n_layers_of(setting: Setting, device: torch.device) -> int:
-    """Give how many layers of this size rotate, so that no cache holds them."""
-    if device.type == "cuda":
-        return CUDA_LAYERS.get((setting.d, setting.n_neurons), N_LAYERS["cuda"])
-    return N_LAYERS["cpu"]
+def too_fast(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the rows that cannot be true: they read faster than reading alone does.
+
+    Of layers that no cache holds, on a machine that does nothing else, there are none.
+    """
+    return [
+        f"{row['case']} {row['variant']}: {row['fraction_of_read_bandwidth']:.3f} of what reading "
+        "alone reaches: want at most 1."
+        for row in rows
+        if row["fraction_of_read_bandwidth"] > 1
+    ]
 
 
-def read_bandwidth(device: torch.device, *, runs: int = 32) -> float:
-    """Measure how many bytes a second the device reads: the best of several plain readers."""
-    n_bytes, n_slices = _SLICES[device.type]
-    floats = torch.ones(n_slices, n_bytes // 4, device=device)
-    matrices = floats.view(n_slices, -1, 2048)
-    halves = floats.view(torch.bfloat16).view(n_slices, -1, 2048)
-    vector = torch.ones(2048, device=device)
-    half = vector.bfloat16()
-    readers: dict[str, Callable[[int], Tensor]] = {
-        "sum": lambda i: floats[i].sum(),
-        "mv float32": lambda i: matrices[i] @ vector,
-        "mv bfloat16": lambda i: halves[i] @ half,
-    }
-    timings = timing.compare(readers, n_inputs=n_slices, device=device, runs=runs, warmup=1)
-    return n_bytes / min(t.median for t in timings.values())
+def _reading(layers: Sequence[_Layer]) -> tuple[Callable[[int], None], float]:
+    """Give what reads the weights of layers, for `timing.compare`, and what a call of it reads.
+
+    On the CPU a call reads one of the three matrices of its layer, in turns: what takes about as
+    long as the operations do is as often disturbed. On a GPU a few of the calls read everything
+    between them, because the time of a kernel that reads a small layer is that of its start.
+
+    Returns:
+        The call, and the bytes of one, on average over the layers.
+    """
+    tables = [table for layer in layers for table in (layer.gate, layer.up, layer.down_t)]
+    n_bytes = sum(table.numel() * table.element_size() for table in tables)
+    if tables[0].device.type == "cpu":
+        each = [Reader([table]) for table in tables]
+        turns = itertools.count()
+        return lambda i: each[3 * i + next(turns) // len(layers) % 3](), n_bytes / len(tables)
+    most = MOST_BUFFERS
+    some = [Reader(tables[i : i + most]) for i in range(0, len(tables), most)]
+
+    def read(i: int) -> None:
+        if i < len(some):
+            some[i]()
+
+    return read, n_bytes / len(layers)
 
 
-def _random_layer(setting: Setting, generator: torch.Generator, device: torch.device) -> _Layer:
+def _random_layer(case: LayerCase, generator: torch.Generator, device: torch.device) -> _Layer:
     """Make a layer whose usage is spread as random weights spread it.
 
     `cases.Case.make` does so too, but fits every row: ten seconds for one layer of d = 2048.
     """
-    d, n_neurons, bits = setting.d, setting.n_neurons, setting.bits
+    d, n_neurons, bits = case.d, case.n_neurons, case.bits
 
     def rows() -> Tensor:
         return torch.randn(n_neurons, d, generator=generator, device=device).div_(d**0.5).bfloat16()
@@ -216,7 +192,7 @@ def _random_layer(setting: Setting, generator: torch.Generator, device: torch.de
         scales.append(scale)
     row_scale = torch.stack(scales, dim=1)
     row_scale[:, 1] *= down_t.float().norm(dim=1)
-    x = torch.randn(setting.batch, d, generator=generator, device=device).bfloat16()
+    x = torch.randn(case.batch, d, generator=generator, device=device).bfloat16()
     return _Layer(
         gate=gate,
         up=up,
@@ -311,7 +287,7 @@ def _dense_baselines(
 
 
 def _sparse_baselines(
-    setting: Setting,
+    case: LayerCase,
     layers: list[_Layer],
     tiles: list[ops.TileList],
     device: torch.device,
@@ -323,31 +299,31 @@ def _sparse_baselines(
     """
     if device.type == "cpu":
         return {}
-    neurons = [_neurons(setting, tile) for tile in tiles]
+    neurons = [_neurons(case, tile) for tile in tiles]
     found: dict[str, Callable[[int], Tensor]] = {
         GATHER: lambda i: gathered(layers[i].gate, layers[i].up, layers[i].down_t, layers[i].x,
                                    neurons[i])
     }  # fmt: skip
     if importlib.util.find_spec("triton") is None:
         notes[TEAL] = "unavailable: triton is not installed"
-    elif setting.batch > 1:
+    elif case.batch > 1:
         notes[TEAL] = "left out where rows share a support: the rule is one row's"
-    elif setting.tile_rows > 1:
+    elif case.tile_rows > 1:
         notes[TEAL] = "left out where neurons are kept in blocks: the rule has channels"
     else:
         kernels = importlib.import_module(".teal", __package__)
         try:
-            found[TEAL] = _teal(kernels, setting, layers, device)
+            found[TEAL] = _teal(kernels, case, layers, device)
         except kernels.FAILURES as error:
             notes[TEAL] = "unavailable: " + _reason(error)
     return found
 
 
-def _neurons(setting: Setting, tiles: ops.TileList) -> Tensor:
+def _neurons(case: LayerCase, tiles: ops.TileList) -> Tensor:
     """List the neurons of the only list of `tiles`, int64."""
     kept = tiles.tile[0, : int(tiles.n_tiles)].long()
-    rows = torch.arange(setting.tile_rows, device=kept.device)
-    return (kept[:, None] * setting.tile_rows + rows).flatten()
+    rows = torch.arange(case.tile_rows, device=kept.device)
+    return (kept[:, None] * case.tile_rows + rows).flatten()
 
 
 def gathered(gate: Tensor, up: Tensor, down_t: Tensor, x: Tensor, neurons: Tensor) -> Tensor:
@@ -368,26 +344,26 @@ def threshold_of(values: Tensor, density: float) -> float:
 
 
 def _teal(
-    kernels: types.ModuleType, setting: Setting, layers: list[_Layer], device: torch.device
+    kernels: types.ModuleType, case: LayerCase, layers: list[_Layer], device: torch.device
 ) -> Callable[[int], Tensor]:
     """Give the layer by the rule of TEAL, cut as is fastest on these layers."""
     weights, thresholds, products = [], [], []
     for layer in layers:
         by_channel = torch.stack((layer.gate.T, layer.up.T))  # (2, d, n_neurons)
         weights.append(by_channel)
-        of_x = threshold_of(layer.x, setting.density)
+        of_x = threshold_of(layer.x, case.density)
         kept = torch.where(layer.x.float().abs() > of_x, layer.x, 0)
         sums = (kept @ by_channel).float()  # (2, 1, n_neurons)
         a = functional.silu(sums[0]) * sums[1]
-        thresholds.append((of_x, threshold_of(a, setting.density)))
+        thresholds.append((of_x, threshold_of(a, case.density)))
         products.append(sums[:, 0].contiguous())
-    room = torch.zeros(2, setting.n_neurons, device=device)
+    room = torch.zeros(2, case.n_neurons, device=device)
 
     def gate_up(config: Any) -> Callable[[int], object]:
         return lambda i: kernels.gate_up(layers[i].x, weights[i], thresholds[i][0], room, config)
 
     def down(config: Any) -> Callable[[int], object]:
-        out = room[0, : setting.d] if setting.d <= setting.n_neurons else room.new_zeros(setting.d)
+        out = room[0, : case.d] if case.d <= case.n_neurons else room.new_zeros(case.d)
         return lambda i: kernels.down(products[i], layers[i].down_t, thresholds[i][1], out, config)
 
     chosen = []
@@ -411,24 +387,23 @@ def _teal(
 
 
 def _measure(
-    setting: Setting,
+    case: LayerCase,
     layers: list[_Layer],
     dense: dict[str, Callable[[int], Tensor]],
     device: torch.device,
     runs: int,
     variants: Sequence[str],
-    bandwidth: float,
     notes: dict[str, str],
-) -> list[dict[str, Any]]:
-    """Time one setting and give its rows."""
-    bits, tile_rows = setting.bits, setting.tile_rows
-    weight = torch.ones(setting.batch, device=device) if setting.batch > 1 else None
+) -> tuple[list[dict[str, Any]], float]:
+    """Time one case; give its rows and the bytes a second that reading alone reaches."""
+    bits, tile_rows = case.bits, case.tile_rows
+    weight = torch.ones(case.batch, device=device) if case.batch > 1 else None
     thresholds, tiles = [], []
     session = ops.Session(device)
     for layer in layers:
         y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
-        n_groups = -(-setting.n_neurons // tile_rows)
-        budget = torch.tensor([max(1, round(setting.density * n_groups))])
+        n_groups = -(-case.n_neurons // tile_rows)
+        budget = torch.tensor([max(1, round(case.density * n_groups))])
         support = ops.recover(
             y,
             scale,
@@ -445,12 +420,12 @@ def _measure(
             codes=layer.codes,
             equal=layer.equal,
             row_scale=layer.row_scale,
-            threshold=threshold.expand(setting.batch).contiguous(),
+            threshold=threshold.expand(case.batch).contiguous(),
             gate=layer.gate,
             up=layer.up,
             down_t=layer.down_t,
             bits=bits,
-            max_batch=setting.batch,
+            max_batch=case.batch,
             tile_rows=tile_rows,
             weight=weight,
         )
@@ -489,27 +464,29 @@ def _measure(
         "sense": sense,
         "nested": level,
     }
-    sparse = _sparse_baselines(setting, layers, tiles, device, notes)
+    reading, reading_bytes = _reading(layers)
+    sparse = _sparse_baselines(case, layers, tiles, device, notes)
     timings = timing.compare(
-        {**{name: ours[name] for name in variants}, **dense, **sparse},
+        {**{name: ours[name] for name in variants}, **dense, **sparse, READ: reading},
         n_inputs=len(layers),
         device=device,
         runs=runs,
     )
+    bandwidth = reading_bytes / timings[READ].median
     n_kept = sum(int(t.n_tiles.sum()) for t in tiles) / len(tiles)
-    read = _bytes(setting, n_kept)
+    read = _bytes(case, n_kept)
     baselines = {name: timings[name].median * 1e6 for name in (*dense, *sparse)}
     best_dense = min(baselines[name] for name in dense)
-    workspace = ops.ffn_workspace(setting.batch, setting.d, setting.n_neurons, device)
+    workspace = ops.ffn_workspace(case.batch, case.d, case.n_neurons, device)
     rows = []
     for name in variants:
         median = timings[name].median * 1e6
         rows.append(
             {
-                "case": setting.case,
+                "case": case.name,
                 "variant": name,
-                "density": setting.density,
-                "batch": setting.batch,
+                "density": case.density,
+                "batch": case.batch,
                 "median_us": median,
                 "p10_us": timings[name].p10 * 1e6,
                 "p90_us": timings[name].p90 * 1e6,
@@ -519,10 +496,10 @@ def _measure(
                 "baselines": baselines,
                 "ratio_vs_best": min(baselines.values()) / median,
                 "ratio_vs_dense": best_dense / median,
-                "sigma": sigma(setting.density, best_dense, median) if name in EXECUTE else None,
+                "sigma": sigma(case.density, best_dense, median) if name in EXECUTE else None,
             }
         )
-    return rows
+    return rows, bandwidth
 
 
 def sigma(density: float, dense: float, sparse: float) -> float:
@@ -530,14 +507,14 @@ def sigma(density: float, dense: float, sparse: float) -> float:
     return density * dense / sparse
 
 
-def _bytes(setting: Setting, kept: float) -> dict[str, int]:
+def _bytes(case: LayerCase, kept: float) -> dict[str, int]:
     """Give what a call has to read, in bytes, when `kept` tiles are executed."""
-    x = 2 * setting.batch * setting.d
-    select = planes.n_bytes(setting.n_neurons, setting.d, setting.bits) + x
-    execute = round(kept * (setting.tile_rows * 3 * 2 * setting.d + 4)) + x
+    x = 2 * case.batch * case.d
+    select = planes.n_bytes(case.n_neurons, case.d, case.bits) + x
+    execute = round(kept * (case.tile_rows * 3 * 2 * case.d + 4)) + x
     return {
-        "sense": select - 8 * setting.n_neurons,  # the row scales are read by recover
-        "nested": levels.n_bytes(setting.n_neurons, setting.d, (NESTED_BITS,)) + x,
+        "sense": select - 8 * case.n_neurons,  # the row scales are read by recover
+        "nested": levels.n_bytes(case.n_neurons, case.d, (NESTED_BITS,)) + x,
         "select": select,
         "execute": execute,
         "complete": select + execute,

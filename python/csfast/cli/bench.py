@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from .. import files
 from ..bench import layers as bench_
 from ..bench import pursuits as bench_omp_
+from ..bench import timed
 from ..report import tables
 from .app import (
     DeviceName,
@@ -53,14 +53,9 @@ def bench(
         return
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
     where = torch.device(device.value)
-    settings: Sequence[bench_.Setting] = (
-        bench_.CUDA_SETTINGS if where.type == "cuda" else bench_.CPU_SETTINGS
-    )
-    if quick:
-        settings = (bench_.Setting(512, 1024, 0.25),)
     with notes().status("bench") as status:
         results = bench_.run(
-            settings,
+            (timed.QUICK,) if quick else timed.BESIDE_TORCH[where.type],
             device=where,
             runs=5 if quick else 40,
             variants=names[operation] if operation in names else (str(operation),),
@@ -70,6 +65,12 @@ def bench(
         )
     _write_bench(json_file, results, commit)
     Console().print(tables.speed(results))
+    # A quick run reads from caches, with few measurements: its fractions say nothing.
+    mistakes = [] if quick else bench_.too_fast(results["rows"])
+    for mistake in mistakes:
+        typer.echo(f"csfast: [bench] {mistake}", err=True)
+    if mistakes:
+        raise typer.Exit(1)
 
 
 def _write_bench(
