@@ -244,6 +244,22 @@ def test_the_main_plot_has_four_lines_and_calls_the_blue_one_csfast():
     assert "classical compressed sensing" in everywhere
 
 
+def test_points_of_one_name_in_a_row_are_named_once():
+    names = ["a", "a", "b", "a"]
+    points = [plots.Point(i, 0.0, 0.0, 0.0, "", name) for i, name in enumerate(names)]
+    (line,) = fronts._named_once([plots.Line("l", "s0", "", tuple(points))])
+    assert [point.name for point in line.points] == ["a", "", "b", "a"]
+
+
+def test_the_folded_plot_of_all_families_says_which_it_adds():
+    made = {**pages.ablation(), "rows": pages.wide_ablation()["rows"]}
+    title = "All families, with unheard-of and perfect choice and classical compressed sensing"
+    assert f"{title} A line joins" in words(page_.render(ablation=made))
+    made["rows"] = [row for row in made["rows"] if row["family"] in ("few-bit", "quantised")]
+    shown = words(page_.render(ablation=made))
+    assert "All families A line joins" in shown and "an oracle" not in shown
+
+
 def test_the_main_plot_takes_the_next_family_where_one_is_missing():
     rows = [r for r in pages.wide_ablation()["rows"] if r["family"] not in ("mixed", "quantised")]
     assert fronts.main_families(rows)[:3] == ["few-bit", "selection", "compressed"]
@@ -279,6 +295,17 @@ def test_every_method_of_an_ablation_has_plain_words():
         "8 channels, 16 neurons, 25% executed, bits: 3, requests that share their neurons: 4"
     )
     assert words_.case("omp m=2") == "omp m=2"
+
+
+def test_made_prompts_stand_beneath_the_mean():
+    made = pages.MADE["evaluation"]()
+    made["tasks"] = {"retrieval": made["tasks"]["math"], **made["tasks"]}
+    assert "not part of it" not in words(page_.render(evaluation=made))
+    text = page_.render(evaluation={**made, "outside": ["retrieval"]})
+    rows = re.findall(r"<tr[^>]*><td>([^<]*)</td>", text)
+    assert rows == ["math", "prose", "mean", "retrieval"]
+    names = re.findall(r'class="number end">([^<]*)</text>', text)
+    assert names[:4] == rows and "prompts that csfast made; they are not part" in words(text)
 
 
 # A demo

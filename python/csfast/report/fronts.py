@@ -58,12 +58,14 @@ def ablation(found: Mapping[str, Any]) -> dict[str, Any]:
         families += _methods(title, elsewhere, [], _loss_axes(elsewhere, None))
     return {
         "plot": plots.figure(
-            _loss_chart(main, _loss_axes(few, None), MAIN_WIDTH, MAIN_HEIGHT), main
+            _loss_chart(_named_once(main), _loss_axes(few, None), MAIN_WIDTH, MAIN_HEIGHT), main
         ),
         "said": told(main),
         "hidden": [title_of(name) for name in _by_family(rows) if name not in shown],
         "has_mixed": any(family(row) == "mixed" for row in few),
-        "all_families": plots.figure(_loss_chart(lines, axes, WIDE, 520), lines),
+        "has_compressed": any(family(row) == "compressed" for row in rows),
+        "has_oracle": any(family(row) == "oracle" for row in rows),
+        "all_families": plots.figure(_loss_chart(_named_once(lines), axes, WIDE, 520), lines),
         "front": [_named(row) for row in best],
         "tasks": [(task, found["dense"][task], _task_plot(rows, task)) for task in tasks],
         "legend": plots.legend(lines),
@@ -116,6 +118,18 @@ def told(lines: Sequence[Line]) -> list[str]:
         for name, points in found.items()
         if points
     ]
+
+
+def _named_once(lines: Sequence[Line]) -> list[Line]:
+    """The lines with a name only where it is another than that of the point before."""
+    found = []
+    for line in lines:
+        points, last = [], ""
+        for point in line.points:
+            points.append(dataclasses.replace(point, name="" if point.name == last else point.name))
+            last = point.name
+        found.append(dataclasses.replace(line, points=tuple(points)))
+    return found
 
 
 def _meanings(rows: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:

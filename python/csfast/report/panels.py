@@ -32,24 +32,17 @@ def evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
     entries = found["tasks"].values()
     by_task = found.get("density_per_task_layer")
     layers = found["density_per_layer"]
-    points = [
-        Point(
-            float(row["delta"]),
-            0.0,
-            float(row["ci95"][0]),
-            float(row["ci95"][1]),
-            f"{name}: {row['delta']:+.4f} ({row['ci95'][0]:+.4f} to {row['ci95'][1]:+.4f})",
-            name,
-        )
-        for name, row in found["tasks"].items()
-    ]
-    mean, (low, high) = found["mean_delta"], found["mean_ci95"]
-    title = f"mean: {mean:+.4f} ({low:+.4f} to {high:+.4f})"
-    points.append(Point(float(mean), 0.0, float(low), float(high), title, "mean"))
+    outside = [name for name in found["tasks"] if name in found.get("outside", ())]
+    inside = [name for name in found["tasks"] if name not in outside]
+    points = [_difference(name, found["tasks"][name]) for name in inside]
+    points.append(_difference("mean", {"delta": found["mean_delta"], "ci95": found["mean_ci95"]}))
+    points += [_difference(name, found["tasks"][name]) for name in outside]
     ends = [0.0] + [value for point in points for value in (point.x, point.low, point.high)]
     axis = plots.linear(plots.DELTA, min(ends), max(ends))
     return {
         **found,
+        "inside": [(name, found["tasks"][name]) for name in inside],
+        "outside": [(name, found["tasks"][name]) for name in outside],
         "verdict": quality_verdict(found),
         "code": words.code(found["bits"]),
         "thresholds": words.thresholds(found["task"]),
@@ -67,6 +60,12 @@ def evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
         "total_tokens": sum(entry["tokens"] for entry in entries),
         "total_sparse": sum(entry["sparse_tokens"] for entry in entries),
     }
+
+
+def _difference(name: str, row: Row) -> Point:
+    """A loss over dense with its interval, along."""
+    delta, (low, high) = float(row["delta"]), (float(end) for end in row["ci95"])
+    return Point(delta, 0.0, low, high, f"{name}: {delta:+.4f} ({low:+.4f} to {high:+.4f})", name)
 
 
 def quality_verdict(found: Mapping[str, Any]) -> str:

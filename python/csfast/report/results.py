@@ -338,6 +338,7 @@ _evaluation = all_of(
             least=1,
         ),
         mean_delta=number,
+        outside=optional(many(text)),
         mean_ci95=interval,
         density=number,
         density_per_layer=_densities,
