@@ -58,7 +58,7 @@ void check_group_rows(const char* op, const char* name, int rows) {
 void check_weights(const char* op, const float* weight, int64_t batch) {
   for (int64_t b = 0; b < batch; ++b) {
     if (weight[b] < 0.0f) {
-      refuse(op, "weight[" + std::to_string(b) + "] = " + std::to_string(weight[b]), "at least 0");
+      refuse(op, "votes[" + std::to_string(b) + "] = " + std::to_string(weight[b]), "at least 0");
     }
   }
 }

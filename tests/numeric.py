@@ -8,6 +8,7 @@ import torch
 from csfast import ops, reference
 from csfast.codes import levels as levels_
 from csfast.codes import planes
+from csfast.layer import Decision, Layer, Sensor, Weights
 
 UNIT = 2.0**-24  # half the distance of 1 and the next float32: the error of one rounding
 EPS_F32 = 2 * UNIT
@@ -33,6 +34,15 @@ def made(case, dtype, device, bits=2):
 def made_nested(case, dtype, device, bits=(3, 3)):
     """The same, in levels."""
     return by_one_thread(lambda: case.make_nested(dtype, device, bits=bits))
+
+
+def layer_of(
+    p, threshold, *, activation="silu", offset=None, tile_rows=1, votes=None, cap=None, **biases
+):
+    """The layer of a problem, with a decision."""
+    sensor = Sensor(p.codes, p.equal, p.row_scale, p.bits, offset)
+    weights = Weights(p.gate, p.up, p.down_t, **biases)
+    return Layer(sensor, weights, Decision(threshold, tile_rows, votes, cap), activation)
 
 
 def dot_tolerance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -138,14 +148,12 @@ def group_tolerance(usage: torch.Tensor, tolerance: torch.Tensor, group_rows: in
 
 
 def joint_tolerance(
-    usage: torch.Tensor, tolerance: torch.Tensor, weight: torch.Tensor
+    usage: torch.Tensor, tolerance: torch.Tensor, votes: torch.Tensor
 ) -> torch.Tensor:
     """Bound on the error of the joint usage: R products and additions of R voting rows."""
-    n_rows = int((weight != 0).sum())
-    moved = reference.joint(tolerance, weight)
-    return (
-        1.25 * (moved + (n_rows + 1) * UNIT * reference.joint(usage, weight)) + n_rows * 2.0**-149
-    )
+    n_rows = int((votes != 0).sum())
+    moved = reference.joint(tolerance, votes)
+    return 1.25 * (moved + (n_rows + 1) * UNIT * reference.joint(usage, votes)) + n_rows * 2.0**-149
 
 
 def missed_tolerance(missed: torch.Tensor, usage: torch.Tensor) -> torch.Tensor:
@@ -244,7 +252,7 @@ def split_tiles(tile: torch.Tensor, n_tiles: torch.Tensor) -> list[torch.Tensor]
     return [tile[row, :count].long() for row, count in enumerate(n_tiles.tolist())]
 
 
-def usage_of(problem, *, biases=None, activation="silu", tile_rows=1, weight=None):
+def usage_of(problem, *, biases=None, activation="silu", tile_rows=1, votes=None):
     """What a problem's measurements promise, in float64, and the margin of error of float32.
 
     Both ``(lists, n_groups)``, and the scales ``(batch,)``.
@@ -254,9 +262,9 @@ def usage_of(problem, *, biases=None, activation="silu", tile_rows=1, weight=Non
     usage, margin = reference.usage(*given), usage_tolerance(*given)
     margin = group_tolerance(usage, margin, tile_rows)
     usage = usage if tile_rows == 1 else reference.group(usage, tile_rows)
-    if weight is not None:
-        margin = joint_tolerance(usage, margin, weight)
-        usage = reference.joint(usage, weight)
+    if votes is not None:
+        margin = joint_tolerance(usage, margin, votes)
+        usage = reference.joint(usage, votes)
     return usage, margin, scale
 
 

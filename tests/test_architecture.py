@@ -30,22 +30,24 @@ CMAKE = sorted(
 MAY_IMPORT = {
     "_version": set(),
     "types": set(),
+    "layer": {"types"},
     "files": {"types"},
     "container": {"files", "types"},
     "codes": {"types"},
     "reference": {"codes", "types"},
     "documents": {"types"},
-    "ops": {"_native", "codes", "types"},
+    "ops": {"_native", "codes", "layer", "types"},
     "pursuit": {"ops"},
     "models": {"types"},
-    "plan": {"codes", "container", "files", "models", "types"},
+    "plan": {"codes", "container", "files", "layer", "models", "types"},
     "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
     "votes": set(),
-    "patch": {"codes", "models", "ops", "plan", "types", "votes"},
+    "patch": {"codes", "layer", "models", "ops", "plan", "types", "votes"},
     "__init__": {"_version", "calibration", "documents", "models", "ops", "patch", "plan", "types"},
-    "doctor": {"_version", "codes", "models", "ops", "reference"},
-    "bench": {"codes", "doctor", "ops", "reference", "types"},
-    "judge": {"codes", "files", "models", "ops", "patch", "plan", "pursuit", "reference", "types"},
+    "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
+    "bench": {"codes", "doctor", "layer", "ops", "reference", "types"},
+    "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
+    | {"types"},
     "report": {"_version", "doctor", "files", "types"},
     "demo": {"bench", "calibration", "doctor", "documents", "judge", "models", "patch", "plan"}
     | {"report", "types"},
@@ -55,8 +57,8 @@ MAY_IMPORT = {
 }
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
-    "__init__ _native _version calibration codes container documents files models ops patch plan "
-    "types votes"
+    "__init__ _native _version calibration codes container documents files layer models ops patch "
+    "plan types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 MAY_INCLUDE = {

@@ -15,6 +15,7 @@ import numeric
 import tiny
 from axes import DTYPES, inside, pairwise
 from csfast import judge, models, ops, patch, reference
+from csfast.layer import Decision, Layer, Sensor, Weights
 from csfast.plan import Plan
 
 KINDS = list(tiny.FAMILIES)
@@ -128,21 +129,19 @@ def test_runs_the_neurons_that_the_plan_chooses(kind, bits, block, plans):
         order = torch.arange(160) if block == 1 else layer.order[block]
         gate, up, down = (w.detach() for w in ffn.weights)
         threshold = plan.threshold(i, bits=bits, density=0.25, task="text", block=block)
-        wanted = ops.ffn(
-            # The codes of the neurons as they are, put in order.
-            layer.codes[bits][order],
-            layer.equal,
-            layer.row_scale[bits][order],
-            torch.full((4,), threshold),
-            *(gate[order], up[order], down.T[order], x[:, 0]),
-            bits=bits,
-            tile_rows=block,
-            offset=None if ffn.offset() is None else ffn.offset()[order],
-            gate_bias=None if ffn.gate.bias is None else ffn.gate.bias.detach()[order],
-            up_bias=None if ffn.up.bias is None else ffn.up.bias.detach()[order],
-            down_bias=ffn.down.bias,
-            activation=ffn.activation,
+        # The codes of the neurons as they are, put in order.
+        sensor = Sensor(
+            *(layer.codes[bits][order], layer.equal, layer.row_scale[bits][order], bits),
+            None if ffn.offset() is None else ffn.offset()[order],
         )
+        weights = Weights(
+            *(gate[order], up[order], down.T[order]),
+            None if ffn.gate.bias is None else ffn.gate.bias.detach()[order],
+            None if ffn.up.bias is None else ffn.up.bias.detach()[order],
+            ffn.down.bias,
+        )
+        decision = Decision(torch.full((4,), threshold), block)
+        wanted = ops.ffn(Layer(sensor, weights, decision, ffn.activation), x[:, 0])
         with torch.no_grad():
             assert torch.equal(ffn.module(x)[:, 0], wanted)
     assert 0 < csfast.stats(model).density < 0.8
@@ -154,8 +153,8 @@ def test_codes_are_a_copy_of_the_plans(block, plans):
     model, plan = tiny.make_model(), plans()
     csfast.apply(model, plan, block=block)
     for layer, of_plan in zip(layers_of(model), plan.layers, strict=True):
-        codes = layer.__dict__["_csfast"].codes
-        assert torch.equal(codes, of_plan.blocked_codes(bits=2, block=block))
+        codes = layer.__dict__["_csfast"].bound.sensor.codes
+        assert torch.equal(codes, of_plan.sensor(bits=2, block=block).codes)
         assert codes.data_ptr() != of_plan.codes[2].data_ptr()
 
 
@@ -218,9 +217,10 @@ def test_remove_frees_what_csfast_owned(plans):
     model = tiny.make_model()
     csfast.apply(model, plans(), block=16)
     layer = layers_of(model)[0].__dict__["_csfast"]
-    tensors = (layer.codes, layer.down_t, layer.gate, layer.shared.threshold, layer.shared)
+    weights, shared = layer.bound.weights, layer.shared
+    tensors = (layer.bound.sensor.codes, weights.down_t, weights.gate, shared.threshold, shared)
     owned = [weakref.ref(t) for t in tensors]
-    del layer, tensors
+    del layer, weights, shared, tensors
     csfast.remove(model)
     gc.collect()
     assert [ref() for ref in owned] == [None] * 5
@@ -238,12 +238,12 @@ def test_bytes_are_named_and_are_what_is_owned(kind, bits, block, plans, caplog)
     shared = shared_of(model)
     tensors = [shared.threshold, shared.counts, *shared.session._workspaces.values()]
     for mlp in layers_of(model):
-        x = mlp.__dict__["_csfast"]
-        tensors += [x.codes, x.equal, x.row_scale, x.offset, x.gate, x.up, x.down_t, *x.biases]
+        bound = mlp.__dict__["_csfast"].bound
+        tensors += [*vars(bound.sensor).values(), *vars(bound.weights).values()]
     mine = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in tensors
-        if t is not None and t.untyped_storage().data_ptr() not in theirs
+        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in theirs
     }
     assert done.n_bytes == wanted == sum(mine.values())
 
@@ -558,14 +558,12 @@ def joint_output(model, plan, number, x, votes, *, density, block=1):
     gate, up, down = (w.detach() for w in ffn.weights)
     n = max(sum(votes), 1)
     threshold = plan.threshold(number, bits=2, density=density, block=block, batch=n)
-    return ops.ffn(
-        *(layer.codes[2][order], layer.equal),
-        *(layer.row_scale[2][order], torch.tensor([threshold])),
-        *(gate[order], up[order], down.T[order].contiguous(), x[:, 0]),
-        bits=2,
-        tile_rows=block,
-        weight=torch.tensor(votes).float() / n,
-    )[:, None]
+    found = Layer(
+        Sensor(layer.codes[2][order], layer.equal, layer.row_scale[2][order], 2),
+        Weights(gate[order], up[order], down.T[order].contiguous()),
+        Decision(torch.tensor([threshold]), block, torch.tensor(votes).float() / n),
+    )
+    return ops.ffn(found, x[:, 0])[:, None]
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -663,8 +663,8 @@ def test_codes_of_blocks_are_the_rows_in_their_order():
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     layer = dataclasses.replace(LayerPlan.fit(*problem, CODES, moment), order={16: order})
     for bits in CODES:
-        assert torch.equal(layer.blocked_codes(bits=bits), layer.codes[bits])
-        found = layer.blocked_codes(bits=bits, block=16)
+        assert torch.equal(layer.sensor(bits=bits).codes, layer.codes[bits])
+        found = layer.sensor(bits=bits, block=16).codes
         assert torch.equal(found, layer.codes[bits][order]) and found.is_contiguous()
 
 

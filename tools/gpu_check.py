@@ -36,6 +36,7 @@ from csfast import ops, reference, types
 from csfast.bench import cases, head, timing
 from csfast.bench import pursuits as pursuits_
 from csfast.codes import planes
+from csfast.layer import Decision, Layer, Sensor, Weights
 from csfast.ops.read import Reader
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -270,79 +271,59 @@ def sanitize_target() -> int:
         want, want_scale = reference.sense(on_host[0], on_host[1], on_host[6], bits=bits)
         assert torch.equal(y.cpu(), want) and torch.equal(scale.cpu(), want_scale), case
 
-        weight = torch.arange(case.batch).float().cuda() if case.is_joint else None
+        votes = torch.arange(case.batch).float().cuda() if case.is_joint else None
         activation = "gelu_tanh" if case.is_biased else "silu"
         offset = torch.full_like(row_scale, 0.25) if case.is_biased else None
-        biases = dict.fromkeys(("gate_bias", "up_bias"), gate[:, 0].contiguous())
-        biases = {**biases, "down_bias": x[0]} if case.is_biased else {}
-        recovery = {"weight": weight, "activation": activation, "offset": offset}
+        bias = gate[:, 0].contiguous()
+        biases = (bias, bias, x[0]) if case.is_biased else ()
+        sensor = Sensor(codes, equal, row_scale, bits, offset)
+        weights = Weights(gate, up, down_t, *biases)
+        told = {"activation": activation}
 
         n_groups = -(-case.n_neurons // tile_rows)
         lists = 1 if case.is_joint else case.batch
         budget = torch.full((lists,), n_groups // 3, dtype=torch.int32)
-        top = ops.recover(
-            y, scale, row_scale, budget=budget.cuda(), group_rows=tile_rows, **recovery
-        )
+        recovery = {"tile_rows": tile_rows, "votes": votes, "offset": offset, **told}
+        top = ops.recover(y, scale, row_scale, budget=budget.cuda(), **recovery)
         assert torch.equal(top.count.cpu(), budget), case
         threshold = top.usage.median(dim=1).values.contiguous()
-        support = ops.recover(
-            y, scale, row_scale, threshold=threshold, group_rows=tile_rows, **recovery
-        )
+        support = ops.recover(y, scale, row_scale, threshold=threshold, **recovery)
         floats = y[..., :1].float().contiguous()
         column = row_scale[:, :1].contiguous()
         ops.recover(floats, scale, column, threshold=threshold[:1].repeat(case.batch))
         tiles = ops.TileList(support.index, support.count, tile_rows)
         sizes = {"tile_rows": tile_rows, "shared": case.is_joint, "dtype": case.dtype}
         path = ops.choose(case.batch, case.d, case.n_neurons, senses=True, **sizes).split()[0]
-        rows = (gate, up, down_t, x)
-        out = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
+        out = ops.execute(weights, tiles, x, design=path, **told)
         index = torch.arange(case.n_neurons, dtype=torch.int32).repeat(case.batch, 1)
         count = torch.arange(case.batch, dtype=torch.int32) * 5 % (case.n_neurons + 1)
         held = ops.tile(index.cuda(), count.cuda(), tile_rows=tile_rows)
         on_cpu = ops.tile(index, count, tile_rows=tile_rows)
         assert torch.equal(held.tile.cpu(), on_cpu.tile), case
 
-        listed, missed = ops.select(
-            codes, equal, row_scale, threshold, x, bits=bits, tile_rows=tile_rows, **recovery
-        )
+        decision = Decision(threshold, tile_rows, votes)
+        listed, missed = ops.select(sensor, decision, x, **told)
         assert torch.equal(listed.n_tiles.cpu(), tiles.n_tiles.cpu()), case
         # In another order: see missed_tolerance in tests/numeric.py.
         near = {"rtol": case.n_neurons * 2.5 * 2.0**-24, "atol": case.n_neurons * 2.0**-148}
         assert torch.allclose(missed.cpu(), support.missed.cpu(), **near), case
         stats = torch.zeros(2, dtype=torch.int64).cuda()
-        again = ops.ffn(
-            codes,
-            equal,
-            row_scale,
-            threshold,
-            gate,
-            up,
-            down_t,
-            x,
-            bits=bits,
-            tile_rows=tile_rows,
-            stats=stats,
-            **recovery,
-            **biases,
-        )
+        whole = Layer(sensor, weights, decision, activation)
+        again = ops.ffn(whole, x, stats=stats)
         assert torch.equal(again.cpu(), out.cpu()), case
         assert int(stats.cpu()[0]) == case.batch, case
         cap = torch.full((lists,), 3, dtype=torch.int32)
-        given = (codes, equal, row_scale, threshold)
-        capped, _ = ops.select(
-            *given, x, bits=bits, tile_rows=tile_rows, cap=cap.cuda(), **recovery
-        )
+        capping = Decision(threshold, tile_rows, votes, cap.cuda())
+        capped, _ = ops.select(sensor, capping, x, **told)
         assert torch.equal(capped.n_tiles.cpu(), torch.minimum(cap, tiles.n_tiles.cpu())), case
         if case.dtype == torch.float32 or case.d % 8 > 0:
             continue
         for path in ("list", "list bulk", "range", "range bulk", *["batch"] * case.is_joint):
             if "bulk" in path and torch.cuda.get_device_capability() < (9, 0):
                 continue
-            rows = (gate, up, down_t, x)
-            want = ops.execute(*rows, tiles, activation=activation, design=path, **biases)
+            want = ops.execute(weights, tiles, x, design=path, **told)
             for more in ("", " portable")[: 1 if "bulk" in path else 2]:
-                told = {"bits": bits, "tile_rows": tile_rows, "design": path + more}
-                got = ops.ffn(*given, *rows, **told, **recovery, **biases)
+                got = ops.ffn(whole, x, design=path + more)
                 assert torch.equal(got.cpu(), want.cpu()), (case, path, more)
     for nested_case, widths, dtype in SANITIZED_NESTED:
         p = nested_case.make_nested_exact(dtype, "cuda", bits=widths)

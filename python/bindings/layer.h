@@ -16,7 +16,7 @@ struct WeightsArgs {
 };
 
 struct DecisionArgs {
-  nb::handle threshold, weight, cap;
+  nb::handle threshold, votes, cap;
   int tile_rows;
 };
 
@@ -25,7 +25,7 @@ struct LayerSizes {
   Size batch{"batch"}, d{"d"}, n{"n_neurons"}, one{"1", 1}, two{"2", 2};
 
   // Of decisions: a row each, or all rows together.
-  Size& lists(nb::handle weight) { return weight.is_none() ? batch : one; }
+  Size& lists(nb::handle votes) { return votes.is_none() ? batch : one; }
 };
 
 inline csfast::Sensor unpack(Call& call, LayerSizes& sizes, const SensorArgs& args) {
@@ -56,10 +56,31 @@ inline csfast::Decision unpack(Call& call, LayerSizes& sizes, Size& lists,
                                const DecisionArgs& args) {
   csfast::Decision decision{};
   decision.threshold = call.in<float>(args.threshold, "threshold", {&lists});
-  decision.weight = call.in_or_null<float>(args.weight, "weight", {&sizes.batch});
+  decision.weight = call.in_or_null<float>(args.votes, "votes", {&sizes.batch});
   decision.cap = call.in_or_null<int32_t>(args.cap, "cap", {&lists});
   decision.tile_rows = args.tile_rows;
   return decision;
+}
+
+// An attribute of a Python object that keeps it.
+inline nb::handle field(nb::handle object, const char* name) {
+  return nb::object(object.attr(name));
+}
+
+// The same of a csfast.layer.Layer, which keeps the tensors; `code` is that of its bits.
+inline SensorArgs sensor_of(nb::handle layer, int code) {
+  nb::handle s = field(layer, "sensor");
+  return {field(s, "codes"), field(s, "equal"), field(s, "row_scale"), field(s, "offset"), code};
+}
+inline WeightsArgs weights_of(nb::handle layer) {
+  nb::handle w = field(layer, "weights");
+  return {field(w, "gate"),      field(w, "up"),      field(w, "down_t"),
+          field(w, "gate_bias"), field(w, "up_bias"), field(w, "down_bias")};
+}
+inline DecisionArgs decision_of(nb::handle layer) {
+  nb::handle d = field(layer, "decision");
+  return {field(d, "threshold"), field(d, "votes"), field(d, "cap"),
+          nb::cast<int>(field(d, "tile_rows"))};
 }
 
 // When a tensor of type T has been unpacked, and all of these sizes are known.

@@ -8,7 +8,7 @@ namespace {
 
 // `limit` is the threshold or the budget, by `top`.
 void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle limit, bool top,
-             nb::handle offset, nb::handle weight, int group_rows, const char* activation,
+             nb::handle offset, nb::handle votes, int tile_rows, const char* activation,
              nb::handle index, nb::handle count, nb::handle usage, nb::handle missed,
              uintptr_t stream) {
   Call call("recover");
@@ -22,23 +22,23 @@ void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle li
   p.scale = call.in<float>(scale, "scale", {&batch});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &columns});
   p.offset = call.in_or_null<float>(offset, "offset", {&n, &columns});
-  p.weight = call.in_or_null<float>(weight, "weight", {&batch});
+  p.weight = call.in_or_null<float>(votes, "votes", {&batch});
   Size& lists = p.weight == nullptr ? batch : one;
-  Size groups{"n_groups", group_rows > 0 ? csfast::n_groups(n, group_rows) : -1};
+  Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_groups(n, tile_rows) : -1};
   p.rule = top ? csfast::Rule::kTopK : csfast::Rule::kThreshold;
   if (top) {
     p.budget = call.in<int32_t>(limit, "budget", {&lists});
   } else {
     p.threshold = call.in<float>(limit, "threshold", {&lists});
   }
-  p.usage = call.out<float>(usage, "usage", {&lists, &groups});
-  p.index = call.out<int32_t>(index, "index", {&lists, &groups});
+  p.usage = call.out<float>(usage, "usage", {&lists, &width});
+  p.index = call.out<int32_t>(index, "index", {&lists, &width});
   p.count = call.out<int32_t>(count, "count", {&lists});
   p.missed = call.out<float>(missed, "missed", {&lists});
   p.batch = batch;
   p.n_neurons = n;
   p.columns = static_cast<int>(columns);
-  p.group_rows = group_rows;
+  p.group_rows = tile_rows;
   p.activation = call.activation(activation);
   unlocked([&] { csfast::recover(p, call.device(), stream_of(stream)); });
 }
@@ -47,11 +47,11 @@ void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle li
 
 void bind_recover(nb::module_& m) {
   m.def("recover", &recover, "y"_a, "scale"_a, "row_scale"_a, "limit"_a, "top"_a, "offset"_a.none(),
-        "weight"_a.none(), "group_rows"_a, "activation"_a, "index"_a, "count"_a, "usage"_a,
+        "votes"_a.none(), "tile_rows"_a, "activation"_a, "index"_a, "count"_a, "usage"_a,
         "missed"_a, "stream"_a,
         nb::sig("def recover(y: torch.Tensor, scale: torch.Tensor, row_scale: torch.Tensor, "
                 "limit: torch.Tensor, top: bool, offset: torch.Tensor | None, "
-                "weight: torch.Tensor | None, group_rows: int, activation: str, "
+                "votes: torch.Tensor | None, tile_rows: int, activation: str, "
                 "index: torch.Tensor, count: torch.Tensor, usage: torch.Tensor, "
                 "missed: torch.Tensor, stream: int) -> None"));
 }

@@ -15,6 +15,7 @@ import torch
 from . import models, ops, reference
 from ._version import __version__
 from .codes import planes
+from .layer import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _kernels() -> Finding:
     want_y, _ = reference.sense(codes, equal, x, bits=bits)
     everything = torch.arange(n_neurons, dtype=torch.int32)[None].contiguous()
     tiles = ops.tile(everything, torch.tensor([n_neurons], dtype=torch.int32))
-    out = ops.execute(gate, up, down_t, x, tiles)
+    out = ops.execute(Weights(gate, up, down_t), tiles, x)
     want = reference.execute(gate, up, down_t, x, [torch.arange(n_neurons)], tile_rows=1)
     # Rounding of sums of d and then n_neurons terms of size about 1, four times over.
     tolerance = 4 * (d + n_neurons) * torch.finfo(torch.float32).eps

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import models, ops
 from .codes import planes
+from .layer import Decision, Layer, Weights
 from .models import PATCH, Ffn
 from .plan import BLOCK_MAX, LayerPlan, Plan
 from .types import POOLED, TERNARY, Code
@@ -111,14 +112,7 @@ class _Layer:
 
     shared: _Shared
     number: int  # in the session
-    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
-    equal: Tensor  # (d,), float32
-    row_scale: Tensor  # (n_neurons, 2), float32
-    offset: Tensor | None  # (n_neurons, 2), float32: what the biases add to readings
-    gate: Tensor  # (n_neurons, d): the model's; for blocks a copy in their order
-    up: Tensor  # likewise
-    down_t: Tensor  # (n_neurons, d)
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]  # of gate, up and down
+    bound: Layer  # gate and up are the model's; for blocks copies in their order
     watched: tuple[tuple[str, str], ...]  # children of the module and their parameters
     seen: Seen
     has_versions: bool  # tensors made in inference mode keep no count of writes
@@ -356,7 +350,7 @@ def stats(model: nn.Module) -> Stats:
         tokens=tuple(c[0] for c in counts),
         neurons=tuple(c[1] for c in counts),
         fallbacks=tuple(layer.fallbacks for layer in layers),
-        n_neurons=tuple(len(layer.row_scale) for layer in layers),
+        n_neurons=tuple(len(layer.bound.sensor.row_scale) for layer in layers),
     )
 
 
@@ -419,33 +413,17 @@ def _run(module: Any, layer: _Layer, x: Tensor) -> Tensor:
 def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
     """The same through the registered operator, which torch.compile can see."""
     shared, batch = layer.shared, x.shape[0]
-    threshold, weight = layer.shared.threshold[layer.number, :batch], None
+    bound, threshold, votes = layer.bound, shared.threshold[layer.number, :batch], None
     if shared.votes is not None:
         if shared.votes.are_given:
             shared.votes.check_rows(batch)
-            threshold, weight = threshold[:1], shared.votes.weight[:batch]
+            threshold, votes = threshold[:1], shared.votes.weight[:batch]
         else:
             threshold = shared.votes.table[batch, layer.number : layer.number + 1]
-            weight = torch.full((batch,), 1 / batch, device=x.device)
-    gate_bias, up_bias, down_bias = layer.biases
-    return ops.ffn(
-        layer.codes,
-        layer.equal,
-        layer.row_scale,
-        threshold,
-        layer.gate,
-        layer.up,
-        layer.down_t,
-        x[:, 0],
-        bits=shared.bits,
-        tile_rows=shared.block,
-        offset=layer.offset,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=down_bias,
-        weight=weight,
-        activation=shared.activation,
-    )[:, None]
+            votes = torch.full((batch,), 1 / batch, device=x.device)
+    decision = Decision(threshold, bound.decision.tile_rows, votes)
+    now = Layer(bound.sensor, bound.weights, decision, bound.activation)
+    return ops.ffn(now, x[:, 0])[:, None]
 
 
 def _seen(
@@ -490,56 +468,37 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
     """Make what csfast owns of one layer, and bind it to the session."""
     gate, up, down = (w.detach() for w in ffn.weights)
     device = gate.device
-    row_scale = layer_plan.row_scale[shared.bits].to(device, copy=True)
     biases = [None if p.bias is None else p.bias.detach() for p in (ffn.gate, ffn.up, ffn.down)]
-    offset, down_t = ffn.offset(), down.T
-    codes = layer_plan.blocked_codes(bits=shared.bits, block=shared.block)
+    down_t = down.T
     if shared.block > 1:
         order = layer_plan.order[shared.block].to(device)
-        gate, up, down_t, row_scale = (t[order] for t in (gate, up, down_t, row_scale))
+        gate, up, down_t = (t[order] for t in (gate, up, down_t))
         biases[:2] = [None if b is None else b[order] for b in biases[:2]]
-        offset = None if offset is None else offset[order]
+    bound = Layer(
+        layer_plan.sensor(bits=shared.bits, block=shared.block, offset=ffn.offset(), device=device),
+        Weights(gate, up, down_t.contiguous(), *biases),
+        Decision(
+            shared.threshold[number],
+            tile_rows=shared.block,
+            votes=None if shared.votes is None else shared.votes.weight,
+        ),
+        shared.activation,
+    )
     names = models.FUSED if ffn.gate.linear is ffn.up.linear else models.APART
     watched = tuple(itertools.product(names, ("weight", "bias")))
     has_versions = not any(p.is_inference() for m in ffn.linears for p in m.parameters())
     layer = _Layer(
         shared=shared,
         number=number,
-        codes=codes.to(device, copy=shared.block == 1),
-        equal=layer_plan.equal.to(device, copy=True),
-        row_scale=row_scale,
-        offset=offset,
-        gate=gate,
-        up=up,
-        down_t=down_t.contiguous(),
-        biases=(biases[0], biases[1], biases[2]),
+        bound=bound,
         watched=watched,
         seen=_seen(ffn.module._modules, watched, has_versions),
         has_versions=has_versions,
         dtype=gate.dtype,
         device=device,
     )
-    gate_bias, up_bias, down_bias = layer.biases
-    bound = shared.session.bind(
-        codes=layer.codes,
-        equal=layer.equal,
-        row_scale=layer.row_scale,
-        threshold=shared.threshold[number],
-        gate=gate,
-        up=up,
-        down_t=layer.down_t,
-        bits=shared.bits,
-        max_batch=BATCH_MAX,
-        tile_rows=shared.block,
-        offset=offset,
-        gate_bias=gate_bias,
-        up_bias=up_bias,
-        down_bias=down_bias,
-        weight=None if shared.votes is None else shared.votes.weight,
-        activation=shared.activation,
-        stats=shared.counts[number],
-    )
-    assert bound == number
+    found = shared.session.bind(bound, max_batch=BATCH_MAX, stats=shared.counts[number])
+    assert found == number
     return layer
 
 

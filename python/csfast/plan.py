@@ -27,6 +27,7 @@ from .codes import feedback as feedback_
 from .codes import planes
 from .container import all_sizes, canonical, laid_out, unpack
 from .files import read_bounded, write_atomic
+from .layer import Sensor
 from .models import Fingerprint
 from .types import POOLED, Code, LayerShape, PlanError
 
@@ -118,18 +119,35 @@ class LayerPlan:
             scales[b], codes[b] = torch.cat(scale_parts), torch.cat(code_parts)
         return LayerPlan(equal.cpu(), scales, codes)
 
-    def blocked_codes(self, *, bits: Code, block: int = 1) -> Tensor:
-        """Give the codes of the neurons in the order of their blocks.
+    def sensor(
+        self,
+        *,
+        bits: Code,
+        block: int = 1,
+        offset: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Sensor:
+        """Give what the neurons are measured by, in the order of their blocks.
 
         Args:
             bits: One of this plan's codes.
             block: One of this plan's blocks; 1 leaves the neurons where they are.
-
-        Returns:
-            ``(n_neurons, 2, groups, group_bytes)``, uint8, contiguous, on the CPU.
+            offset: What the biases add, ``(n_neurons, 2)``, float32, in the order of the neurons;
+                None without biases.
+            device: Where its tensors shall be, which are copies of the plan's.
         """
-        codes = self.codes[bits]
-        return codes if block == 1 else codes[self.order[block]]
+        codes, row_scale = self.codes[bits], self.row_scale[bits]
+        if block > 1:
+            order = self.order[block]
+            codes, row_scale = codes[order], row_scale[order]
+            offset = None if offset is None else offset[order.to(offset.device)]
+        return Sensor(
+            codes=codes.to(device, copy=block == 1),
+            equal=self.equal.to(device, copy=True),
+            row_scale=row_scale.to(device, copy=block == 1),
+            bits=bits,
+            offset=offset,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

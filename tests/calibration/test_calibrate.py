@@ -52,12 +52,9 @@ def kept_fraction(model, plan, ids, *, bits, density, task="pooled", block=1, ba
     fractions = []
     for i, (ffn, layer) in enumerate(zip(ffns, plan.layers, strict=True)):
         x = torch.cat(inputs[i])
-        order = torch.arange(ffn.shape.n_neurons) if block == 1 else layer.order[block]
-        codes = layer.blocked_codes(bits=bits, block=block)
-        y, scale = reference.sense(codes, layer.equal, x, bits=bits)
-        offset = None if ffn.offset() is None else ffn.offset()[order]
-        row_scale = layer.row_scale[bits][order]
-        usage = reference.usage(y, scale, row_scale, offset, ffn.activation)
+        sensor = layer.sensor(bits=bits, block=block, offset=ffn.offset())
+        y, scale = reference.sense(sensor.codes, sensor.equal, x, bits=bits)
+        usage = reference.usage(y, scale, sensor.row_scale, sensor.offset, ffn.activation)
         usage = reference.group(usage, block)
         mixed = torch.randperm(len(x), generator=draw)[: len(x) // batch * batch]
         usage = usage[mixed].view(-1, batch, usage.shape[1]).mean(dim=1)

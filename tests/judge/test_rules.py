@@ -12,6 +12,7 @@ from csfast import judge, models, ops, reference
 from csfast.codes import planes
 from csfast.judge import rules
 from csfast.judge.rules import catalogue, compressed, magnitude, oracles
+from csfast.layer import Decision, Sensor
 from csfast.plan import LayerPlan
 from csfast.types import TASKS, Document, LayerShape
 
@@ -188,11 +189,8 @@ def test_planes_keep_what_the_native_operation_keeps(built, fit, inputs, bits, h
     equal = planes.equalizer(x.square().mean(dim=0))
     layer = layer_plan(fit, 0, equal, bits, has_feedback)
     (threshold,) = thresholds_of(rule, 0, fit, 0.4)
-    tiles, _ = ops.select(
-        *(layer.codes[bits], equal, layer.row_scale[bits]),
-        *(torch.full((len(x),), threshold), x),
-        bits=bits,
-    )
+    sensor = Sensor(layer.codes[bits], equal, layer.row_scale[bits], bits)
+    tiles, _ = ops.select(sensor, Decision(torch.full((len(x),), threshold)), x)
     with torch.no_grad():
         usage = rule.score(0, x, x, x, WHERE)
     for row, n, scores in zip(tiles.tile, tiles.n_tiles, usage, strict=True):

@@ -13,6 +13,7 @@ import torch
 from csfast import _native, ops
 from csfast.bench.cases import Case
 from csfast.codes.levels import Packed
+from csfast.layer import Decision, Layer, Sensor, Weights
 
 BATCH, D, N = 2, 200, 77
 INF = float("inf")
@@ -51,9 +52,8 @@ def good():
         max_batch=BATCH,
         phi=p.gate[:9],
         rows=5,
-        group_rows=1,
         activation="silu",
-        weight=torch.ones(BATCH),
+        votes=torch.ones(BATCH),
         offset=torch.zeros(N, 2),
         gate_bias=torch.zeros(N, dtype=torch.bfloat16),
         up_bias=torch.zeros(N, dtype=torch.bfloat16),
@@ -61,13 +61,19 @@ def good():
     )
 
 
+def layer_of(a, *, is_joint):
+    """The layer of some arguments, by name."""
+    sensor = Sensor(*(a[name] for name in ("codes", "equal", "row_scale", "bits", "offset")))
+    names = ("gate", "up", "down_t", "gate_bias", "up_bias", "down_bias")
+    weights = Weights(*(a[name] for name in names))
+    decision = Decision(a["threshold"], a["tile_rows"], a["votes"] if is_joint else None)
+    return Layer(sensor, weights, decision, a["activation"])
+
+
 def call(op, a):
     """Run an operation; "top" asks for a budget, "joint" for one decision of the batch."""
     op, _, how = op.partition(" ")
-    layer = ("codes", "equal", "row_scale", "threshold", "gate", "up", "down_t")
-    biases = {name: a[name] for name in ("gate_bias", "up_bias", "down_bias")}
     form = {"activation": a["activation"]}
-    recovery = {**form, "offset": a["offset"], "weight": a["weight"] if how == "joint" else None}
     a = {**a, "threshold": a["threshold"][:1]} if how == "joint" and op != "session" else a
     if op == "sense":
         return ops.sense(a["codes"], a["equal"], a["x"], bits=a["bits"])
@@ -79,23 +85,22 @@ def call(op, a):
         return ops.project(a["phi"], a["x"], rows=a["rows"])
     if op == "recover":
         limit = "budget" if how == "top" else "threshold"
-        recovery = {**recovery, "group_rows": a["group_rows"], limit: a[limit]}
-        return ops.recover(a["y"], a["scale"], a["row_scale"], **recovery)
+        votes = a["votes"] if how == "joint" else None
+        options = {**form, "offset": a["offset"], "votes": votes, "tile_rows": a["tile_rows"]}
+        return ops.recover(a["y"], a["scale"], a["row_scale"], **options, **{limit: a[limit]})
     if op == "tile":
         return ops.tile(a["index"], a["count"], tile_rows=a["tile_rows"])
+    layer = layer_of(a, is_joint=how == "joint")
     if op == "execute":
         tiles = ops.TileList(a["tile"], a["n_tiles"], a["tile_rows"])
-        return ops.execute(a["gate"], a["up"], a["down_t"], a["x"], tiles, **biases, **form)
-    numbers = {name: a[name] for name in ("bits", "tile_rows")}
+        return ops.execute(layer.weights, tiles, a["x"], **form)
     if op == "select":
-        names = ("codes", "equal", "row_scale", "threshold", "x")
-        return ops.select(*(a[name] for name in names), **numbers, **recovery)
-    more = {**numbers, **biases, **recovery, "stats": a["stats"]}
+        return ops.select(layer.sensor, layer.decision, a["x"], **form)
     if op == "ffn":
-        return ops.ffn(*(a[name] for name in layer), a["x"], **more)
+        return ops.ffn(layer, a["x"], stats=a["stats"])
     assert op == "session"
-    tensors = {name: a[name] for name in layer}
-    return ops.Session(torch.device("cpu")).bind(**tensors, max_batch=a["max_batch"], **more)
+    session = ops.Session(torch.device("cpu"))
+    return session.bind(layer, max_batch=a["max_batch"], stats=a["stats"])
 
 
 def huge(*shape, dtype=torch.bfloat16):
@@ -121,7 +126,7 @@ ROWS = [
     ("session", "down_t", lambda t: t.to("meta"), ValueError, "down_t is on meta: want cpu or"),
     ("ffn", "x", lambda t: t.to("meta"), ValueError, "x is on meta: want cpu or cuda"),
     ("recover", "offset", lambda t: t.tolist(), TypeError, "offset is a list: want a torch.Tens"),
-    ("ffn joint", "weight", lambda t: t.to("meta"), ValueError, "weight is on meta: want cpu or"),
+    ("ffn joint", "votes", lambda t: t.to("meta"), ValueError, "votes is on meta: want cpu or"),
     ("execute", "down_bias", lambda t: 0.5, TypeError, "down_bias is a float: want a torch.Tens"),
     ("execute", "tile", lambda t: t.to("meta"), ValueError, "tile is on meta: want cpu or cuda"),
     ("project", "phi", lambda t: t.tolist(), TypeError, "phi is a list: want a torch.Tensor"),
@@ -135,9 +140,9 @@ ROWS = [
     ("recover", "y", lambda t: t.double(), TypeError, "y is float64: want int32 or float32"),
     ("recover", "y", lambda t: t.bfloat16(), TypeError, "y is bfloat16: want int32 or float32"),
     ("recover", "offset", lambda t: t.half(), TypeError, "offset is float16: want float32"),
-    ("recover joint", "weight", lambda t: t.double(), TypeError, "weight is float64: want"),
+    ("recover joint", "votes", lambda t: t.double(), TypeError, "votes is float64: want"),
     ("select", "offset", lambda t: t.bfloat16(), TypeError, "offset is bfloat16: want float32"),
-    ("select joint", "weight", lambda t: t > 0, TypeError, "weight is bool: want float32"),
+    ("select joint", "votes", lambda t: t > 0, TypeError, "votes is bool: want float32"),
     ("execute", "gate_bias", lambda t: t.float(), TypeError, "gate_bias is float32: want bfl"),
     ("ffn", "up_bias", lambda t: t.half(), TypeError, "up_bias is float16: want bfloat16"),
     ("session", "down_bias", lambda t: t.float(), TypeError, "down_bias is float32: want bfl"),
@@ -206,17 +211,17 @@ ROWS = [
     ("recover", "y", lambda t: t[..., :0], ValueError, "want|columns"),
     ("recover", "offset", lambda t: t[:, :1].contiguous(), ValueError, "offset has shape"),
     ("recover", "offset", lambda t: t[:-1], ValueError, r"offset has shape \(76, 2\): want"),
-    ("recover joint", "weight", lambda t: t[:1], ValueError, r"weight has shape \(1,\): want"),
+    ("recover joint", "votes", lambda t: t[:1], ValueError, r"votes has shape \(1,\): want"),
     ("recover", "threshold", lambda t: t[:1], ValueError, r"want \(batch = 2,\)"),
     ("recover joint", "threshold", lambda t: torch.ones(0), ValueError, r"\(0,\): want \(1,\)"),
     ("select", "offset", lambda t: t[0], ValueError, "offset has shape"),
-    ("select joint", "weight", lambda t: t[None], ValueError, "weight has shape"),
+    ("select joint", "votes", lambda t: t[None], ValueError, "votes has shape"),
     ("execute", "gate_bias", lambda t: t[:-1], ValueError, r"gate_bias has shape \(76,\): want"),
     ("execute", "up_bias", lambda t: t[None], ValueError, r"up_bias has shape \(1, 77\): want"),
     ("execute", "down_bias", lambda t: t[:N], ValueError, r"down_bias has shape .* \(d = 200,\)"),
     ("ffn", "offset", lambda t: t[:-1], ValueError, "offset has shape"),
-    ("ffn joint", "weight", lambda t: t[:1], ValueError, r"weight has shape .* \(batch = 2,\)"),
-    ("session joint", "weight", lambda t: t[:1], ValueError, "weight has shape"),
+    ("ffn joint", "votes", lambda t: t[:1], ValueError, r"votes has shape .* \(batch = 2,\)"),
+    ("session joint", "votes", lambda t: t[:1], ValueError, "votes has shape"),
     ("session", "gate_bias", lambda t: t[:-1], ValueError, "gate_bias has shape"),
     # Nothing there
     ("project", "phi", lambda t: t[:0], ValueError, "rows = 5: want 1 to m = 0"),
@@ -258,17 +263,17 @@ ROWS = [
     ("execute", "tile_rows", lambda v: 2, ValueError, r"tile has shape \(2, 77\): want .* 39"),
     ("ffn", "tile_rows", lambda v: 1 << 31, ValueError, "tile_rows = 2147483648"),
     ("session", "max_batch", lambda v: 65536, ValueError, "max_batch = 65536"),
-    ("recover", "group_rows", lambda v: 0, ValueError, "group_rows = 0: want at least 1"),
-    ("recover", "group_rows", lambda v: -1, ValueError, "group_rows = -1"),
-    ("recover", "group_rows", lambda v: 1.0, TypeError, "group_rows is a float: want an int"),
+    ("recover", "tile_rows", lambda v: 0, ValueError, "tile_rows = 0: want at least 1"),
+    ("recover", "tile_rows", lambda v: -1, ValueError, "tile_rows = -1"),
+    ("recover", "tile_rows", lambda v: 1.0, TypeError, "tile_rows is a float: want an int"),
     ("recover", "activation", lambda v: "relu", ValueError, "activation = relu: want silu or gel"),
     ("select", "activation", lambda v: "SiLU", ValueError, "activation = SiLU: want silu or gel"),
     ("execute", "activation", lambda v: "gelu", ValueError, "activation = gelu: want silu or gel"),
     ("ffn", "activation", lambda v: "", ValueError, "activation = : want silu or gelu_tanh"),
     ("session", "activation", lambda v: None, TypeError, "activation is a NoneType: want a str"),
-    ("recover joint", "weight", lambda t: -t, ValueError, r"weight\[0\] = -1.0+: want at least 0"),
-    ("select joint", "weight", lambda t: t - 2, ValueError, r"weight\[0\] = -1.0+: want"),
-    ("ffn joint", "weight", lambda t: t * -INF, ValueError, r"weight\[0\] = -inf: want"),
+    ("recover joint", "votes", lambda t: -t, ValueError, r"votes\[0\] = -1.0+: want at least 0"),
+    ("select joint", "votes", lambda t: t - 2, ValueError, r"votes\[0\] = -1.0+: want"),
+    ("ffn joint", "votes", lambda t: t * -INF, ValueError, r"votes\[0\] = -inf: want"),
     ("execute", "tile", lambda t: t + 1, ValueError, r"tile\[0, 76\] = 77: want"),
     ("execute", "tile", lambda t: t - 1, ValueError, r"tile\[0, 0\] = -1: want"),
     ("execute", "tile", lambda t: t.flip(1), ValueError, r"tile\[0, 1\] = 75: want ascending"),
@@ -402,14 +407,12 @@ def test_refuses_a_workspace_that_is_too_small(good):
     ],
 )
 def test_refuses_an_unknown_design(good, op, design, word):
-    a = good
-    layer = (a["codes"], a["equal"], a["row_scale"], a["threshold"])
-    tiles = ops.TileList(a["tile"], a["n_tiles"], 1)
-    rows = (a["gate"], a["up"], a["down_t"], a["x"])
+    layer, x = layer_of(good, is_joint=False), good["x"]
+    tiles = ops.TileList(good["tile"], good["n_tiles"], 1)
     calls = {
-        "execute": lambda: ops.execute(*rows, tiles, design=design),
-        "select": lambda: ops.select(*layer, a["x"], bits=2, design=design),
-        "ffn": lambda: ops.ffn(*layer, *rows, bits=2, design=design),
+        "execute": lambda: ops.execute(layer.weights, tiles, x, design=design),
+        "select": lambda: ops.select(layer.sensor, layer.decision, x, design=design),
+        "ffn": lambda: ops.ffn(layer, x, design=design),
     }
     with pytest.raises(ValueError, match=rf"\[{op}\] design has {word}: want general, list"):
         calls[op]()

@@ -7,7 +7,7 @@ import csfast
 import tiny
 from csfast import ops
 from csfast.bench.cases import CASES
-from numeric import made, middle_threshold
+from numeric import layer_of, made, middle_threshold
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,10 +18,6 @@ pytestmark = [
 ]
 
 
-def layer(p, threshold):
-    return (p.codes, p.equal, p.row_scale, threshold, p.gate, p.up, p.down_t)
-
-
 @pytest.mark.parametrize("current", [0, 1])
 def test_operations_run_on_the_device_of_their_tensors(current):
     wanted = made(CASES[5], torch.float32, "cpu")
@@ -29,25 +25,18 @@ def test_operations_run_on_the_device_of_their_tensors(current):
     p = made(CASES[5], torch.float32, "cuda:1")
     with torch.cuda.device(current):
         y, _ = ops.sense(p.codes, p.equal, p.x, bits=p.bits)
-        tiles, _ = ops.select(
-            p.codes, p.equal, p.row_scale, threshold.to("cuda:1"), p.x, bits=p.bits
-        )
-        out = ops.ffn(*layer(p, threshold.to("cuda:1")), p.x, bits=p.bits)
+        layer = layer_of(p, threshold.to("cuda:1"))
+        tiles, _ = ops.select(layer.sensor, layer.decision, p.x)
+        out = ops.ffn(layer, p.x)
         assert torch.cuda.current_device() == current
     torch.cuda.synchronize(1)
-    for found, cpu in (
-        (y, ops.sense(wanted.codes, wanted.equal, wanted.x, bits=wanted.bits)[0]),
-        (
-            tiles.n_tiles,
-            ops.select(
-                *(wanted.codes, wanted.equal, wanted.row_scale, threshold, wanted.x),
-                bits=wanted.bits,
-            )[0].n_tiles,
-        ),
-    ):
+    on_cpu = layer_of(wanted, threshold)
+    want_y, _ = ops.sense(wanted.codes, wanted.equal, wanted.x, bits=wanted.bits)
+    want_tiles, _ = ops.select(on_cpu.sensor, on_cpu.decision, wanted.x)
+    for found, cpu in ((y, want_y), (tiles.n_tiles, want_tiles.n_tiles)):
         assert found.device == torch.device("cuda:1") and torch.equal(found.cpu(), cpu)
     with torch.cuda.device(1):
-        assert torch.equal(ops.ffn(*layer(p, threshold.to("cuda:1")), p.x, bits=p.bits), out)
+        assert torch.equal(ops.ffn(layer, p.x), out)
 
 
 def test_a_model_of_another_device_decodes_there():
@@ -67,14 +56,11 @@ def test_a_session_is_of_one_device():
     session = ops.Session(torch.device("cuda"))
     for place in ("cuda:1", "cuda:0"):
         p = made(CASES[5], torch.float32, place)
-        threshold = middle_threshold(p)
-        names = ("codes", "equal", "row_scale", "threshold", "gate", "up", "down_t")
-        tensors = dict(zip(names, layer(p, threshold), strict=True))
-        options = {"bits": p.bits, "max_batch": len(threshold)}
+        layer = layer_of(p, middle_threshold(p))
         if place == "cuda:1":
-            session.bind(**tensors, **options)
+            session.bind(layer, max_batch=len(p.x))
             continue
         with pytest.raises(ValueError, match=r"gate is on cuda:0: want cuda:1"):
-            session.bind(**tensors, **options)
+            session.bind(layer, max_batch=len(p.x))
         with pytest.raises(ValueError, match=r"x on cuda:0, out on cuda:0: want cuda:1"):
             session.ffn(0, p.x, torch.empty_like(p.x))

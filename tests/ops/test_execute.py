@@ -6,6 +6,7 @@ import torch
 from axes import DTYPES, HALF, inside, on_gpu, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, LARGE, Case
+from csfast.layer import Weights
 from numeric import assert_within, execute_tolerance, made, mask_of, split_tiles
 
 # What CUDA has besides its general path, for 16-bit rows at multiples of 16 bytes.
@@ -29,8 +30,13 @@ def tiles_of(batch, n_neurons, device, *, density=0.4, tile_rows=1, seed=0):
     return ops.TileList(tile.to(device), masks.sum(dim=1).to(torch.int32).to(device), tile_rows)
 
 
+def execute(p, x, tiles, *, activation="silu", design="", **biases):
+    weights = Weights(p.gate, p.up, p.down_t, **biases)
+    return ops.execute(weights, tiles, x, activation=activation, design=design)
+
+
 def check(p, tiles, design="", **more):
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=design, **more)
+    got = execute(p, p.x, tiles, design=design, **more)
     want = reference.execute(
         p.gate,
         p.up,
@@ -76,8 +82,8 @@ def test_a_shared_list_is_that_of_every_row(case, tile_rows, dtype, device):
         shared.tile.repeat(case.batch, 1), shared.n_tiles.repeat(case.batch), tile_rows
     )
     path = {"design": "general" if dtype == torch.float32 or case.d % 8 > 0 else "list"}
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, shared, **path, **more)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, repeated, **path, **more))
+    got = execute(p, p.x, shared, **path, **more)
+    assert torch.equal(got, execute(p, p.x, repeated, **path, **more))
     check(p, shared, **more)
 
 
@@ -87,11 +93,11 @@ def test_a_shared_list_for_every_number_of_rows(path, batch, dtype, device):
     p = made(CASES[5], dtype, device)
     tiles = tiles_of(1, 1152, device)
     design = "general" if dtype == torch.float32 else path
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=design)
-    got = ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles, design=design)
+    want = execute(p, p.x, tiles, design=design)
+    got = execute(p, p.x[:batch], tiles, design=design)
     assert torch.equal(got, want[:batch])
     if path == ("list" if batch == 1 else "batch"):
-        assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x[:batch], tiles), got)
+        assert torch.equal(execute(p, p.x[:batch], tiles), got)
 
 
 @on_gpu
@@ -108,17 +114,16 @@ def test_rows_that_share_a_list_match_reference(width, form, batch, dtype, devic
     tiles = tiles_of(1, case.n_neurons, device, density=density, tile_rows=tile_rows)
     design = "batch blocks=1" if form == "one_block" else "batch"
     check(p, tiles, design=design, **biases)
-    rows = (p.gate, p.up, p.down_t)
-    got = ops.execute(*rows, p.x, tiles, design=design, **biases)
+    got = execute(p, p.x, tiles, design=design, **biases)
     for loads in (" register", " bulk", " portable"):
         if loads == " bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue  # refused, see test_design.py
-        assert torch.equal(ops.execute(*rows, p.x, tiles, design=design + loads, **biases), got)
-    last = ops.execute(*rows, p.x[-1:], tiles, design=design, **biases)
+        assert torch.equal(execute(p, p.x, tiles, design=design + loads, **biases), got)
+    last = execute(p, p.x[-1:], tiles, design=design, **biases)
     assert torch.equal(got[-1:], last)
     x = p.x.clone()
     x[0] = float("nan")
-    poisoned = ops.execute(*rows, x, tiles, design=design, **biases)
+    poisoned = execute(p, x, tiles, design=design, **biases)
     assert torch.equal(poisoned[1:], got[1:])
 
 
@@ -132,7 +137,7 @@ def test_matches_reference_on_a_large_layer(device):
     )
     x = torch.randn(1, LARGE.d, generator=g).to(device, torch.bfloat16)
     tiles = tiles_of(1, LARGE.n_neurons, device, density=0.25)
-    got = ops.execute(gate, up, down_t, x, tiles)
+    got = ops.execute(Weights(gate, up, down_t), tiles, x)
     chosen = split_tiles(tiles.tile, tiles.n_tiles)[0]
     gate, up, down_t = gate[chosen], up[chosen], down_t[chosen]
     everything = torch.arange(len(chosen), device=device)
@@ -159,12 +164,11 @@ def test_every_design_matches_reference(width, form, path, dtype, device):
     )
     blocks = " blocks=3" if form == "few_blocks" else ""
     check(p, tiles, design=f"{path}{blocks}", **biases)
-    rows = (p.gate, p.up, p.down_t, p.x, tiles)
-    want = ops.execute(*rows, design=f"{path} register{blocks}", **biases)
+    want = execute(p, p.x, tiles, design=f"{path} register{blocks}", **biases)
     for loads in ("bulk", "register portable"):
         if loads == "bulk" and device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
             continue  # refused, see test_design.py
-        got = ops.execute(*rows, design=f"{path} {loads}{blocks}", **biases)
+        got = execute(p, p.x, tiles, design=f"{path} {loads}{blocks}", **biases)
         assert torch.equal(got, want)
 
 
@@ -178,7 +182,7 @@ def test_is_exact_on_integers(case, density, dtype, device):
     a = torch.relu(xd @ gate.T) * (xd @ up.T) * mask
     want = a @ down
     assert (a.abs() @ down.abs() < 2**24).all()
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    got = execute(p, p.x, tiles)
     assert torch.equal(got, want.float().to(dtype))
 
 
@@ -192,9 +196,7 @@ def test_is_exact_on_integers_with_biases(case, is_shared, activation, dtype, de
     a = torch.relu(xd @ gate.T + biases.gate) * (xd @ up.T + biases.up) * mask
     want = a @ down + biases.down
     assert (a.abs() @ down.abs() < 2**24).all()
-    got = ops.execute(
-        p.gate, p.up, p.down_t, p.x, tiles, activation=activation, **biases.of_execute()
-    )
+    got = execute(p, p.x, tiles, activation=activation, **biases.of_execute())
     assert torch.equal(got, want.float().to(dtype))
 
 
@@ -204,8 +206,8 @@ def test_biases_of_zero_change_nothing(dtype, device):
     p = made(case, dtype, device)
     tiles = tiles_of(16, case.n_neurons, device)
     zeros = {name: torch.zeros_like(t) for name, t in case.make_biases(p).of_execute().items()}
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **zeros)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles))
+    got = execute(p, p.x, tiles, **zeros)
+    assert torch.equal(got, execute(p, p.x, tiles))
 
 
 def test_full_support_is_the_dense_layer(dtype, device):
@@ -215,7 +217,7 @@ def test_full_support_is_the_dense_layer(dtype, device):
     xd = p.x.double()
     a = torch.nn.functional.silu(xd @ p.gate.double().T) * (xd @ p.up.double().T)
     mask = torch.ones(case.batch, case.n_neurons, dtype=torch.bool, device=device)
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    got = execute(p, p.x, tiles)
     assert_within(got, a @ p.down_t.double(), execute_tolerance(p.gate, p.up, p.down_t, p.x, mask))
 
 
@@ -224,9 +226,9 @@ def test_is_linear_in_the_down_projection(device):
     case = CASES[2]
     p = made(case, torch.float32, device)
     tiles = tiles_of(3, case.n_neurons, device)
-    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
-    assert torch.equal(ops.execute(p.gate, p.up, -4 * p.down_t, p.x, tiles), -4 * out)
-    assert torch.equal(ops.execute(p.gate, -0.5 * p.up, p.down_t, p.x, tiles), -0.5 * out)
+    out = execute(p, p.x, tiles)
+    assert torch.equal(ops.execute(Weights(p.gate, p.up, -4 * p.down_t), tiles, p.x), -4 * out)
+    assert torch.equal(ops.execute(Weights(p.gate, -0.5 * p.up, p.down_t), tiles, p.x), -0.5 * out)
 
 
 def test_a_support_in_two_parts_adds_up(device):
@@ -239,8 +241,8 @@ def test_a_support_in_two_parts_adds_up(device):
         tile = torch.zeros_like(whole.tile)
         tile[0, : len(part)] = part
         count = torch.tensor([len(part)], dtype=torch.int32, device=device)
-        parts.append(ops.execute(p.gate, p.up, p.down_t, p.x, ops.TileList(tile, count, 1)))
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, whole)
+        parts.append(execute(p, p.x, ops.TileList(tile, count, 1)))
+    got = execute(p, p.x, whole)
     mask = mask_of(whole.tile, whole.n_tiles, 1, case.n_neurons)
     tolerance = 3 * execute_tolerance(p.gate, p.up, p.down_t, p.x, mask)
     assert_within(parts[0] + parts[1], got.double(), tolerance)
@@ -252,11 +254,9 @@ def test_permuting_the_batch_permutes_the_result(dtype, device):
     p = made(case, dtype, device)
     tiles = tiles_of(16, case.n_neurons, device)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).to(device)
-    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
-    permuted = ops.execute(
-        p.gate,
-        p.up,
-        p.down_t,
+    out = execute(p, p.x, tiles)
+    permuted = execute(
+        p,
         p.x[order].contiguous(),
         ops.TileList(tiles.tile[order].contiguous(), tiles.n_tiles[order].contiguous(), 1),
     )
@@ -268,10 +268,8 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
     case = CASES[5]
     p = made(case, dtype, device)
     tiles = tiles_of(16, case.n_neurons, device)
-    out = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
-    alone = ops.execute(
-        p.gate, p.up, p.down_t, p.x[4:5], ops.TileList(tiles.tile[4:5], tiles.n_tiles[4:5], 1)
-    )
+    out = execute(p, p.x, tiles)
+    alone = execute(p, p.x[4:5], ops.TileList(tiles.tile[4:5], tiles.n_tiles[4:5], 1))
     assert torch.equal(out[4:5], alone)
 
 
@@ -279,7 +277,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, device):
 def test_empty_support_gives_zeros(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device, density=0.0)
-    assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), torch.zeros_like(p.x))
+    assert torch.equal(execute(p, p.x, tiles), torch.zeros_like(p.x))
 
 
 @inside(lists=[1, 3], dtype=DTYPES)
@@ -288,7 +286,7 @@ def test_empty_support_gives_the_bias(lists, dtype, device):
     p = made(case, dtype, device)
     biases = case.make_biases(p)
     tiles = tiles_of(lists, 77, device, density=0.0)
-    got = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **biases.of_execute())
+    got = execute(p, p.x, tiles, **biases.of_execute())
     assert torch.equal(got, biases.down.expand(3, -1))
 
 
@@ -296,7 +294,7 @@ def test_empty_support_gives_the_bias(lists, dtype, device):
 def test_zero_activation_gives_zeros(dtype, device):
     p = made(CASES[2], dtype, device)
     tiles = tiles_of(3, 77, device)
-    out = ops.execute(p.gate, p.up, p.down_t, torch.zeros_like(p.x), tiles)
+    out = execute(p, torch.zeros_like(p.x), tiles)
     assert not out.any()
 
 
@@ -306,18 +304,18 @@ def test_not_a_number_passes_through(dtype, device):
     tiles = tiles_of(3, 77, device)
     x = p.x.clone()
     x[1, 5] = float("nan")
-    out = ops.execute(p.gate, p.up, p.down_t, x, tiles)
+    out = execute(p, x, tiles)
     assert out[1].isnan().all()
-    assert torch.equal(out[0], ops.execute(p.gate, p.up, p.down_t, p.x, tiles)[0])
+    assert torch.equal(out[0], execute(p, p.x, tiles)[0])
 
 
 def test_two_hundred_runs_are_equal(dtype, device):
     case = CASES[4]
     p = made(case, dtype, device)
     tiles = tiles_of(1, case.n_neurons, device)
-    first = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+    first = execute(p, p.x, tiles)
     for _ in range(200):
-        assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), first)
+        assert torch.equal(execute(p, p.x, tiles), first)
 
 
 @inside(dtype=DTYPES)
@@ -329,12 +327,12 @@ def test_threads_change_nothing(dtype):
     n_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
-        shared_one = ops.execute(p.gate, p.up, p.down_t, p.x, shared)
+        one = execute(p, p.x, tiles)
+        shared_one = execute(p, p.x, shared)
         for several in (2, 3):
             torch.set_num_threads(several)
-            assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, tiles), one)
-            assert torch.equal(ops.execute(p.gate, p.up, p.down_t, p.x, shared), shared_one)
+            assert torch.equal(execute(p, p.x, tiles), one)
+            assert torch.equal(execute(p, p.x, shared), shared_one)
     finally:
         torch.set_num_threads(n_threads)
 
@@ -355,7 +353,7 @@ def test_refuses_tiles_out_of_range(tile, n_tiles, message):
     tiles[0, :2] = torch.tensor(tile)
     counts = torch.tensor([n_tiles, 0, 0], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"\[execute\] " + message):
-        ops.execute(p.gate, p.up, p.down_t, p.x, ops.TileList(tiles, counts, 1))
+        execute(p, p.x, ops.TileList(tiles, counts, 1))
 
 
 @pytest.mark.parametrize("lists", [2, 4])
@@ -365,4 +363,4 @@ def test_refuses_lists_that_are_neither_one_nor_one_a_row(lists):
     with pytest.raises(
         ValueError, match=rf"\[execute\] tile has {lists} rows: want 1, or batch = 3"
     ):
-        ops.execute(p.gate, p.up, p.down_t, p.x, tiles)
+        execute(p, p.x, tiles)

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import pytest
@@ -7,10 +8,12 @@ from axes import DTYPES, HALF, inside, name_of, on_gpu, pairwise
 from csfast import ops, reference
 from csfast.bench.cases import CASES, Case
 from csfast.codes import planes
+from csfast.layer import Weights
 from numeric import (
     assert_within,
     execute_tolerance,
     ffn_path,
+    layer_of,
     made,
     mask_of,
     middle_threshold,
@@ -18,22 +21,27 @@ from numeric import (
 )
 
 
-def layer(p, threshold):
-    return (p.codes, p.equal, p.row_scale, threshold, p.gate, p.up, p.down_t)
+def run(p, threshold, x=None, *, stats=None, dropped=None, design="", **parts):
+    layer = layer_of(p, threshold, **parts)
+    return ops.ffn(layer, p.x if x is None else x, stats=stats, dropped=dropped, design=design)
 
 
-def run(p, threshold, **more):
-    return ops.ffn(*layer(p, threshold), p.x, bits=p.bits, **more)
+def select(p, threshold, **parts):
+    layer = layer_of(p, threshold, **parts)
+    return ops.select(layer.sensor, layer.decision, p.x, activation=layer.activation)[0]
+
+
+def execute(p, tiles, *, activation="silu", design="", **biases):
+    weights = Weights(p.gate, p.up, p.down_t, **biases)
+    return ops.execute(weights, tiles, p.x, activation=activation, design=design)
 
 
 @pairwise(case=CASES, tile_rows=[1, 3], dtype=DTYPES, bits=planes.CODES)
 def test_equals_select_and_execute(case, tile_rows, dtype, bits, device):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
-    tiles, _ = ops.select(
-        p.codes, p.equal, p.row_scale, threshold, p.x, bits=bits, tile_rows=tile_rows
-    )
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=ffn_path(p.x, case.n_neurons))
+    tiles = select(p, threshold, tile_rows=tile_rows)
+    want = execute(p, tiles, design=ffn_path(p.x, case.n_neurons))
     assert torch.equal(run(p, threshold, tile_rows=tile_rows), want)
 
 
@@ -42,14 +50,12 @@ def test_equals_select_and_execute_in_every_form(case, tile_rows, is_joint, dtyp
     p = made(case, dtype, device)
     activation = "gelu_tanh"
     biases = case.make_biases(p)
-    weight = torch.linspace(0, 1, case.batch).to(device) if is_joint else None
-    told = {"activation": activation, "weight": weight, "tile_rows": tile_rows}
+    votes = torch.linspace(0, 1, case.batch).to(device) if is_joint else None
+    told = {"activation": activation, "votes": votes, "tile_rows": tile_rows}
     threshold = middle_threshold(p, biases=biases, **told)
-    tiles, _ = ops.select(
-        p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, offset=biases.offset, **told
-    )
+    tiles = select(p, threshold, offset=biases.offset, **told)
     more = {"activation": activation, "design": ffn_path(p.x, case.n_neurons, is_joint=is_joint)}
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, **more, **biases.of_execute())
+    want = execute(p, tiles, **more, **biases.of_execute())
     got = run(p, threshold, offset=biases.offset, **biases.of_execute(), **told)
     assert torch.equal(got, want)
 
@@ -73,14 +79,14 @@ def test_equals_select_and_execute_in_every_design(case, form, path, dtype, devi
     p = made(case, dtype, device)
     tile_rows = 5 if form == "tiles" else 1
     is_joint = form == "joint" or path == "batch"
-    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
-    told = {"tile_rows": tile_rows, "weight": weight}
+    votes = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    told = {"tile_rows": tile_rows, "votes": votes}
     biases = case.make_biases(p).of_execute() if form == "biased" else {}
     threshold = middle_threshold(p, **told)
     threshold = torch.zeros_like(threshold) if form == "all" else threshold
     blocks = " blocks=3" if form == "few_blocks" else ""
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, **told)
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path + blocks, **biases)
+    tiles = select(p, threshold, **told)
+    want = execute(p, tiles, design=path + blocks, **biases)
     mask = mask_of(tiles.tile, tiles.n_tiles, tile_rows, case.n_neurons)
     executed = int(mask.sum()) * (case.batch if is_joint else 1)
     for more in ("", " register", " bulk", " portable"):
@@ -98,27 +104,26 @@ def test_one_kernel_senses_and_executes_every_code(code, device):
     p = made(WIDTHS[2], torch.bfloat16, device, bits=code)
     threshold = middle_threshold(p)
     got = run(p, threshold, design="range")
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=code)
-    want = ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design="range")
+    tiles = select(p, threshold)
+    want = execute(p, tiles, design="range")
     assert torch.equal(got, want)
 
 
 @pairwise(case=WIDTHS, is_joint=[False, True], dtype=DTYPES)
 def test_caps_what_it_executes_and_counts_the_rest(case, is_joint, dtype, device):
     p = made(case, dtype, device)
-    weight = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
-    threshold = middle_threshold(p, weight=weight)
+    votes = torch.linspace(0.5, 1, case.batch).to(device) if is_joint else None
+    threshold = middle_threshold(p, votes=votes)
     lists = 1 if is_joint else case.batch
     cap = (torch.arange(lists, dtype=torch.int32) * 100 + 7).to(device)
-    given = (p.codes, p.equal, p.row_scale, threshold, p.x)
-    tiles, _ = ops.select(*given, bits=2, weight=weight, cap=cap)
+    tiles = select(p, threshold, votes=votes, cap=cap)
     assert tiles.dropped.sum() > 0
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     dropped = torch.full((1,), 100, dtype=torch.int64, device=device)
-    got = run(p, threshold, weight=weight, cap=cap, stats=stats, dropped=dropped)
+    got = run(p, threshold, votes=votes, cap=cap, stats=stats, dropped=dropped)
     path = ffn_path(p.x, case.n_neurons, is_joint=is_joint)
-    assert torch.equal(got, ops.execute(p.gate, p.up, p.down_t, p.x, tiles, design=path))
-    assert torch.equal(got, run(p, threshold, weight=weight, cap=cap))
+    assert torch.equal(got, execute(p, tiles, design=path))
+    assert torch.equal(got, run(p, threshold, votes=votes, cap=cap))
     assert int(dropped) == 100 + int(tiles.dropped.sum())
     executed = int(tiles.n_tiles.sum()) * (case.batch if is_joint else 1)
     assert stats.tolist() == [case.batch, executed]
@@ -136,9 +141,9 @@ def test_is_the_bias_if_no_row_votes(dtype, device):
     p = made(case, dtype, device)
     down_bias = case.make_biases(p).down
     stats = torch.zeros(2, dtype=torch.int64, device=device)
-    weight = torch.zeros(3, device=device)
+    votes = torch.zeros(3, device=device)
     threshold = torch.zeros(1, device=device)
-    got = run(p, threshold, weight=weight, down_bias=down_bias, stats=stats)
+    got = run(p, threshold, votes=votes, down_bias=down_bias, stats=stats)
     assert torch.equal(got, down_bias.expand(3, -1))
     assert stats.tolist() == [3, 0]
 
@@ -147,7 +152,7 @@ def test_is_the_bias_if_no_row_votes(dtype, device):
 def test_matches_reference_on_its_own_support(case, dtype, device):
     p = made(case, dtype, device)
     threshold = middle_threshold(p)
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2)
+    tiles = select(p, threshold)
     want = reference.execute(
         p.gate, p.up, p.down_t, p.x, split_tiles(tiles.tile, tiles.n_tiles), tile_rows=1
     )
@@ -175,7 +180,8 @@ def test_massive_channels_do_not_change_the_output(device):
     gate[:, at] /= 64
     up[:, at] /= 64
     equal[at] /= 64  # what planes.equalizer gives for channels 64 times as large
-    got = ops.ffn(p.codes, equal, p.row_scale, threshold, gate, up, p.down_t, x, bits=2)
+    moved = dataclasses.replace(p, equal=equal, gate=gate, up=up, x=x)
+    got = run(moved, threshold)
     assert torch.equal(got, run(p, threshold))
 
 
@@ -185,9 +191,7 @@ def test_counts_what_it_executes(tile_rows, device):
     threshold = middle_threshold(p)
     stats = torch.tensor([100, 1000], dtype=torch.int64, device=device)
     run(p, threshold, tile_rows=tile_rows, stats=stats)
-    tiles, _ = ops.select(
-        p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, tile_rows=tile_rows
-    )
+    tiles = select(p, threshold, tile_rows=tile_rows)
     n = int(mask_of(tiles.tile, tiles.n_tiles, tile_rows, 77).sum())
     assert stats.tolist() == [103, 1000 + n]
 
@@ -196,12 +200,12 @@ def test_counts_what_it_executes(tile_rows, device):
 def test_counts_the_last_tile_as_long_as_it_is(tile_rows, quantile, is_joint, device):
     """A shared list counts for every row that executes it."""
     p = made(CASES[2], torch.bfloat16, device)
-    told = {"tile_rows": tile_rows, "weight": torch.ones(3, device=device) if is_joint else None}
+    told = {"tile_rows": tile_rows, "votes": torch.ones(3, device=device) if is_joint else None}
     threshold = middle_threshold(p, quantile or 0.5, **told)
     threshold = threshold if quantile else torch.zeros_like(threshold)
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     run(p, threshold, stats=stats, **told)
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2, **told)
+    tiles = select(p, threshold, **told)
     n = int(mask_of(tiles.tile, tiles.n_tiles, tile_rows, 77).sum())
     assert stats.tolist() == [3, 3 * n if is_joint else n]
     assert quantile or stats[1] == 3 * 77
@@ -221,9 +225,9 @@ def test_gradients_are_no_obstacle(device):
     threshold = middle_threshold(p)
     gate = torch.nn.Parameter(p.gate)
     with torch.no_grad():
-        got = ops.ffn(p.codes, p.equal, p.row_scale, threshold, gate, p.up, p.down_t, p.x, bits=2)
+        got = run(dataclasses.replace(p, gate=gate), threshold)
     assert torch.equal(got, run(p, threshold))
-    got = ops.ffn(p.codes, p.equal, p.row_scale, threshold, gate, p.up, p.down_t, p.x, bits=2)
+    got = run(dataclasses.replace(p, gate=gate), threshold)
     assert torch.equal(got.detach(), run(p, threshold))
 
 
@@ -241,10 +245,11 @@ def test_is_registered_with_torch(device):
     threshold = middle_threshold(p)
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    args = (*layer(p, threshold), p.x, 2, 1)
+    layer = (p.codes, p.equal, p.row_scale, threshold, p.gate, p.up, p.down_t)
+    args = (*layer, p.x, 2, 1)
     torch.library.opcheck(torch.ops.csfast.ffn.default, args, test_utils=checks)
     torch.library.opcheck(torch.ops.csfast.ffn.counted, (*args, stats), test_utils=checks)
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2)
+    tiles = select(p, threshold)
     torch.library.opcheck(
         torch.ops.csfast.execute.default,
         (p.gate, p.up, p.down_t, p.x, tiles.tile, tiles.n_tiles, 1),
@@ -256,8 +261,8 @@ def test_is_registered_with_torch(device):
         test_utils=checks,
     )
     biases = CASES[2].make_biases(p)
-    weight, one = torch.ones(3, device=device), threshold[:1]
-    recovery = {"offset": biases.offset, "weight": weight, "activation": "gelu_tanh"}
+    votes, one = torch.ones(3, device=device), threshold[:1]
+    recovery = {"offset": biases.offset, "votes": votes, "activation": "gelu_tanh"}
     torch.library.opcheck(
         torch.ops.csfast.ffn.default,
         (p.codes, p.equal, p.row_scale, one, p.gate, p.up, p.down_t, p.x, 2, 4),
@@ -286,7 +291,7 @@ def test_is_registered_with_torch(device):
     torch.library.opcheck(
         torch.ops.csfast.recover.default,
         (y, scale, p.row_scale, one, False),
-        {**recovery, "group_rows": 4},
+        {**recovery, "tile_rows": 4},
         test_utils=checks,
     )
 
@@ -305,7 +310,7 @@ def test_compiles_in_one_graph(backend, biased, counted, device):
     more = {"offset": biases.offset, **biases.of_execute(), "tile_rows": 4} if biased else {}
 
     def block(x):
-        return x + ops.ffn(*layer(p, threshold), x * 2, bits=2, stats=stats, **more)
+        return x + run(p, threshold, x * 2, stats=stats, **more)
 
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     assert torch.equal(compiled(p.x), block(p.x))

@@ -14,6 +14,7 @@ from torch import Tensor
 from csfast import ops, reference
 from csfast.bench import cases
 from csfast.codes import planes
+from csfast.layer import Decision, Layer, Sensor, Weights
 from numeric import assert_within, ffn_path, missed_tolerance
 
 pytestmark = [
@@ -24,44 +25,28 @@ pytestmark = [
 BITS = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Weights and codes of random rows, on the GPU."""
+def with_threshold(layer: Layer, threshold: Tensor, tile_rows: int = 1, **more) -> Layer:
+    """The same with another decision."""
+    return dataclasses.replace(layer, decision=Decision(threshold, tile_rows, **more))
 
-    codes: Tensor
-    equal: Tensor
-    row_scale: Tensor
-    gate: Tensor
-    up: Tensor
-    down_t: Tensor
 
-    def select(self, threshold: Tensor, x: Tensor, tile_rows: int) -> tuple[ops.TileList, Tensor]:
-        return ops.select(
-            self.codes, self.equal, self.row_scale, threshold, x, bits=BITS, tile_rows=tile_rows
-        )
+def select(
+    layer: Layer, threshold: Tensor, x: Tensor, tile_rows: int = 1, **more
+) -> tuple[ops.TileList, Tensor]:
+    return ops.select(layer.sensor, Decision(threshold, tile_rows, **more), x)
 
-    def execute(self, x: Tensor, tiles: ops.TileList, design: str = "") -> Tensor:
-        return ops.execute(self.gate, self.up, self.down_t, x, tiles, design=design)
 
-    def ffn(self, threshold: Tensor, x: Tensor, tile_rows: int, stats: Tensor) -> Tensor:
-        return ops.ffn(
-            self.codes,
-            self.equal,
-            self.row_scale,
-            threshold,
-            self.gate,
-            self.up,
-            self.down_t,
-            x,
-            bits=BITS,
-            tile_rows=tile_rows,
-            stats=stats,
-        )
+def execute(layer: Layer, x: Tensor, tiles: ops.TileList, design: str = "") -> Tensor:
+    return ops.execute(layer.weights, tiles, x, activation=layer.activation, design=design)
 
-    def usage(self, x: Tensor) -> Tensor:
-        y, scale = ops.sense(self.codes, self.equal, x, bits=BITS)
-        nothing = torch.zeros(x.shape[0], device=x.device)
-        return ops.recover(y, scale, self.row_scale, threshold=nothing).usage
+
+def sense(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.sense(layer.sensor.codes, layer.sensor.equal, x, bits=BITS)
+
+
+def usage_of(layer: Layer, x: Tensor) -> Tensor:
+    nothing = torch.zeros(x.shape[0], device=x.device)
+    return ops.recover(*sense(layer, x), layer.sensor.row_scale, threshold=nothing).usage
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -73,12 +58,13 @@ def make_layer(d: int, n_neurons: int, dtype: torch.dtype) -> Layer:
     equal = torch.ones(d, device="cuda")
     scales = [planes.fit_scale(w, equal, BITS) for w in rows[:2]]
     codes = [planes.encode(w, equal, s, BITS) for w, s in zip(rows[:2], scales, strict=True)]
-    return Layer(
+    sensor = Sensor(
         torch.stack(codes, dim=1).contiguous(),
         equal,
         torch.stack(scales, dim=1).contiguous(),
-        *rows,
+        BITS,
     )
+    return Layer(sensor, Weights(*rows), Decision(torch.zeros(1, device="cuda")))
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -110,7 +96,7 @@ def assert_same_list(got: ops.TileList, want: ops.TileList) -> None:
 
 def thresholds_of(layer: Layer, x: Tensor) -> list[Tensor]:
     """Thresholds that keep everything, half, a tenth and nothing of what x uses."""
-    usage = layer.usage(x)
+    usage = usage_of(layer, x)
     some = [usage.quantile(1 - density, dim=1) for density in (0.5, 0.1)]
     return [torch.zeros_like(some[0]), *some, torch.full_like(some[0], torch.inf)]
 
@@ -134,8 +120,8 @@ def test_replayed_select_and_execute_follow_x_and_threshold(layer, dtype, sizes)
     threshold = torch.zeros(batch, device="cuda")
 
     def both():
-        tiles, missed = layer.select(threshold, x, tile_rows)
-        return tiles, missed, layer.execute(x, tiles)
+        tiles, missed = select(layer, threshold, x, tile_rows)
+        return tiles, missed, execute(layer, x, tiles)
 
     graph, (tiles, missed, out) = capture(both)
     seen = []
@@ -163,7 +149,8 @@ def test_replayed_ffn_follows_x_and_threshold_and_counts(layer, dtype, sizes):
     x = random((batch, 264), dtype, 20)
     threshold = torch.zeros(batch, device="cuda")
     stats = torch.zeros(2, dtype=torch.int64, device="cuda")
-    graph, out = capture(lambda: layer.ffn(threshold, x, tile_rows, stats))
+    whole = with_threshold(layer, threshold, tile_rows)
+    graph, out = capture(lambda: ops.ffn(whole, x, stats=stats))
     for seed in (21, 22):
         x.copy_(random((batch, 264), dtype, seed))
         for wanted in thresholds_of(layer, x):
@@ -171,8 +158,8 @@ def test_replayed_ffn_follows_x_and_threshold_and_counts(layer, dtype, sizes):
             out.fill_(torch.nan)
             stats.zero_()
             graph.replay()
-            tiles, _ = layer.select(threshold, x, tile_rows)
-            want = layer.execute(x, tiles, design=ffn_path(x, 1001))
+            tiles, _ = select(layer, threshold, x, tile_rows)
+            want = execute(layer, x, tiles, design=ffn_path(x, 1001))
             assert torch.equal(out, want)
             executed = 0
             for b, n in enumerate(tiles.n_tiles.tolist()):
@@ -189,60 +176,47 @@ def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
     biases = [random((n,), dtype, 26 + i) for i, n in enumerate((1001, 1001, 264))]
     offset = torch.stack([biases[0].float(), biases[1].float()], dim=1).contiguous()
     threshold = torch.zeros(1, device="cuda")
-    weight = torch.ones(batch, device="cuda")
+    votes = torch.ones(batch, device="cuda")
     stats = torch.zeros(2, dtype=torch.int64, device="cuda")
-    recovery = {"offset": offset, "weight": weight, "activation": "gelu_tanh"}
-    execution = dict(zip(("gate_bias", "up_bias", "down_bias"), biases, strict=True))
-    rows = (layer.gate, layer.up, layer.down_t)
+    recovery = {"offset": offset, "votes": votes, "activation": "gelu_tanh"}
+    recovery["tile_rows"] = tile_rows
+    names = ("gate_bias", "up_bias", "down_bias")
+    biased = Layer(
+        dataclasses.replace(layer.sensor, offset=offset),
+        dataclasses.replace(layer.weights, **dict(zip(names, biases, strict=True))),
+        Decision(threshold, tile_rows, votes),
+        "gelu_tanh",
+    )
 
     def run():
-        return ops.ffn(
-            layer.codes,
-            layer.equal,
-            layer.row_scale,
-            threshold,
-            *rows,
-            x,
-            bits=BITS,
-            tile_rows=tile_rows,
-            stats=stats,
-            **recovery,
-            **execution,
-        )
+        return ops.ffn(biased, x, stats=stats)
 
     graph, out = capture(run)
-    y, scale = ops.sense(layer.codes, layer.equal, x, bits=BITS)
+    y, scale = sense(layer, x)
     kept = []
     for votes in ([1, 1, 1, 1, 1], [0, 2, 0, 0.5, 0], [0, 0, 0, 0, 0]):
-        weight.copy_(torch.tensor(votes))
-        usage = ops.recover(
-            y, scale, layer.row_scale, threshold=threshold, group_rows=tile_rows, **recovery
-        ).usage
+        votes.copy_(torch.tensor(votes))
+        usage = ops.recover(y, scale, layer.sensor.row_scale, threshold=threshold, **recovery).usage
         for wanted in (0.0, float(usage.quantile(0.7)), float("inf"), float("nan")):
             threshold.fill_(wanted)
             out.fill_(torch.nan)
             stats.zero_()
             graph.replay()
             support = ops.recover(
-                y, scale, layer.row_scale, threshold=threshold, group_rows=tile_rows, **recovery
-            )
-            tiles, missed = ops.select(
-                layer.codes,
-                layer.equal,
-                layer.row_scale,
-                threshold,
-                x,
-                bits=BITS,
-                tile_rows=tile_rows,
+                y,
+                scale,
+                layer.sensor.row_scale,
+                threshold=threshold,
                 **recovery,
             )
+            told = {"activation": "gelu_tanh"}
+            tiles, missed = ops.select(biased.sensor, biased.decision, x, **told)
             assert torch.equal(tiles.tile, support.index)
             assert torch.equal(tiles.n_tiles, support.count)
             allowed = missed_tolerance(support.missed, support.usage)
             assert_within(missed, support.missed.double(), allowed)
             path = ffn_path(x, 1001, is_joint=True)
-            told = {"activation": "gelu_tanh", "design": path}
-            want = ops.execute(*rows, x, tiles, **told, **execution)
+            want = ops.execute(biased.weights, tiles, x, design=path, **told)
             assert torch.equal(out, want)
             first = tiles.tile[0, : int(tiles.n_tiles)].long() * tile_rows
             executed = int((first + tile_rows).clamp(max=1001).sub(first).sum())
@@ -257,26 +231,16 @@ def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
 
 def test_a_captured_session_overwrites_its_output(layer, dtype):
     x, out = random((2, 264), dtype, 30), torch.empty(2, 264, dtype=dtype, device="cuda")
-    threshold = layer.usage(x).quantile(0.7, dim=1)
+    threshold = usage_of(layer, x).quantile(0.7, dim=1)
     session = ops.Session(torch.device("cuda"))
-    number = session.bind(
-        codes=layer.codes,
-        equal=layer.equal,
-        row_scale=layer.row_scale,
-        threshold=threshold,
-        gate=layer.gate,
-        up=layer.up,
-        down_t=layer.down_t,
-        bits=BITS,
-        max_batch=2,
-    )
+    number = session.bind(with_threshold(layer, threshold), max_batch=2)
     graph, _ = capture(lambda: session.ffn(number, x, out))
     for seed in (31, 32, 33):
         x.copy_(random((2, 264), dtype, seed))
         out.fill_(torch.nan)
         graph.replay()
-        tiles, _ = layer.select(threshold, x, 1)
-        assert torch.equal(out, layer.execute(x, tiles, design=ffn_path(x, 1001)))
+        tiles, _ = select(layer, threshold, x, 1)
+        assert torch.equal(out, execute(layer, x, tiles, design=ffn_path(x, 1001)))
 
 
 def test_a_replayed_projection_follows_x(dtype):
@@ -300,26 +264,15 @@ def test_layers_after_one_another_wait_for_what_they_need(design):
     layers = [make_layer(264, 1001, torch.bfloat16) for _ in range(3)]
     is_joint = design == "batch"
     x = torch.empty((3 if is_joint else 1, 264), dtype=torch.bfloat16, device="cuda")
-    weight = torch.ones(3, device="cuda") if is_joint else None
+    votes = torch.ones(3, device="cuda") if is_joint else None
     threshold = torch.empty(1, device="cuda")
     stats = torch.zeros(2, dtype=torch.int64, device="cuda")
 
     def run(wait=False):
         out = x
         for layer in layers:
-            rows = (layer.gate, layer.up, layer.down_t)
-            out = ops.ffn(
-                layer.codes,
-                layer.equal,
-                layer.row_scale,
-                threshold,
-                *rows,
-                out,
-                bits=BITS,
-                weight=weight,
-                stats=stats,
-                design=design,
-            )
+            now = with_threshold(layer, threshold, votes=votes)
+            out = ops.ffn(now, out, stats=stats, design=design)
             if wait:
                 torch.cuda.synchronize()
         return out
@@ -348,11 +301,10 @@ def test_a_replayed_capped_layer_follows_its_cap(dtype):
     cap = torch.zeros(2, dtype=torch.int32, device="cuda")
     stats = torch.zeros(2, dtype=torch.int64, device="cuda")
     dropped = torch.zeros(1, dtype=torch.int64, device="cuda")
-    given = (layer.codes, layer.equal, layer.row_scale, threshold)
-    rows = (layer.gate, layer.up, layer.down_t, x)
+    capped = with_threshold(layer, threshold, cap=cap)
 
     def run():
-        return ops.ffn(*given, *rows, bits=BITS, cap=cap, stats=stats, dropped=dropped)
+        return ops.ffn(capped, x, stats=stats, dropped=dropped)
 
     graph, out = capture(run)
     for caps in ([0, 1001], [10, 500], [-3, 2000]):
@@ -361,8 +313,8 @@ def test_a_replayed_capped_layer_follows_its_cap(dtype):
         stats.zero_()
         dropped.zero_()
         graph.replay()
-        tiles, _ = ops.select(*given, x, bits=BITS, cap=cap)
-        assert torch.equal(out, ops.execute(*rows, tiles, design=ffn_path(x, 1001)))
+        tiles, _ = select(layer, threshold, x, cap=cap)
+        assert torch.equal(out, execute(layer, x, tiles, design=ffn_path(x, 1001)))
         n = [min(max(c, 0), 1001) for c in caps]
         assert stats.tolist() == [2, sum(n)] and int(dropped) == 2002 - sum(n)
 
@@ -387,17 +339,19 @@ def test_a_replayed_ternary_selection_follows_x(dtype):
     x = p.x.clone()
     threshold = torch.zeros(5, device="cuda")
 
-    def select():
-        return ops.select(p.codes, p.equal, p.row_scale, threshold, x, bits="ternary")
+    sensor = Sensor(p.codes, p.equal, p.row_scale, "ternary")
 
-    graph, (tiles, missed) = capture(select)
+    def run():
+        return ops.select(sensor, Decision(threshold), x)
+
+    graph, (tiles, missed) = capture(run)
     for seed, quantile in ((1, 0.5), (2, 0.9)):
         x.copy_(random((5, 264), dtype, seed))
         y, scale = ops.sense(p.codes, p.equal, x, bits="ternary")
         usage = ops.recover(y, scale, p.row_scale, threshold=torch.zeros_like(threshold)).usage
         threshold.copy_(usage.quantile(quantile, dim=1))
         graph.replay()
-        want, want_missed = select()
+        want, want_missed = run()
         assert_same_list(tiles, want)
         assert torch.equal(missed, want_missed)
         assert 0 < int(tiles.n_tiles.sum()) < 5 * 301
@@ -407,8 +361,8 @@ def test_a_side_stream_gives_the_same(layer, dtype, sizes):
     batch, tile_rows = sizes
     x = random((batch, 264), dtype, 40)
     threshold = thresholds_of(layer, x)[1]
-    want_tiles, want_missed = layer.select(threshold, x, tile_rows)
-    want = layer.execute(x, want_tiles)
+    want_tiles, want_missed = select(layer, threshold, x, tile_rows)
+    want = execute(layer, x, want_tiles)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -416,8 +370,8 @@ def test_a_side_stream_gives_the_same(layer, dtype, sizes):
             1 << 24, device="cuda"
         ).normal_()  # so that a wrong stream would overtake
         late = x * 0 + busy.sum().mul(0).to(dtype) + x
-        tiles, missed = layer.select(threshold, late, tile_rows)
-        got = layer.execute(late, tiles)
+        tiles, missed = select(layer, threshold, late, tile_rows)
+        got = execute(layer, late, tiles)
     torch.cuda.current_stream().wait_stream(side)
     assert_same_list(tiles, want_tiles)
     assert torch.equal(missed, want_missed)
@@ -427,13 +381,13 @@ def test_a_side_stream_gives_the_same(layer, dtype, sizes):
 def test_two_hundred_runs_agree_bit_for_bit(layer, dtype):
     x = random((5, 264), dtype, 50)
     x[1, 7] = torch.nan  # keeps every neuron of its row
-    threshold = layer.usage(x).nan_to_num(0.0).quantile(0.6, dim=1)
+    threshold = usage_of(layer, x).nan_to_num(0.0).quantile(0.6, dim=1)
     budget = torch.tensor([0, 5, 500, 1000, 1001], dtype=torch.int32, device="cuda")
-    y, scale = ops.sense(layer.codes, layer.equal, x, bits=BITS)
+    y, scale = sense(layer, x)
     first = None
     for _ in range(200):
-        top = ops.recover(y, scale, layer.row_scale, budget=budget)
-        tiles, missed = layer.select(threshold, x, 1)
+        top = ops.recover(y, scale, layer.sensor.row_scale, budget=budget)
+        tiles, missed = select(layer, threshold, x, 1)
         listed = torch.arange(1001, device="cuda") < tiles.n_tiles[:, None]
         run = (
             bits_of(top.count),
@@ -441,7 +395,7 @@ def test_two_hundred_runs_agree_bit_for_bit(layer, dtype):
             bits_of(tiles.n_tiles),
             bits_of(tiles.tile.where(listed, -1)),
             bits_of(missed),
-            bits_of(layer.execute(x, tiles)),
+            bits_of(execute(layer, x, tiles)),
         )
         first = first or run
         assert all(torch.equal(a, b) for a, b in zip(run, first, strict=True))
@@ -449,11 +403,11 @@ def test_two_hundred_runs_agree_bit_for_bit(layer, dtype):
 
 def test_a_row_does_not_depend_on_its_batch(layer, dtype):
     x = random((6, 264), dtype, 60)
-    threshold = layer.usage(x).quantile(0.6, dim=1)
+    threshold = usage_of(layer, x).quantile(0.6, dim=1)
     stats = torch.zeros(2, dtype=torch.int64, device="cuda")
-    together = layer.ffn(threshold, x, 1, stats)
+    together = ops.ffn(with_threshold(layer, threshold), x, stats=stats)
     for b in range(6):
-        alone = layer.ffn(threshold[b : b + 1], x[b : b + 1], 1, stats)
+        alone = ops.ffn(with_threshold(layer, threshold[b : b + 1]), x[b : b + 1], stats=stats)
         assert torch.equal(alone[0], together[b])
 
 
@@ -465,10 +419,10 @@ def test_nothing_beyond_a_list_is_read(layer, dtype, garbage):
     tile[0, 3:] = garbage
     tile[1] = garbage
     n_tiles = torch.tensor([3, 0], dtype=torch.int32, device="cuda")
-    out = layer.execute(x, ops.TileList(tile, n_tiles, 4))
+    out = execute(layer, x, ops.TileList(tile, n_tiles, 4))
     clean = torch.zeros_like(tile)
     clean[0, :3] = torch.arange(3, dtype=torch.int32)
-    assert torch.equal(out, layer.execute(x, ops.TileList(clean, n_tiles, 4)))
+    assert torch.equal(out, execute(layer, x, ops.TileList(clean, n_tiles, 4)))
     assert not out[1].any() and out[0].any()
 
 
@@ -491,12 +445,17 @@ def test_rows_off_sixteen_bytes_give_the_same(dtype, which):
     tiles = ops.TileList(index, torch.tensor([1001, 400], dtype=torch.int32, device="cuda"), 1)
     kept = [torch.arange(1001, device="cuda"), torch.arange(400, device="cuda")]
     want = reference.execute(**given, tiles=kept, tile_rows=1).to(dtype)
-    assert torch.equal(ops.execute(**given, tiles=tiles), want)
+
+    def run():
+        weights = Weights(given["gate"], given["up"], given["down_t"])
+        return ops.execute(weights, tiles, given["x"])
+
+    assert torch.equal(run(), want)
 
     shifted = torch.empty(given[which].numel() + 1, dtype=dtype, device="cuda")[1:]
     given[which] = shifted.view(given[which].shape).copy_(given[which])
     assert given[which].data_ptr() % 16 != 0
-    assert torch.equal(ops.execute(**given, tiles=tiles), want)
+    assert torch.equal(run(), want)
 
 
 def test_measurements_off_their_columns_are_refused():
@@ -511,10 +470,10 @@ def test_measurements_off_their_columns_are_refused():
 
 
 def test_codes_off_sixteen_bytes_are_refused(layer, dtype):
-    shifted = torch.empty(layer.codes.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
-    codes = shifted.view(layer.codes.shape).copy_(layer.codes)
+    shifted = torch.empty(layer.sensor.codes.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
+    codes = shifted.view(layer.sensor.codes.shape).copy_(layer.sensor.codes)
     with pytest.raises(ValueError, match=r"\[sense\] codes begins 1 bytes past a multiple of 16"):
-        ops.sense(codes, layer.equal, random((1, 264), dtype, 90), bits=BITS)
+        ops.sense(codes, layer.sensor.equal, random((1, 264), dtype, 90), bits=BITS)
 
 
 @pytest.mark.parametrize(
@@ -538,14 +497,15 @@ def test_waiting_for_every_kernel_works_under_capture_too():
     program = """
 import torch
 from csfast import ops
+from csfast.layer import Weights
 x = torch.ones(1, 64, device="cuda")
 rows = torch.ones(32, 64, device="cuda")
 tiles = ops.tile(torch.arange(32, dtype=torch.int32, device="cuda")[None],
                  torch.full((1,), 32, dtype=torch.int32, device="cuda"))
-want = ops.execute(rows, rows, rows, x, tiles)
+want = ops.execute(Weights(rows, rows, rows), tiles, x)
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
-    got = ops.execute(rows, rows, rows, x, tiles)
+    got = ops.execute(Weights(rows, rows, rows), tiles, x)
 graph.replay()
 assert torch.equal(got, want) and want.min() == 32 * 64 * 64
 """

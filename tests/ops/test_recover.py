@@ -108,22 +108,22 @@ def between(usage, quantile=0.6):
     return ranked[:, at : at + 2].mean(dim=1).float()
 
 
-@pairwise(case=CASES, form=FORMS, group_rows=[1, 7, 100], is_joint=[False, True])
-def test_every_form_matches_reference(case, form, group_rows, is_joint, device):
+@pairwise(case=CASES, form=FORMS, tile_rows=[1, 7, 100], is_joint=[False, True])
+def test_every_form_matches_reference(case, form, tile_rows, is_joint, device):
     given, options = measured_as(case, form, device)
-    weight = weight_of(case.batch, device) if is_joint else None
+    votes = weight_of(case.batch, device) if is_joint else None
     extra = (options["offset"], options["activation"])
     neurons = reference.usage(*given, *extra)
-    margin = group_tolerance(neurons, usage_tolerance(*given, *extra), group_rows)
-    usage = reference.group(neurons, group_rows)
+    margin = group_tolerance(neurons, usage_tolerance(*given, *extra), tile_rows)
+    usage = reference.group(neurons, tile_rows)
     if is_joint:
-        margin = joint_tolerance(usage, margin, weight)
-        usage = reference.joint(usage, weight)
+        margin = joint_tolerance(usage, margin, votes)
+        usage = reference.joint(usage, votes)
     threshold = between(usage)
-    got = ops.recover(*given, threshold=threshold, weight=weight, group_rows=group_rows, **options)
-    assert got.group_rows == group_rows
+    got = ops.recover(*given, threshold=threshold, votes=votes, tile_rows=tile_rows, **options)
+    assert got.tile_rows == tile_rows
     assert_within(got.usage, usage, margin)
-    keep = reference.keep_threshold(usage, threshold, given[1], weight)
+    keep = reference.keep_threshold(usage, threshold, given[1], votes)
     distance = (usage - threshold.double()[:, None]).abs()
     assert_same_support(mask_of(got), keep, distance, margin)
     missed = reference.missed(usage, mask_of(got))
@@ -164,32 +164,30 @@ def test_gelu_tanh_is_that_of_torch(device):
     assert_within(kernel, exact, tolerance + z.abs().to(device) * 2.0**-51)
 
 
-@inside(group_rows=[2, 4, 7, 16, 64, 65, 128, 5000])
-def test_groups_add_squares_in_order(group_rows, device):
+@inside(tile_rows=[2, 4, 7, 16, 64, 65, 128, 5000])
+def test_groups_add_squares_in_order(tile_rows, device):
     """Bit for bit: every square, sum and root is rounded, one neuron after the other."""
     p, y, scale = measured(CASES[5], device)
     threshold = filled(16, 0.1, device)
     neurons = ops.recover(y, scale, p.row_scale, threshold=threshold).usage.cpu().numpy()
     want = []
-    for first in range(0, neurons.shape[1], group_rows):
+    for first in range(0, neurons.shape[1], tile_rows):
         total = np.zeros(16, dtype=np.float32)
-        for column in neurons[:, first : first + group_rows].T:
+        for column in neurons[:, first : first + tile_rows].T:
             total = total + column * column
         want.append(np.sqrt(total))  # torch's root may be off by an ulp
-    got = ops.recover(y, scale, p.row_scale, threshold=threshold, group_rows=group_rows)
+    got = ops.recover(y, scale, p.row_scale, threshold=threshold, tile_rows=tile_rows)
     assert np.array_equal(got.usage.cpu().numpy(), np.stack(want, axis=1))
     assert torch.equal(mask_of(got), got.usage >= 0.1)
 
 
-@inside(group_rows=[1, 3])
-def test_the_batch_adds_up_in_order(group_rows, device):
+@inside(tile_rows=[1, 3])
+def test_the_batch_adds_up_in_order(tile_rows, device):
     p, y, scale = measured(CASES[5], device)
-    weight = weight_of(16, device)
-    own = ops.recover(
-        y, scale, p.row_scale, threshold=filled(16, 0.1, device), group_rows=group_rows
-    )
+    votes = weight_of(16, device)
+    own = ops.recover(y, scale, p.row_scale, threshold=filled(16, 0.1, device), tile_rows=tile_rows)
     want = torch.zeros_like(own.usage[0])
-    for row, value in zip(own.usage, weight, strict=True):
+    for row, value in zip(own.usage, votes, strict=True):
         if value != 0:
             want = want + value * row
     got = ops.recover(
@@ -197,8 +195,8 @@ def test_the_batch_adds_up_in_order(group_rows, device):
         scale,
         p.row_scale,
         threshold=filled(1, 1.0, device),
-        weight=weight,
-        group_rows=group_rows,
+        votes=votes,
+        tile_rows=tile_rows,
     )
     assert torch.equal(got.usage[0], want)
     assert torch.equal(mask_of(got)[0], want >= 1.0)
@@ -208,8 +206,8 @@ def test_a_group_of_one_and_a_batch_of_one_change_nothing(device):
     p, y, scale = measured(CASES[4], device)
     threshold = middle_threshold(p)
     own = ops.recover(y, scale, p.row_scale, threshold=threshold)
-    weight = filled(1, 1.0, device)
-    joint = ops.recover(y, scale, p.row_scale, threshold=threshold, weight=weight, group_rows=1)
+    votes = filled(1, 1.0, device)
+    joint = ops.recover(y, scale, p.row_scale, threshold=threshold, votes=votes, tile_rows=1)
     for name in ("usage", "index", "count", "missed"):
         assert torch.equal(getattr(own, name), getattr(joint, name)), name
 
@@ -217,21 +215,21 @@ def test_a_group_of_one_and_a_batch_of_one_change_nothing(device):
 def test_groups_of_exact_usages(device):
     """3 and 4 make 5, and the last group is a short one."""
     given_ = given([3.0, 4.0, 0.0, 1.0, 2.0], device)
-    got = ops.recover(*given_, threshold=filled(1, 2.0, device), group_rows=2)
+    got = ops.recover(*given_, threshold=filled(1, 2.0, device), tile_rows=2)
     assert got.usage.tolist() == [[5.0, 1.0, 2.0]]
     assert got.index[0, : got.count[0]].tolist() == [0, 2]
     assert got.missed.item() == 1.0
-    top = ops.recover(*given_, budget=filled(1, 1, device, torch.int32), group_rows=2)
+    top = ops.recover(*given_, budget=filled(1, 1, device, torch.int32), tile_rows=2)
     assert top.index[0, : top.count[0]].tolist() == [0]
     assert top.missed.item() == 5.0
 
 
-@inside(group_rows=[5, 6, 2**31 - 1])
-def test_a_group_of_all(group_rows, device):
+@inside(tile_rows=[5, 6, 2**31 - 1])
+def test_a_group_of_all(tile_rows, device):
     got = ops.recover(
         *given([1.0, 1.0, 1.0, 1.0, 0.0], device),
         threshold=filled(1, 2.5, device),
-        group_rows=group_rows,
+        tile_rows=tile_rows,
     )
     assert got.usage.tolist() == [[2.0]]
     assert got.count.tolist() == [0]
@@ -242,7 +240,7 @@ def test_a_group_with_a_usage_that_is_not_finite_is_kept(value, device):
     got = ops.recover(
         *given([1.0, 2.0, 1.0, value, 1.0, 1.0], device),
         threshold=filled(1, 9.0, device),
-        group_rows=2,
+        tile_rows=2,
     )
     assert got.index[0, : got.count[0]].tolist() == [1]
 
@@ -256,13 +254,13 @@ def rows_of(usages, device):
 
 def test_a_joint_decision_on_exact_usages(device):
     y, scale, row_scale = rows_of([[1.0, 4.0, 0.0], [8.0, 8.0, 8.0], [2.0, 0.0, 1.0]], device)
-    weight = torch.tensor([1.0, 0.0, 2.0], device=device)
-    got = ops.recover(y, scale, row_scale, threshold=filled(1, 4.0, device), weight=weight)
+    votes = torch.tensor([1.0, 0.0, 2.0], device=device)
+    got = ops.recover(y, scale, row_scale, threshold=filled(1, 4.0, device), votes=votes)
     assert got.usage.tolist() == [[5.0, 4.0, 2.0]]
     assert got.index[0, : got.count[0]].tolist() == [0, 1]
     assert got.missed.tolist() == [4.0]
     budget = filled(1, 1, device, torch.int32)
-    top = ops.recover(y, scale, row_scale, budget=budget, weight=weight)
+    top = ops.recover(y, scale, row_scale, budget=budget, votes=votes)
     assert top.index[0, : top.count[0]].tolist() == [0]
     assert top.missed.tolist() == [20.0]
 
@@ -275,10 +273,10 @@ def test_a_row_without_weight_has_no_vote(noise, rule, device):
         if rule == "threshold"
         else {"budget": filled(1, 2, device, torch.int32)}
     )
-    weight = torch.tensor([1.0, -0.0, 1.0], device=device)
+    votes = torch.tensor([1.0, -0.0, 1.0], device=device)
     y[1, 1] = noise
     scale[1] = noise
-    got = ops.recover(y, scale, row_scale, weight=weight, **limit)
+    got = ops.recover(y, scale, row_scale, votes=votes, **limit)
     assert got.index[0, : got.count[0]].tolist() == [0, 1]
     assert got.usage.tolist() == [[3.0, 4.0, 1.0]]
 
@@ -292,25 +290,25 @@ def test_a_voting_row_that_is_not_finite_keeps_everything(value, rule, device):
         else {"budget": filled(1, 0, device, torch.int32)}
     )
     scale[1] = value
-    got = ops.recover(y, scale, row_scale, weight=torch.ones(2, device=device), **limit)
+    got = ops.recover(y, scale, row_scale, votes=torch.ones(2, device=device), **limit)
     assert got.index.tolist() == [[0, 1, 2]]
     assert got.count.tolist() == [3] and got.missed.tolist() == [0.0]
 
 
-@inside(place=["measurement", "weight", "offset"])
+@inside(place=["measurement", "votes", "offset"])
 def test_not_a_number_in_a_joint_decision_keeps(place, device):
     y, scale, row_scale = rows_of([[1.0, 4.0, 0.0], [2.0, 0.0, 1.0]], device)
-    weight, offset = torch.ones(2, device=device), torch.zeros(3, 1, device=device)
+    votes, offset = torch.ones(2, device=device), torch.zeros(3, 1, device=device)
     want = [2]
     if place == "measurement":
         y[1, 2] = NAN
     elif place == "offset":
         offset[2] = NAN
     else:
-        weight[0] = NAN
+        votes[0] = NAN
         want = [0, 1, 2]
     limit = filled(1, 9.0, device)
-    got = ops.recover(y, scale, row_scale, threshold=limit, weight=weight, offset=offset)
+    got = ops.recover(y, scale, row_scale, threshold=limit, votes=votes, offset=offset)
     assert got.index[0, : got.count[0]].tolist() == want
 
 
@@ -323,8 +321,8 @@ def test_nothing_is_kept_if_no_row_votes(limit, batch, device):
         if limit == "budget"
         else {"threshold": filled(1, limit, device)}
     )
-    weight = torch.zeros(batch, device=device)
-    got = ops.recover(y[:batch], scale[:batch], row_scale, weight=weight, **limits)
+    votes = torch.zeros(batch, device=device)
+    got = ops.recover(y[:batch], scale[:batch], row_scale, votes=votes, **limits)
     assert got.count.tolist() == [0] and got.missed.tolist() == [0.0]
     assert got.usage.tolist() == [[0.0] * 3]
 
@@ -467,8 +465,8 @@ def test_budget_out_of_range(budget):
         ops.recover(y, scale, p.row_scale, budget=filled(3, budget, "cpu", torch.int32))
 
 
-@pytest.mark.parametrize(("group_rows", "budget", "most"), [(4, 21, 20), (100, 2, 1)])
-def test_budget_of_more_groups_than_there_are(group_rows, budget, most):
+@pytest.mark.parametrize(("tile_rows", "budget", "most"), [(4, 21, 20), (100, 2, 1)])
+def test_budget_of_more_groups_than_there_are(tile_rows, budget, most):
     p, y, scale = measured(CASES[2], "cpu")
     with pytest.raises(
         ValueError, match=rf"\[recover\] budget\[0\] = {budget}: want 0 to n_gro.* {most}\."
@@ -478,7 +476,7 @@ def test_budget_of_more_groups_than_there_are(group_rows, budget, most):
             scale,
             p.row_scale,
             budget=filled(3, budget, "cpu", torch.int32),
-            group_rows=group_rows,
+            tile_rows=tile_rows,
         )
 
 

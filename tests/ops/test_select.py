@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from numeric import (
     UNIT,
     assert_same_support,
     assert_within,
+    layer_of,
     made,
     mask_of,
     middle_threshold,
@@ -28,19 +31,19 @@ FORMS = {
 }
 
 
-def select(p, threshold, x=None, **more):
-    x = p.x if x is None else x
-    return ops.select(p.codes, p.equal, p.row_scale, threshold, x, bits=p.bits, **more)
+def select(p, threshold, x=None, *, design="", **parts):
+    of, x = layer_of(p, threshold, **parts), p.x if x is None else x
+    return ops.select(of.sensor, of.decision, x, activation=of.activation, design=design)
 
 
 def options_of(p, case, form):
     """The options of `select` for one of the forms, and those of `usage_of`."""
     is_biased, is_joint, activation = FORMS[form]
     biases = case.make_biases(p) if is_biased else None
-    weight = torch.tensor([1.0, 0.0, 0.5] * 6)[: case.batch].to(p.x.device) if is_joint else None
-    told = {"biases": biases, "activation": activation, "weight": weight}
+    votes = torch.tensor([1.0, 0.0, 0.5] * 6)[: case.batch].to(p.x.device) if is_joint else None
+    told = {"biases": biases, "activation": activation, "votes": votes}
     offset = biases.offset if is_biased else None
-    return {"offset": offset, "activation": activation, "weight": weight}, told
+    return {"offset": offset, "activation": activation, "votes": votes}, told
 
 
 @pairwise(case=CASES, form=FORMS, tile_rows=[1, 8])
@@ -52,7 +55,7 @@ def test_every_form_matches_reference(case, form, tile_rows, device):
     usage, margin, scale = usage_of(p, tile_rows=tile_rows, **told)
     assert_same_support(
         mask_of(got.tile, got.n_tiles, 1, usage.shape[1]),
-        reference.keep_threshold(usage, threshold, scale, options["weight"]),
+        reference.keep_threshold(usage, threshold, scale, options["votes"]),
         (usage - threshold.double()[:, None]).abs(),
         margin,
     )
@@ -78,7 +81,7 @@ def test_equals_sense_and_recover(case, tile_rows, dtype, bits, device):
     threshold = middle_threshold(p, tile_rows=tile_rows)
     got, missed = select(p, threshold, tile_rows=tile_rows)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=bits)
-    want = ops.recover(y, scale, p.row_scale, threshold=threshold, group_rows=tile_rows)
+    want = ops.recover(y, scale, p.row_scale, threshold=threshold, tile_rows=tile_rows)
     assert torch.equal(got.n_tiles, want.count)
     assert torch.equal(got.tile, want.index)
     assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
@@ -97,7 +100,7 @@ def test_equals_sense_and_recover_in_every_form(case, form, tile_rows, device):
     threshold = middle_threshold(p, tile_rows=tile_rows, **told)
     got, missed = select(p, threshold, tile_rows=tile_rows, **options)
     y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
-    want = ops.recover(y, scale, p.row_scale, threshold=threshold, group_rows=tile_rows, **options)
+    want = ops.recover(y, scale, p.row_scale, threshold=threshold, tile_rows=tile_rows, **options)
     assert torch.equal(got.n_tiles, want.count)
     assert torch.equal(got.tile, want.index)
     assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
@@ -121,14 +124,14 @@ def test_a_joint_decision_counts_only_rows_that_vote(tile_rows, value, device):
     p = made(case, torch.bfloat16, device)
     x = p.x.clone()
     x[1, 8] = value
-    weight = torch.tensor([1.0, 0.0, 1.0], device=device)
-    threshold = middle_threshold(p, tile_rows=tile_rows, weight=weight)
-    got, missed = select(p, threshold, x, tile_rows=tile_rows, weight=weight)
-    want, want_missed = select(p, threshold, tile_rows=tile_rows, weight=weight)
+    votes = torch.tensor([1.0, 0.0, 1.0], device=device)
+    threshold = middle_threshold(p, tile_rows=tile_rows, votes=votes)
+    got, missed = select(p, threshold, x, tile_rows=tile_rows, votes=votes)
+    want, want_missed = select(p, threshold, tile_rows=tile_rows, votes=votes)
     assert torch.equal(got.tile, want.tile) and torch.equal(missed, want_missed)
     assert 0 < int(got.n_tiles) < got.tile.shape[1]
-    weight[1] = 1e-30
-    got, missed = select(p, threshold, x, tile_rows=tile_rows, weight=weight)
+    votes[1] = 1e-30
+    got, missed = select(p, threshold, x, tile_rows=tile_rows, votes=votes)
     assert got.n_tiles.tolist() == [got.tile.shape[1]]
     assert missed.tolist() == [0.0]
 
@@ -136,9 +139,9 @@ def test_a_joint_decision_counts_only_rows_that_vote(tile_rows, value, device):
 @inside(batch=[0, 3], tile_rows=[1, 16])
 def test_nothing_is_selected_if_no_row_votes(batch, tile_rows, device):
     p = made(CASES[2], torch.bfloat16, device)
-    weight = torch.zeros(batch, device=device)
+    votes = torch.zeros(batch, device=device)
     threshold = torch.full((1,), NAN, device=device)
-    got, missed = select(p, threshold, p.x[:batch], tile_rows=tile_rows, weight=weight)
+    got, missed = select(p, threshold, p.x[:batch], tile_rows=tile_rows, votes=votes)
     assert got.n_tiles.tolist() == [0]
     assert missed.tolist() == [0.0]
 
@@ -207,14 +210,14 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("is_joint", [False, True], ids=["own", "joint"])
 def test_threads_change_nothing_for_groups(is_joint):
     p = made(CASES[5], torch.bfloat16, "cpu")
-    weight = torch.linspace(0, 1, 16) if is_joint else None
-    threshold = middle_threshold(p, tile_rows=3, weight=weight)
+    votes = torch.linspace(0, 1, 16) if is_joint else None
+    threshold = middle_threshold(p, tile_rows=3, votes=votes)
     n_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one, missed_one = select(p, threshold, tile_rows=3, weight=weight)
+        one, missed_one = select(p, threshold, tile_rows=3, votes=votes)
         torch.set_num_threads(2)
-        two, missed_two = select(p, threshold, tile_rows=3, weight=weight)
+        two, missed_two = select(p, threshold, tile_rows=3, votes=votes)
     finally:
         torch.set_num_threads(n_threads)
     assert torch.equal(one.tile, two.tile)
@@ -266,7 +269,7 @@ def test_a_cap_keeps_the_largest(case, form, tile_rows, device):
         got, missed = select(p, threshold, tile_rows=tile_rows, cap=cap, **options)
         budget = torch.minimum(free.n_tiles, cap.clamp(min=0))
         y, scale = ops.sense(p.codes, p.equal, p.x, bits=2)
-        want = ops.recover(y, scale, p.row_scale, budget=budget, group_rows=tile_rows, **options)
+        want = ops.recover(y, scale, p.row_scale, budget=budget, tile_rows=tile_rows, **options)
         assert torch.equal(got.n_tiles, budget) and torch.equal(got.tile, want.index)
         assert torch.equal(got.dropped, free.n_tiles - budget)
         assert_within(missed, want.missed.double(), missed_tolerance(want.missed, want.usage))
@@ -277,7 +280,7 @@ def test_a_cap_keeps_the_largest(case, form, tile_rows, device):
         end = torch.where(cap[:, None] > usage.shape[1], 0.0, last).maximum(threshold[:, None])
         assert_same_support(
             mask_of(got.tile, got.n_tiles, 1, usage.shape[1]),
-            reference.keep_threshold(usage, threshold, scale, options["weight"], cap),
+            reference.keep_threshold(usage, threshold, scale, options["votes"], cap),
             torch.where(cap[:, None] > 0, (usage - end).abs(), INF),
             2 * margin.amax(dim=1, keepdim=True),
         )
@@ -308,4 +311,4 @@ def test_refuses_bits_out_of_range(bits):
     p = made(CASES[2], torch.float32, "cpu")
     codes = torch.zeros(77, 2, 2, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=rf"\[select\] bits = {bits!r}: want 1 to 4 or \"tern"):
-        ops.select(codes, p.equal, p.row_scale, torch.zeros(3), p.x, bits=bits)
+        select(dataclasses.replace(p, codes=codes, bits=bits), torch.zeros(3))

@@ -1,46 +1,28 @@
+import dataclasses
+
 import pytest
 import torch
 
 from axes import inside
 from csfast import ops
 from csfast.bench.cases import CASES
-from numeric import made, middle_threshold
+from numeric import layer_of, made, middle_threshold
 
 
-def bound(p, threshold, **more):
-    return dict(
-        codes=p.codes,
-        equal=p.equal,
-        row_scale=p.row_scale,
-        threshold=threshold,
-        gate=p.gate,
-        up=p.up,
-        down_t=p.down_t,
-        bits=p.bits,
-        **more,
-    )
+def bind(session, p, threshold, max_batch, *, stats=None, **parts):
+    return session.bind(layer_of(p, threshold, **parts), max_batch=max_batch, stats=stats)
 
 
 def opened(device, case=CASES[5], dtype=torch.bfloat16, bits=2, **more):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
     session = ops.Session(torch.device(device))
-    layer = session.bind(**bound(p, threshold, max_batch=case.batch, **more))
+    layer = bind(session, p, threshold, case.batch, **more)
     return session, layer, p, threshold
 
 
 def want(p, threshold, x):
-    return ops.ffn(
-        p.codes,
-        p.equal,
-        p.row_scale,
-        threshold[: len(x)],
-        p.gate,
-        p.up,
-        p.down_t,
-        x,
-        bits=p.bits,
-    )
+    return ops.ffn(layer_of(p, threshold[: len(x)]), x)
 
 
 @inside(batch=[0, 1, 7, 16])
@@ -57,44 +39,37 @@ def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
     case, activation = CASES[5], "gelu_tanh"
     p = made(case, dtype, device)
     biases = case.make_biases(p)
-    weight = torch.linspace(0, 1, 16).to(device) if is_joint else None
+    votes = torch.linspace(0, 1, 16).to(device) if is_joint else None
     told = {"tile_rows": tile_rows, "activation": activation}
-    threshold = middle_threshold(p, biases=biases, weight=weight, **told)
+    threshold = middle_threshold(p, biases=biases, votes=votes, **told)
     more = {"offset": biases.offset, **biases.of_execute(), **told}
     session = ops.Session(torch.device(device))
     bound_threshold = threshold.expand(16).contiguous()
-    layer = session.bind(**bound(p, bound_threshold, max_batch=16, weight=weight, **more))
+    layer = bind(session, p, bound_threshold, 16, votes=votes, **more)
     out = torch.full_like(p.x[:batch], 7)
     session.ffn(layer, p.x[:batch], out)
-    expected = ops.ffn(
-        p.codes,
-        p.equal,
-        p.row_scale,
+    of_batch = layer_of(
+        p,
         threshold if is_joint else threshold[:batch],
-        p.gate,
-        p.up,
-        p.down_t,
-        p.x[:batch],
-        bits=2,
-        weight=weight[:batch] if is_joint else None,
+        votes=votes[:batch] if is_joint else None,
         **more,
     )
-    assert torch.equal(out, expected)
+    assert torch.equal(out, ops.ffn(of_batch, p.x[:batch]))
 
 
 def test_reads_weights_and_the_first_threshold_at_every_call(device):
     case = CASES[5]
     p = made(case, torch.bfloat16, device)
-    weight = torch.ones(16, device=device)
+    votes = torch.ones(16, device=device)
     threshold = torch.full((16,), float("inf"), device=device)
     threshold[0] = 0
     stats = torch.zeros(2, dtype=torch.int64, device=device)
     session = ops.Session(torch.device(device))
-    layer = session.bind(**bound(p, threshold, max_batch=16, weight=weight, stats=stats))
+    layer = bind(session, p, threshold, 16, votes=votes, stats=stats)
     out = torch.empty_like(p.x)
     session.ffn(layer, p.x, out)
     assert stats.tolist() == [16, 16 * 1152]
-    weight.zero_()
+    votes.zero_()
     session.ffn(layer, p.x, out)
     assert stats.tolist() == [32, 16 * 1152]
     assert not out.any()
@@ -102,11 +77,11 @@ def test_reads_weights_and_the_first_threshold_at_every_call(device):
 
 def test_refuses_a_weight_that_turned_negative():
     p = made(CASES[2], torch.bfloat16, "cpu")
-    weight = torch.ones(3)
+    votes = torch.ones(3)
     session = ops.Session(torch.device("cpu"))
-    layer = session.bind(**bound(p, torch.ones(3), max_batch=3, weight=weight))
-    weight[2] = -1
-    with pytest.raises(ValueError, match=r"\[ffn\] weight\[2\] = -1\.0+: want at least 0\."):
+    layer = bind(session, p, torch.ones(3), 3, votes=votes)
+    votes[2] = -1
+    with pytest.raises(ValueError, match=r"\[ffn\] votes\[2\] = -1\.0+: want at least 0\."):
         session.ffn(layer, p.x, torch.empty_like(p.x))
 
 
@@ -114,9 +89,7 @@ def test_layers_of_several_sizes(device):
     session = ops.Session(torch.device(device))
     problems = [made(case, torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]
     thresholds = [middle_threshold(p) for p in problems]
-    layers = [
-        session.bind(**bound(p, t, max_batch=3)) for p, t in zip(problems, thresholds, strict=True)
-    ]
+    layers = [bind(session, p, t, 3) for p, t in zip(problems, thresholds, strict=True)]
     assert layers == [0, 1, 2]
     for layer, p, threshold in zip(layers, problems, thresholds, strict=True):
         out = torch.empty_like(p.x)
@@ -139,7 +112,8 @@ def test_counts(device):
     out = torch.empty_like(p.x)
     for _ in range(3):
         session.ffn(layer, p.x, out)
-    tiles, _ = ops.select(p.codes, p.equal, p.row_scale, threshold, p.x, bits=2)
+    whole = layer_of(p, threshold)
+    tiles, _ = ops.select(whole.sensor, whole.decision, p.x)
     assert stats.tolist() == [48, 3 * int(tiles.n_tiles.sum())]
 
 
@@ -157,11 +131,10 @@ def test_keeps_what_was_bound_alive(device):
 def test_weights_that_want_gradients(device):
     p = made(CASES[2], torch.bfloat16, device)
     threshold = middle_threshold(p)
-    tensors = bound(p, threshold, max_batch=3)
-    tensors["gate"] = torch.nn.Parameter(p.gate)
+    wanting = dataclasses.replace(p, gate=torch.nn.Parameter(p.gate))
     session = ops.Session(torch.device(device))
     out = torch.empty_like(p.x)
-    session.ffn(session.bind(**tensors), p.x, out)
+    session.ffn(bind(session, wanting, threshold, 3), p.x, out)
     assert torch.equal(out, want(p, threshold, p.x))
 
 
@@ -201,15 +174,14 @@ def test_refuses_other_devices():
 def test_refuses_a_threshold_of_another_size():
     p = made(CASES[2], torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match=r"\[session\] .*max_batch = 4"):
-        ops.Session(torch.device("cpu")).bind(**bound(p, torch.zeros(3), max_batch=4))
+        bind(ops.Session(torch.device("cpu")), p, torch.zeros(3), 4)
 
 
 def test_a_refused_layer_leaves_the_session_usable():
     session, layer, p, threshold = opened("cpu")
-    tensors = bound(p, threshold, max_batch=16)
     with pytest.raises(ValueError, match="row_scale"):
-        session.bind(**{**tensors, "row_scale": p.row_scale[:5]})
+        bind(session, dataclasses.replace(p, row_scale=p.row_scale[:5]), threshold, 16)
     out = torch.empty_like(p.x)
     session.ffn(layer, p.x, out)
     assert torch.equal(out, want(p, threshold, p.x))
-    assert session.bind(**tensors) == 1
+    assert bind(session, p, threshold, 16) == 1

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from .. import doctor, ops
 from ..codes import levels, planes
+from ..layer import Decision, Layer, Sensor, Weights
 from ..ops.read import MOST_BUFFERS, Reader
 from ..types import Code
 from . import head, timed, timing
@@ -397,56 +398,39 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], float]:
     """Time one case; give its rows and the bytes a second that reading alone reaches."""
     bits, tile_rows = case.bits, case.tile_rows
-    weight = torch.ones(case.batch, device=device) if case.batch > 1 else None
-    thresholds, tiles = [], []
+    votes = torch.ones(case.batch, device=device) if case.batch > 1 else None
+    bound, tiles = [], []
     session = ops.Session(device)
     for layer in layers:
-        y, scale = ops.sense(layer.codes, layer.equal, layer.x, bits=bits)
+        sensor = Sensor(layer.codes, layer.equal, layer.row_scale, bits)
+        y, scale = ops.sense(sensor.codes, sensor.equal, layer.x, bits=bits)
         n_groups = -(-case.n_neurons // tile_rows)
         budget = torch.tensor([max(1, round(case.density * n_groups))])
         support = ops.recover(
             y,
             scale,
-            layer.row_scale,
+            sensor.row_scale,
             budget=budget.to(device, torch.int32),
-            group_rows=tile_rows,
-            weight=weight,
+            tile_rows=tile_rows,
+            votes=votes,
         )
         kept = support.index[0, : int(support.count)].long()
         threshold = support.usage[0, kept].min().reshape(1)
-        thresholds.append(threshold)
         tiles.append(ops.TileList(support.index, support.count, tile_rows))
-        session.bind(
-            codes=layer.codes,
-            equal=layer.equal,
-            row_scale=layer.row_scale,
-            threshold=threshold.expand(case.batch).contiguous(),
-            gate=layer.gate,
-            up=layer.up,
-            down_t=layer.down_t,
-            bits=bits,
-            max_batch=case.batch,
-            tile_rows=tile_rows,
-            weight=weight,
+        weights = Weights(layer.gate, layer.up, layer.down_t)
+        one = Layer(sensor, weights, Decision(threshold, tile_rows, votes))
+        every = dataclasses.replace(
+            one.decision, threshold=threshold.expand(case.batch).contiguous()
         )
+        session.bind(dataclasses.replace(one, decision=every), max_batch=case.batch)
+        bound.append(one)
     outs = [torch.empty_like(layer.x) for layer in layers]
 
     def select(i: int) -> object:
-        layer = layers[i]
-        return ops.select(
-            layer.codes,
-            layer.equal,
-            layer.row_scale,
-            thresholds[i],
-            layer.x,
-            bits=bits,
-            tile_rows=tile_rows,
-            weight=weight,
-        )
+        return ops.select(bound[i].sensor, bound[i].decision, layers[i].x)
 
     def execute(i: int) -> object:
-        layer = layers[i]
-        return ops.execute(layer.gate, layer.up, layer.down_t, layer.x, tiles[i])
+        return ops.execute(bound[i].weights, tiles[i], layers[i].x)
 
     def sense(i: int) -> object:
         return ops.sense(layers[i].codes, layers[i].equal, layers[i].x, bits=bits)

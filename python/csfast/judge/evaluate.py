@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from ..judge import (
     Thresholds,
     Where,
 )
+from ..layer import Decision, Sensor
 from ..models import Ffn
 from ..plan import Plan
 from ..types import POOLED, TASKS, Code, Document, LayerShape
@@ -217,18 +217,6 @@ def planned(
     return Setting(rule, None, density, ((),) * len(plan.layers))
 
 
-@dataclass(frozen=True)
-class _Sensor:
-    """What the supports of one layer take; rows in the order of the blocks."""
-
-    codes: Tensor  # (n_neurons, 2, groups, group_bytes), uint8
-    equal: Tensor  # (d,), float32
-    row_scale: Tensor  # (n_neurons, 2), float32
-    offset: Tensor | None  # (n_neurons, 2), float32: from the biases
-    threshold: Tensor  # (), float32
-    order: Tensor  # (n_neurons,), int64
-
-
 class PlanRule(Rule):
     """The rule of a plan: supports of the native operations, execution masked dense.
 
@@ -245,24 +233,14 @@ class PlanRule(Rule):
         self._density = density
         self._bits = bits
         self._block = block
-        self._layers = []
+        # Of each layer sensor and neurons in the order of the blocks, and the threshold, ().
+        self._layers: list[tuple[Sensor, Tensor, Tensor]] = []
         for layer, (ffn, of_plan) in enumerate(zip(ffns, plan.layers, strict=True)):
             device = ffn.gate.weight.device
             threshold = plan.threshold(layer, bits=bits, block=block, density=density, task=task)
-            n_neurons = ffn.shape.n_neurons
-            order = torch.arange(n_neurons) if block == 1 else of_plan.order[block]
-            order = order.to(device)
-            offset = ffn.offset()
-            self._layers.append(
-                _Sensor(
-                    codes=of_plan.blocked_codes(bits=bits, block=block).to(device),
-                    equal=of_plan.equal.to(device),
-                    row_scale=of_plan.row_scale[bits].to(device)[order],
-                    offset=None if offset is None else offset[order],
-                    threshold=torch.tensor(threshold, device=device),
-                    order=order,
-                )
-            )
+            order = torch.arange(ffn.shape.n_neurons) if block == 1 else of_plan.order[block]
+            sensor = of_plan.sensor(bits=bits, block=block, offset=ffn.offset(), device=device)
+            self._layers.append((sensor, order.to(device), torch.tensor(threshold, device=device)))
 
     def calibrate(self, sample: Sample, densities: Sequence[float]) -> list[Thresholds]:
         """Give no thresholds: the plan holds them."""
@@ -282,20 +260,12 @@ class PlanRule(Rule):
         n_neurons = self.ffns[layer].shape.n_neurons
         if self._density == 1:
             return torch.ones(len(x), n_neurons, dtype=torch.bool, device=x.device)
-        of = self._layers[layer]
-        tiles, _ = ops.select(
-            of.codes,
-            of.equal,
-            of.row_scale,
-            of.threshold.expand(len(x)).contiguous(),
-            x.contiguous(),
-            bits=self._bits,
-            tile_rows=self._block,
-            offset=of.offset,
-            activation=self.ffns[layer].activation,
-        )
+        sensor, order, threshold = self._layers[layer]
+        decision = Decision(threshold.expand(len(x)).contiguous(), tile_rows=self._block)
+        activation = self.ffns[layer].activation
+        tiles, _ = ops.select(sensor, decision, x.contiguous(), activation=activation)
         keep = torch.empty(len(x), n_neurons, dtype=torch.bool, device=x.device)
-        keep[:, of.order] = _mask(tiles, n_neurons)
+        keep[:, order] = _mask(tiles, n_neurons)
         return keep
 
     def n_bytes(self, shape: LayerShape, counts: Sequence[float]) -> float:

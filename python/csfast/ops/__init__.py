@@ -1,11 +1,10 @@
 """The operations on tensors: the CPU and CUDA kernels behind one function each."""
 
 from .._native import BackendError, cuda_available, isa
+from ..layer import Support, TileList
 from .calls import (
     Pursuit,
     PursuitStatus,
-    Support,
-    TileList,
     backend_info,
     choose,
     execute,

@@ -23,36 +23,10 @@ from torch import Tensor
 from .. import _native
 from .._native import BackendError, cuda_available, isa
 from ..codes.levels import Packed
+from ..layer import Decision, Layer, Sensor, Support, TileList, Weights
 from ..types import Code
 from . import check
 from .table import CALL
-
-
-@dataclasses.dataclass(frozen=True)
-class Support:
-    """Which groups of neurons matter to each row of a batch, or to all together: from `recover`.
-
-    With weights there is one list, otherwise one for each row of the batch.
-    """
-
-    index: Tensor  # (lists, n_groups) int32, ascending up to count, 0 beyond
-    count: Tensor  # (lists,) int32
-    usage: Tensor  # (lists, n_groups) float32: what the measurements promise
-    missed: Tensor  # (lists,) float32: sum of usage^2 over the groups that are not in it
-    group_rows: int = 1  # group t is neurons t * group_rows .. (t + 1) * group_rows - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class TileList:
-    """Which blocks of neurons each row of a batch reads, from `tile` or `select`.
-
-    One list for each row, or one for all of them.
-    """
-
-    tile: Tensor  # (lists, n_tiles_max) int32, ascending up to n_tiles, 0 beyond
-    n_tiles: Tensor  # (lists,) int32
-    tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
-    dropped: Tensor | None = None  # (lists,) int32: tiles that only a cap left out, if there is one
 
 
 class PursuitStatus(enum.IntEnum):
@@ -147,8 +121,8 @@ def recover(
     threshold: Tensor | None = None,
     budget: Tensor | None = None,
     offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    group_rows: int = 1,
+    votes: Tensor | None = None,
+    tile_rows: int = 1,
     activation: str = "silu",
 ) -> Support:
     """Decide from the measurements which neurons matter, by threshold or as the top of a budget.
@@ -157,11 +131,11 @@ def recover(
     every neuron. Ties at the end of a budget go to the lower index, not-a-number ranks with
     infinity.
 
-    With `group_rows` the decision is on groups of that many neighbouring neurons, the last perhaps
-    shorter, whose usage is the root of the sum of their squared usages. With `weight` it is one
-    decision for the whole batch, on the weighted sum of the rows' usages: a row of weight 0 has no
-    vote, whatever it holds, a voting row whose scale is not finite keeps everything, and nothing is
-    kept if no row votes.
+    With `tile_rows` the decision is on tiles of that many neighbouring neurons, the last perhaps
+    shorter, whose usage is the root of the sum of their squared usages. With `votes` it is one
+    decision for the whole batch, on the sum of the rows' usages times their votes: a row of 0 votes
+    has no say, whatever it holds, a voting row whose scale is not finite keeps everything, and
+    nothing is kept if no row votes.
 
     Args:
         y: Measurements, ``(batch, n_neurons, columns)``, int32 or float32. Two columns are gate and
@@ -169,15 +143,15 @@ def recover(
         scale: Scale of each row, ``(batch,)``, float32.
         row_scale: Scales of the measurements, ``(n_neurons, columns)``, float32; of two columns the
             second holds the norm of the neuron's down row as well.
-        threshold: Usage from which a group is kept, ``(lists,)``, float32; `lists` is 1 with
-            `weight`, otherwise `batch`.
-        budget: Groups to keep, ``(lists,)``, int32, each in ``[0, n_groups]``. Exactly one of
+        threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
+            `votes`, otherwise `batch`.
+        budget: Tiles to keep, ``(lists,)``, int32, each at most what there are. Exactly one of
             threshold and budget is given.
         offset: Added to the scaled measurements, ``(n_neurons, columns)``, float32: the biases, of
             two columns the second times the norm of the neuron's down row.
-        weight: What each row's usage counts in a joint decision, ``(batch,)``, float32, none
+        votes: What each row's usage counts in a joint decision, ``(batch,)``, float32, none
             negative.
-        group_rows: Neurons a group, at least 1.
+        tile_rows: Neurons a tile, at least 1.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``; of no account for one
             column.
 
@@ -185,7 +159,7 @@ def recover(
         The support.
 
     Raises:
-        ValueError: The shapes do not fit together, a budget or weight is out of range, the
+        ValueError: The shapes do not fit together, a budget or vote is out of range, the
             activation is unknown, or not exactly one of threshold and budget is given.
         TypeError: A tensor has another dtype or is not contiguous.
         BackendError: The device has no csfast backend, or it failed.
@@ -196,9 +170,9 @@ def recover(
         raise ValueError(f"[recover] {given} of threshold and budget: want exactly one.")
     is_top = budget is not None
     index, count, usage, missed = CALL["recover"](
-        y, scale, row_scale, limit, is_top, offset, weight, group_rows, activation
+        y, scale, row_scale, limit, is_top, offset, votes, tile_rows, activation
     )
-    return Support(index, count, usage, missed, group_rows)
+    return Support(index, count, usage, missed, tile_rows)
 
 
 def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
@@ -372,17 +346,7 @@ def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
 
 
 def execute(
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    x: Tensor,
-    tiles: TileList,
-    *,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
+    weights: Weights, tiles: TileList, x: Tensor, *, activation: str = "silu", design: str = ""
 ) -> Tensor:
     """Run the gated feed-forward layer on the neurons of a tile list.
 
@@ -390,14 +354,9 @@ def execute(
     in the batch.
 
     Args:
-        gate: Gate projection, ``(n_neurons, d)``, T.
-        up: Up projection, ``(n_neurons, d)``, T.
-        down_t: Transposed down projection, ``(n_neurons, d)``, T.
-        x: Activations, ``(batch, d)``, T.
+        weights: What is computed with.
         tiles: What each row reads; a single list is that of every row.
-        gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
-        up_bias: Bias of the up projection, ``(n_neurons,)``, T.
-        down_bias: Bias of the down projection, ``(d,)``, T.
+        x: Activations, ``(batch, d)``, T.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
         design: How CUDA goes about it, see `ffn`.
 
@@ -407,12 +366,10 @@ def execute(
     Raises:
         ValueError: The shapes do not fit together, the tiles do not ascend within range, or the
             activation or the design is unknown or does not fit.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
-    listed = (tiles.tile, tiles.n_tiles, tiles.tile_rows)
-    biases = (gate_bias, up_bias, down_bias)
-    out: Tensor = CALL["execute"](gate, up, down_t, x, *listed, *biases, activation, design)
+    w, listed = weights, (tiles.tile, tiles.n_tiles, tiles.tile_rows)
+    biases = (w.gate_bias, w.up_bias, w.down_bias)
+    out: Tensor = CALL["execute"](w.gate, w.up, w.down_t, x, *listed, *biases, activation, design)
     return out
 
 
@@ -462,126 +419,71 @@ def choose(
 
 
 def select(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    x: Tensor,
-    *,
-    bits: Code,
-    tile_rows: int = 1,
-    offset: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    cap: Tensor | None = None,
-    design: str = "",
+    sensor: Sensor, decision: Decision, x: Tensor, *, activation: str = "silu", design: str = ""
 ) -> tuple[TileList, Tensor]:
-    """Sense, then recover by threshold with the tiles as groups, in one pass over the codes.
+    """Sense, then recover by threshold, in one pass over the codes.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
-        equal: Channel equaliser, ``(d,)``, float32.
-        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
-        threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
-            `weight`, otherwise `batch`.
+        sensor: What the neurons are measured by.
+        decision: Which of their tiles are kept.
         x: Activations, ``(batch, d)``, T.
-        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
-        tile_rows: Neurons a tile, at least 1.
-        offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
-        weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
         activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
-        cap: The most tiles that each list keeps, ``(lists,)``, int32: of a longer one the largest
-            usages, ties going to the lower index and NaN ranking as infinity. A scale that is not
-            finite keeps everything nevertheless.
         design: How CUDA goes about it, see `ffn`.
 
     Returns:
-        The tile list, without a cap equal entry for entry to the support of `recover` with
-        ``group_rows`` of `tile_rows`, and the usage missed, ``(lists,)``, float32.
+        The tile list, without a cap equal entry for entry to the support of `recover`, and the
+        usage missed, ``(lists,)``, float32.
 
     Raises:
-        ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
-            the activation or the design is unknown.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
+        ValueError: The shapes do not fit together, int32 could overflow, a vote is negative, or the
+            activation or the design is unknown.
     """
-    form = (offset, weight, activation, design)
-    tiles, n_tiles, missed, *dropped = CALL["select"](
-        codes, equal, row_scale, threshold, x, bits, tile_rows, *form, cap
-    )
-    return TileList(tiles, n_tiles, tile_rows, *dropped), missed
+    s, d = sensor, decision
+    given = (s.codes, s.equal, s.row_scale, d.threshold, x, s.bits, d.tile_rows)
+    more = (s.offset, d.votes, activation, design, d.cap)
+    tiles, n_tiles, missed, *dropped = CALL["select"](*given, *more)
+    return TileList(tiles, n_tiles, d.tile_rows, *dropped), missed
 
 
 def ffn(
-    codes: Tensor,
-    equal: Tensor,
-    row_scale: Tensor,
-    threshold: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
+    layer: Layer,
     x: Tensor,
     *,
-    bits: Code,
-    tile_rows: int = 1,
-    offset: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    activation: str = "silu",
-    design: str = "",
     stats: Tensor | None = None,
-    cap: Tensor | None = None,
     dropped: Tensor | None = None,
+    design: str = "",
 ) -> Tensor:
     """Run a complete feed-forward layer: `select`, then `execute`, bit for bit.
 
     Args:
-        codes: Packed codes, ``(n_neurons, 2, groups, group_bytes)``, uint8.
-        equal: Channel equaliser, ``(d,)``, float32.
-        row_scale: Scales of the rows' codes, ``(n_neurons, 2)``, float32, see `recover`.
-        threshold: Usage from which a tile is kept, ``(lists,)``, float32; `lists` is 1 with
-            `weight`, otherwise `batch`.
-        gate: Gate projection, ``(n_neurons, d)``, T.
-        up: Up projection, ``(n_neurons, d)``, T.
-        down_t: Transposed down projection, ``(n_neurons, d)``, T.
+        layer: The layer.
         x: Activations, ``(batch, d)``, T.
-        bits: Code of a weight: 1 to 4 bits, or ``"ternary"``.
-        tile_rows: Neurons a tile, at least 1.
-        offset: The biases as `recover` takes them, ``(n_neurons, 2)``, float32.
-        gate_bias: Bias of the gate projection, ``(n_neurons,)``, T.
-        up_bias: Bias of the up projection, ``(n_neurons,)``, T.
-        down_bias: Bias of the down projection, ``(d,)``, T.
-        weight: What each row counts in a joint decision, ``(batch,)``, float32, see `recover`.
-        activation: What the gate goes through, ``silu`` or ``gelu_tanh``.
+        stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
+            of them.
+        dropped: Counter to add to, ``(1,)``, int64: tiles that only the cap left out.
         design: How CUDA goes about it; empty: as suits the sizes and the machine. Words, each at
             most once: a path, ``general``, ``list``, ``range`` or ``batch``; how weights are
             loaded, ``register`` or ``bulk``; ``blocks=`` and a number; ``portable``, for what
             runs at compute capability 8.0. Another path adds up in another order. Of no account on
             the CPU.
-        cap: The most tiles that each list keeps, ``(lists,)``, int32, see `select`.
-        dropped: Counter to add to, ``(1,)``, int64: tiles that only the cap left out.
-        stats: Counters to add to, ``(2,)``, int64: rows of the batch, and neurons executed in all
-            of them.
 
     Returns:
         Output, ``(batch, d)``, T.
 
     Raises:
-        ValueError: The shapes do not fit together, int32 could overflow, a weight is negative, or
-            the activation or the design is unknown or does not fit.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
+        ValueError: The shapes do not fit together, int32 could overflow, a vote is negative, or the
+            activation or the design is unknown or does not fit.
     """
-    if cap is not None or dropped is not None:
-        if cap is None:
-            raise ValueError("[ffn] dropped without a cap: want both, or no dropped.")
+    s, w, d = layer.sensor, layer.weights, layer.decision
+    if d.cap is not None:
         stats = x.new_zeros(2, dtype=torch.int64) if stats is None else stats
         dropped = x.new_zeros(1, dtype=torch.int64) if dropped is None else dropped
-    sensor, weights = (codes, equal, row_scale, threshold), (gate, up, down_t)
-    more = (offset, gate_bias, up_bias, down_bias, weight, activation, design)
-    out: Tensor = CALL["ffn"](*sensor, *weights, x, bits, tile_rows, *more, stats, cap, dropped)
+    elif dropped is not None:
+        raise ValueError("[ffn] dropped without a cap: want both, or no dropped.")
+    given = (s.codes, s.equal, s.row_scale, d.threshold, w.gate, w.up, w.down_t, x, s.bits)
+    biases = (s.offset, w.gate_bias, w.up_bias, w.down_bias)
+    form = (d.votes, layer.activation, design)
+    out: Tensor = CALL["ffn"](*given, d.tile_rows, *biases, *form, stats, d.cap, dropped)
     return out
 
 

@@ -13,14 +13,11 @@ from .register import Derived, register
 from .row import Op, Sizes, arguments
 
 
-def _in_tiles(name: str) -> Derived:
-    def count(op: str, s: Sizes) -> int:
-        if s[name] < 1:
-            raise ValueError(f"[{op}] {name} = {s[name]}: want at least 1.")
-        tiles: int = -(-s["n_neurons"] // s[name])
-        return tiles
-
-    return count
+def _n_tiles_max(op: str, s: Sizes) -> int:
+    if s["tile_rows"] < 1:
+        raise ValueError(f"[{op}] tile_rows = {s['tile_rows']}: want at least 1.")
+    tiles: int = -(-s["n_neurons"] // s["tile_rows"])
+    return tiles
 
 
 _WORKSPACES: dict[str, Callable[[int, int, int, bool], int]] = {
@@ -42,9 +39,8 @@ def _omp_bytes(op: str, s: Sizes) -> int:
 
 # Sizes that no tensor has.
 _DERIVED: dict[str, Derived] = {
-    "lists": lambda _, s: 1 if s["weight"] is not None else s["batch"],
-    "n_tiles_max": _in_tiles("tile_rows"),
-    "n_groups": _in_tiles("group_rows"),
+    "lists": lambda _, s: s["batch"] if s["votes"] is None else 1,
+    "n_tiles_max": _n_tiles_max,
     "q_width": lambda _, s: _native.q_width(s["d"]),
     "n_coefs": lambda _, s: s["budget_max"] if s["coef"] else 0,
     "layer_bytes": _layer_bytes,
@@ -110,7 +106,7 @@ _SENSOR = (
 )
 _WEIGHTS = "T[n_neurons d] gate, T[n_neurons d] up, T[n_neurons d] down_t"
 _BIASES = "T[n_neurons]? gate_bias, T[n_neurons]? up_bias, T[d]? down_bias"
-_OFFSET, _VOTES = "float32[n_neurons 2]? offset", "float32[batch]? weight"
+_OFFSET, _VOTES = "float32[n_neurons 2]? offset", "float32[batch]? votes"
 _ACTIVATION, _DESIGN = "activation activation='silu'", "str design=''"
 _Q, _WORKSPACE = "int8[batch q_width] q", "uint8[layer_bytes] workspace"
 
@@ -134,8 +130,8 @@ OPS = (
         "recover",
         "int32|float32[batch n_neurons columns] y, float32[batch] scale,"
         "float32[n_neurons columns] row_scale, float32|int32[lists] limit, bool top,"
-        f"float32[n_neurons columns]? offset, {_VOTES}, int group_rows=1, {_ACTIVATION}",
-        "int32[lists n_groups] index=0, int32[lists] count, float32[lists n_groups] usage,"
+        f"float32[n_neurons columns]? offset, {_VOTES}, int tile_rows=1, {_ACTIVATION}",
+        "int32[lists n_tiles_max] index=0, int32[lists] count, float32[lists n_tiles_max] usage,"
         "float32[lists] missed",
         sized_by="y",
         check=_measured,
