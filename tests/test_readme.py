@@ -120,32 +120,41 @@ LAYER = {
 GPU = {"device": "cuda", "gpu": "NVIDIA H200"}
 
 
-def test_layers_on_a_gpu_stand_beside_all_that_was_measured(tool):
-    results = [{"machine": GPU, "rows": [LAYER]}]
+def of_gpu(*rows):
+    return [{"machine": GPU, "commit": "abc", "date": "2026-01-31", "rows": list(rows)}]
+
+
+def test_layers_on_a_gpu_stand_beside_the_best_that_was_measured(tool):
+    results = of_gpu(LAYER)
+    said = tool.layers([*results, {**results[0], "commit": "def"}])
     assert (
-        "| NVIDIA H200 | d=4096 F=14336 density=.10 | execute | 11.0 (10.5 .. 11.8) | 0.75 | 0.80 "
-        "| 8.00x | 5.45x | gather 60.0, torch.compile max-autotune bf16 88.0, torch bf16 96.0 |"
-    ) in tool.layers(results)
+        "| 4096 x 14336, .10 | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 | 88.0, 8.00x "
+        "| gather 60.0, 5.45x |"
+    ) in said
+    titles = [line for line in said.splitlines() if line.startswith("NVIDIA")]
+    assert titles == [f"NVIDIA H200, commit {commit}, 2026-01-31:" for commit in ("abc", "def")]
     assert "| 60 (gather) | 11 | 5.45x | 0.75 | 0.80 |" in tool.speed(results)
     assert tool.native(results) == tool.pursuits(results) == tool.MISSING
 
 
 def test_what_is_to_be_reached_stands_beside_what_is(tool):
-    said = tool.targets([{"machine": GPU, "rows": [LAYER]}])
-    start = "| ffn d=4096 F=14336 density=.10 | execute | "
+    said = tool.targets(of_gpu(LAYER))
+    start = "| 4096 x 14336, .10 | execute | "
     assert f"{start}density * dense / time | >= 0.8 | 0.8 | yes | NVIDIA H200 |" in said
     assert f"{start}of read bandwidth | >= 0.76 | 0.75 | no | NVIDIA H200 |" in said
     assert said.count(tool.MISSING) == len(tool.TARGETS) - 2
     select = LAYER | {"case": "ffn d=4096 F=14336 density=.25", "variant": "select", "sigma": None}
-    assert "| select | us | <= 11 | 11 | yes |" in tool.targets(
-        [{"machine": GPU, "rows": [select]}]
-    )
+    assert "| select | us | <= 11 | 11 | yes |" in tool.targets(of_gpu(select))
 
 
-def test_layers_without_python_have_a_table_of_their_own(tool):
+def test_layers_without_python_have_a_table_of_the_same_form(tool):
     row = LAYER | {"baselines": {"csfast all neurons": 90.0}, "workspace_bytes": 1 << 20}
-    results = [{"machine": GPU, "rows": [row]}]
-    assert "| 11.00 (10.50 .. 11.75) | 0.750 | 0.80 | 90.0 | 1.00 |" in tool.native(results)
+    row |= {"ratio_vs_best": 90 / 11, "ratio_vs_dense": 90 / 11}
+    results = of_gpu(row | {"case": f"{LAYER['case']} batch=4 joint"})
+    said = tool.native(results)
+    assert "| 4096 x 14336, .10, 4 rows | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 " in said
+    assert "| 90.0, 8.18x | all neurons 90.0, 8.18x |" in said
+    assert said.splitlines()[2] == tool.layers(of_gpu(LAYER)).splitlines()[2]
     assert tool.layers(results) == tool.speed(results) == tool.MISSING
     assert tool.targets(results).count(tool.MISSING) == len(tool.TARGETS)
 
@@ -164,13 +173,13 @@ def test_pursuits_have_a_table_of_their_own(tool):
         "baselines": {"torch f32": 9000.0, tool.PACKAGE: 6000.0},
         "ratio_vs_best": 6.0,
     }
-    results = [{"machine": GPU, "rows": [row]}]
+    results = of_gpu(row)
     said = tool.pursuits(results)
-    assert "| 5,000,000 | 31.25 | 0.9995 | 6.0x (orthogonal" in said and said.endswith("| 6.0x |")
+    assert "| 5,000,000 | 31.25 | 0.9995 | 6.0x orthogonal" in said and said.endswith("| 6.0x |")
     assert tool.speed(results) == tool.layers(results) == tool.native(results) == tool.MISSING
     start = "| omp m=256 n=1024 k=32 batch=5000 | support | "
     assert f"{start}times the package | >= 5 | 6 | yes | NVIDIA H200 |" in tool.targets(results)
-    alone = [{"machine": GPU, "rows": [row | {"baselines": {"torch f32": 9000.0}}]}]
+    alone = of_gpu(row | {"baselines": {"torch f32": 9000.0}})
     assert f"{start}times the package | >= 5 | {tool.MISSING} | - | - |" in tool.targets(alone)
 
 

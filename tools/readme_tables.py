@@ -172,7 +172,7 @@ def targets(results: list[dict[str, Any]]) -> str:
     """What is to be reached, and what is."""
     rows = []
     for target in TARGETS:
-        line = (target.case, target.variant, target.what)
+        line = (short(target.case), target.variant, target.what)
         bound = f"{'<=' if target.at_most else '>='} {target.wanted:g}"
         found = [
             (machine, value)
@@ -198,71 +198,90 @@ def _value(row: dict[str, Any], key: str) -> float | None:
     return value if beside_torch(row) and isinstance(value, float) else None
 
 
+def titled(
+    results: list[dict[str, Any]],
+    wanted: Callable[[dict[str, Any], dict[str, Any]], bool],
+    make: Callable[[dict[str, Any]], tuple[str, ...]],
+    head: tuple[str, ...],
+) -> str:
+    """Lay the wanted rows of every file out as a table, below a line that says what it is of."""
+    found = []
+    for result in results:
+        rows = [make(row) for _, row in pick([result], wanted)]
+        if rows:
+            said = (place(result["machine"]), f"commit {result['commit']}", result["date"])
+            found.append(f"{', '.join(said)}:\n\n{table(head, rows)}")
+    return "\n\n".join(found) or MISSING
+
+
+def short(case: str) -> str:
+    """Give the name of a case as a table has it, such as ``4096 x 14336, .25, 4 rows``."""
+    said = re.sub(r"^ffn d=(\d+) F=(\d+) density=(\S+)", r"\1 x \2, \3", case)
+    said = re.sub(r" blocks=(\d+)", r", blocks of \1", said)
+    return re.sub(r" batch=(\d+) joint$", r", \1 rows", said)
+
+
+def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
+    """Give the line of a row of a layer, whichever benchmark wrote it."""
+    best = best_of(row)
+    dense = row["ratio_vs_dense"] * row["median_us"]
+    return (
+        short(row["case"]),
+        row["variant"],
+        spread(row, 1 if row["median_us"] >= 100 else 2),
+        fraction_of(row),
+        sigma_of(row),
+        f"{dense:.1f}, {row['ratio_vs_dense']:.2f}x",
+        f"{OTHERS.get(best, best)} {row['baselines'][best]:.1f}, {row['ratio_vs_best']:.2f}x",
+    )
+
+
+LAYER_HEAD = ("case", "variant", "us", "reads", "sigma", "dense", "best other")
+OTHERS = {
+    "torch bf16": "cuBLAS",
+    "torch.compile max-autotune bf16": "compiled",
+    "triton TEAL rule": "TEAL",
+    "gather + cuBLAS": "gathered",
+    "csfast all neurons": "all neurons",
+}
+
+
 def layers(results: list[dict[str, Any]]) -> str:
-    """Layers on a GPU, beside everything that was measured with them."""
-    rows = []
-    for machine, row in pick(results, lambda m, row: on_gpu(m, row) and beside_torch(row)):
-        others = ", ".join(
-            f"{name} {us:.1f}"
-            for name, us in sorted(row["baselines"].items(), key=lambda item: item[1])
-        )
-        rows.append(
-            (
-                place(machine),
-                row["case"].removeprefix("ffn "),
-                row["variant"],
-                spread(row),
-                fraction_of(row),
-                sigma_of(row),
-                f"{row['ratio_vs_dense']:.2f}x",
-                f"{row['ratio_vs_best']:.2f}x",
-                others,
-            )
-        )
-    head = ("machine", "case", "variant", "csfast, us", "of read bandwidth", "sigma")
-    return table((*head, "against dense", "against the best", "others, us"), rows)
+    """Layers on a GPU, beside the best of what was measured with them."""
+    return titled(
+        results, lambda m, row: on_gpu(m, row) and beside_torch(row), layer_line, LAYER_HEAD
+    )
 
 
 def native(results: list[dict[str, Any]]) -> str:
     """The same without Python, with more batches."""
-    rows = [
-        (
-            place(machine),
-            row["case"].removeprefix("ffn "),
-            row["variant"],
-            spread(row, 2),
-            fraction_of(row, 3),
-            sigma_of(row),
-            f"{row['baselines']['csfast all neurons']:.1f}",
-            f"{row['workspace_bytes'] / 2**20:.2f}",
-        )
-        for machine, row in pick(results, lambda m, row: on_gpu(m, row) and not beside_torch(row))
-    ]
-    head = ("machine", "case", "variant", "csfast, us", "of read bandwidth", "sigma")
-    return table((*head, "all neurons, us", "workspace, MiB"), rows)
+    return titled(
+        results, lambda m, row: on_gpu(m, row) and not beside_torch(row), layer_line, LAYER_HEAD
+    )
+
+
+def pursuit_line(row: dict[str, Any]) -> tuple[str, ...]:
+    """Give the line of a row of a pursuit."""
+    best = best_of(row)
+    package = _value(row, "vs_package")
+    return (
+        row["case"].removeprefix("omp "),
+        row["variant"],
+        spread(row),
+        f"{row['problems_per_second']:,.0f}",
+        f"{row['us_per_atom']:.2f}",
+        f"{row['agreement']:.4f}",
+        f"{row['ratio_vs_best']:.1f}x {best}",
+        "-" if package is None else f"{package:.1f}x",
+    )
 
 
 def pursuits(results: list[dict[str, Any]]) -> str:
     """Orthogonal matching pursuit, beside other ways to run it."""
-    rows = []
-    for machine, row in pick(results, lambda _, row: "problems_per_second" in row):
-        best = best_of(row)
-        package = _value(row, "vs_package")
-        rows.append(
-            (
-                place(machine),
-                row["case"].removeprefix("omp "),
-                row["variant"],
-                spread(row),
-                f"{row['problems_per_second']:,.0f}",
-                f"{row['us_per_atom']:.2f}",
-                f"{row['agreement']:.4f}",
-                f"{row['ratio_vs_best']:.1f}x ({best})",
-                "-" if package is None else f"{package:.1f}x",
-            )
-        )
-    head = ("machine", "case", "variant", "csfast, us", "problems/s", "us an atom", "agreement")
-    return table((*head, "against the best", "against the package"), rows)
+    head = ("case", "variant", "us", "problems/s", "us an atom", "agreement", "best other")
+    return titled(
+        results, lambda _, row: "problems_per_second" in row, pursuit_line, (*head, "package")
+    )
 
 
 def selection(results: list[dict[str, Any]]) -> str:
