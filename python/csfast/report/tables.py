@@ -93,11 +93,13 @@ def _answers(row: dict[str, Any]) -> str:
 def speed(results: dict[str, Any]) -> Table:
     """Give the benchmark: dense beside ours in milliseconds, and how they compare."""
     machine = results["machine"]
+    said = [machine.get("gpu") or machine["cpu"]]  # on a GPU a benchmark without torch says no more
+    said += [f"{machine['threads']} threads"] if "threads" in machine else []
+    said += [machine["isa"]] if "isa" in machine else []
     table = Table(
         title="Time of a feed-forward layer, median, in milliseconds",
-        caption=f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['isa']}. d: channels, F: neurons, density: fraction of the neurons executed. "
-        "complete: the whole layer, as dense; the others are parts of it. docs/speed.md has more.",
+        caption=f"{', '.join(said)}. d: channels, F: neurons, density: fraction of the neurons "
+        "executed. complete: the whole layer, as dense; the others are parts of it. docs/speed.md has more.",
         padding=0,
     )
     for name in ("case", "variant", "dense", "csfast", "against dense"):
