@@ -191,7 +191,7 @@ def test_research_is_folded_and_marked(everything):
     _, shown = unfolded(**everything)
     for kind in page_.RESEARCH:
         title = page_.SECTIONS[kind][0]
-        assert f"{title} research: nothing here is what apply runs" in shown
+        assert f"{title} research: nothing to run with apply" in shown
     for hidden in ("random operator", "17M parameters", "Bits stored for a weight", "chance 0.17"):
         assert hidden not in shown
 

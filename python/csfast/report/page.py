@@ -27,7 +27,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "phase": ("Phases of recovery", panels.phase),
     "dictionaries": ("Coherence and isometry", panels.dictionaries),
 }
-# Sections that are research, of which nothing is what `apply` runs. They are folded, but for the
+# Sections that are research, with nothing that `apply` could run. They are folded, but for the
 # first of a page that has nothing else.
 RESEARCH = ("size_curve", "storage", "phase", "dictionaries")
 
