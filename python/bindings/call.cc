@@ -54,7 +54,10 @@ void* Call::unpack(nb::handle tensor, const char* name, std::initializer_list<Si
                    nb::dlpack::dtype wanted, bool writable) {
   const std::string what = std::string("[") + op_ + "] " + name;
   Array array;
-  if (!nb::try_cast(tensor, array, false)) {
+  nb::ndarray<> writer;
+  if (writable && nb::try_cast(tensor, writer, false)) {
+    array = Array(writer);
+  } else if (!nb::try_cast(tensor, array, false)) {
     const std::string given = nb::str(nb::type_name(tensor.type())).c_str();
     throw nb::type_error(
         (what + " is a " + given +
@@ -69,8 +72,7 @@ void* Call::unpack(nb::handle tensor, const char* name, std::initializer_list<Si
         (what + " of shape " + shape_of(array) + " has other strides: want a contiguous tensor.")
             .c_str());
   }
-  nb::ndarray<> writer;
-  if (writable && !nb::try_cast(tensor, writer, false)) {
+  if (writable && !writer.is_valid()) {
     throw nb::type_error((what + " is read-only: want a tensor to write to.").c_str());
   }
   check_device(array, what);
