@@ -1,8 +1,10 @@
 import copy
+import dataclasses
 import gc
 import hashlib
 import logging
 import math
+import operator
 import pickle
 import weakref
 
@@ -564,6 +566,51 @@ def joint_output(model, plan, number, x, votes, *, density, block=1):
         Decision(torch.tensor([threshold]), block, torch.tensor(votes).float() / n),
     )
     return ops.ffn(found, x[:, 0])[:, None]
+
+
+@inside(is_joint=[False, True])
+@pytest.mark.parametrize(("block", "most"), [(1, 40), (16, 2)])
+def test_a_cap_keeps_the_largest_usages(block, most, is_joint, plans):
+    """A quarter of 160 neurons, or of their ten blocks, where the threshold alone keeps half."""
+    model, x = tiny.make_model(), torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    csfast.apply(model, plans(), density=0.5, block=block, joint=is_joint)
+    for layer in layers_of(model):
+        layer(x)
+    free = csfast.stats(model).neurons
+    assert max(free) > 3 * most * block
+    csfast.remove(model)
+    done = csfast.apply(model, plans(), density=0.5, block=block, joint=is_joint, cap=0.25)
+    assert done.cap == 0.25
+    assert done.n_bytes == csfast.needed_bytes(model, block=block) + 2 * 16 * 4
+    found = [layer(x) for layer in layers_of(model)]
+    counted = csfast.stats(model).neurons
+    assert max(counted) <= 3 * most * block and all(map(operator.lt, counted, free))
+    for layer, out in zip(layers_of(model), found, strict=True):
+        bound = layer.__dict__["_csfast"].bound
+        lists = 1 if is_joint else 3
+        votes = torch.full((3,), 1 / 3) if is_joint else None
+        threshold = bound.decision.threshold[:lists]
+        cap = torch.full((lists,), most, dtype=torch.int32)
+        capped = dataclasses.replace(bound, decision=Decision(threshold, block, votes, cap))
+        assert torch.equal(ops.ffn(capped, x[:, 0]), out[:, 0])
+
+
+def test_a_cap_holds_in_a_compiled_model(plans):
+    model, x = tiny.make_model(), torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    csfast.apply(model, plans(), density=0.5, cap=0.1)
+    layer = layers_of(model)[0]
+    wanted = layer(x)
+    with csfast.dense(model):
+        assert not torch.equal(layer(x), wanted)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), wanted)
+
+
+@pytest.mark.parametrize("cap", [0, -0.1, 1.5, float("nan"), True, "0.5"])
+def test_refuses_a_cap_that_is_no_fraction(cap, plans):
+    with pytest.raises(ValueError, match=rf"\[apply\] cap = {cap!r}: want a fraction in"):
+        csfast.apply(tiny.make_model(), plans(), cap=cap)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -55,6 +55,7 @@ class Applied:
         joint: Whether the sequences of a batch share a support.
         density: Fraction of neurons that the thresholds were calibrated for.
         task: Whose thresholds.
+        cap: Most of a layer's neurons that run, as a fraction; None without one.
     """
 
     n_layers: int
@@ -64,6 +65,7 @@ class Applied:
     joint: bool
     density: float
     task: str
+    cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class _Shared:
     bits: Code
     block: int
     activation: str
+    cap: float | None  # of a layer's blocks, the most that run
     threshold: Tensor  # (n_layers, BATCH_MAX), float32; joint: the first of a layer counts
     counts: Tensor  # (n_layers, 2), int64: tokens, neurons; written by the kernels
     votes: Votes | None  # of joint supports
@@ -148,6 +151,7 @@ def apply(
     block: int = 1,
     joint: bool = False,
     task: str = POOLED,
+    cap: float | None = None,
     limit_bytes: int | None = None,
 ) -> Applied:
     """Patch the feed-forward layers of a model in place, so that decoding runs sparsely.
@@ -168,6 +172,9 @@ def apply(
         joint: Whether the sequences of a batch share one support, chosen by the mean of what they
             use; the plan must have been calibrated for it. `set_votes` says which of them count.
         task: Whose thresholds: one of the plan's tasks.
+        cap: Most of a layer's neurons that one choice may run, a fraction in (0, 1], rounded to
+            whole blocks, at least one; of a longer choice the largest usages run. None, and
+            density 1: as many as reach the threshold.
         limit_bytes: Most that csfast may allocate; four fifths of the free memory if not given.
             The bytes are logged before they are allocated.
 
@@ -186,6 +193,8 @@ def apply(
         raise TypeError(f"[apply] plan of type {type(plan).__name__}: want a csfast.Plan.")
     if not isinstance(joint, bool):
         raise TypeError(f"[apply] joint = {joint!r}: want True or False.")
+    if cap is not None and (type(cap) not in (int, float) or not 0 < cap <= 1):
+        raise ValueError(f"[apply] cap = {cap!r}: want a fraction in (0, 1], or None.")
     if limit_bytes is not None and type(limit_bytes) is not int:
         raise TypeError(f"[apply] limit_bytes = {limit_bytes!r}: want a whole number.")
     ffns = models.find_ffns(model)
@@ -196,6 +205,7 @@ def apply(
         raise ValueError("[apply] joint = True: want a plan calibrated with joint = True.")
     table = _thresholds(plan, bits=bits, block=block, joint=joint, density=density, task=task)
     n_bytes = _needed_bytes(ffns, bits, block)
+    n_bytes += 0 if cap is None else len(ffns) * BATCH_MAX * 4
     device = ffns[0].gate.weight.device
     limit = _free_share(device) if limit_bytes is None else limit_bytes
     _log.info(
@@ -213,6 +223,7 @@ def apply(
             bits=bits,
             block=block,
             activation=ffns[0].activation,
+            cap=cap,
             threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
             counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
             votes=Votes.none(len(ffns), device) if joint else None,
@@ -225,7 +236,7 @@ def apply(
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.module.__dict__[PATCH] = layer
         ffn.module.__class__ = patched[type(ffn.module)]
-    return Applied(len(ffns), n_bytes, bits, block, joint, density, task)
+    return Applied(len(ffns), n_bytes, bits, block, joint, density, task, cap)
 
 
 def remove(model: nn.Module) -> None:
@@ -421,7 +432,8 @@ def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
         else:
             threshold = shared.votes.table[batch, layer.number : layer.number + 1]
             votes = torch.full((batch,), 1 / batch, device=x.device)
-    decision = Decision(threshold, bound.decision.tile_rows, votes)
+    cap = None if bound.decision.cap is None else bound.decision.cap[: len(threshold)]
+    decision = Decision(threshold, bound.decision.tile_rows, votes, cap)
     now = Layer(bound.sensor, bound.weights, decision, bound.activation)
     return ops.ffn(now, x[:, 0])[:, None]
 
@@ -474,6 +486,10 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
         order = layer_plan.order[shared.block].to(device)
         gate, up, down_t = (t[order] for t in (gate, up, down_t))
         biases[:2] = [None if b is None else b[order] for b in biases[:2]]
+    cap = None
+    if shared.cap is not None:
+        most = max(1, round(shared.cap * -(-ffn.shape.n_neurons // shared.block)))
+        cap = torch.full((BATCH_MAX,), most, dtype=torch.int32, device=device)
     bound = Layer(
         layer_plan.sensor(bits=shared.bits, block=shared.block, offset=ffn.offset(), device=device),
         Weights(gate, up, down_t.contiguous(), *biases),
@@ -481,6 +497,7 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
             shared.threshold[number],
             tile_rows=shared.block,
             votes=None if shared.votes is None else shared.votes.weight,
+            cap=cap,
         ),
         shared.activation,
     )
@@ -532,7 +549,7 @@ def _write_thresholds(shared: _Shared, table: Tensor) -> None:
 
 
 def _needed_bytes(ffns: Sequence[Ffn], bits: Code, block: int) -> int:
-    """Bytes that csfast keeps for some layers, those of votes not counted, a kilobyte or two."""
+    """Bytes that csfast keeps for some layers, without votes and caps, a kilobyte or two."""
     workspaces = {
         ops.ffn_workspace(BATCH_MAX, f.shape.d, f.shape.n_neurons, f.gate.weight.device)
         for f in ffns
