@@ -73,6 +73,18 @@ def test_what_was_recorded_are_cases_of_the_list(file, cases):
     assert {row["case"] for row in rows} <= {case.name for case in cases}
 
 
+def test_no_recorded_row_reads_faster_than_reading():
+    """Null stands where what was measured with was slower than what was measured."""
+    found = [
+        row["fraction_of_read_bandwidth"]
+        for path in sorted(RESULTS.rglob("*.json"))
+        for row in json.loads(path.read_text(encoding="utf-8")).get("rows", ())
+        if "fraction_of_read_bandwidth" in row
+    ]
+    known = [fraction for fraction in found if fraction is not None]
+    assert known and all(0 < fraction <= 1 for fraction in known)
+
+
 def test_rows_of_all_benchmarks_have_the_same_keys():
     keys = set()
     for path in sorted(RESULTS.rglob("*.json")):
