@@ -99,8 +99,8 @@ def speed(results: dict[str, Any]) -> Table:
     table = Table(
         title="Time of a feed-forward layer, median, in milliseconds",
         caption=f"{', '.join(said)}. d: channels, F: neurons, density: fraction of the neurons "
-        "executed. complete: the whole layer, as dense; the others are parts of it. docs/speed.md has "
-        "more.",
+        "executed. complete: the whole layer, as dense; the others are parts of it. docs/speed.md "
+        "has more.",
         padding=0,
     )
     for name in ("case", "variant", "dense", "csfast", "against dense"):
