@@ -101,6 +101,26 @@ def test_findings_come_from_results(tool):
     assert "| a model | nested | mixed-3+3 | 6.35 | +0.0200 | +0.0100 |" in text
 
 
+def test_pretrained_models_stand_before_our_own(tool):
+    task = {"dense_loss": 2.0, "loss": 2.5, "delta": 0.5, "ci95": [0.25, 0.75], "kl": 0.25}
+    tasks = {"math": task | {"top1_agreement": 0.5}, "code": task | {"top1_agreement": 1.0}}
+    found = {"mean_delta": 0.5, "mean_ci95": [0.4, 0.6], "tasks": tasks}
+    found |= {"bits": 3, "density": 0.5, "bytes_fraction": 0.64}
+    lines = tool.quality([found, {**found, "about": tool.PRETRAINED[0]}]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        *["| SmolLM2-135M-Instruct"] * 3,
+        *["| demo model"] * 3,
+    ]
+    assert lines[2].endswith(
+        "| mean | 2.000 | 2.500 | +0.5000 [+0.4000, +0.6000] | 0.250 | 0.750 |"
+    )
+    row = {"method": "teal", "target": 0.35, "delta": 0.5, "ci95": [0.4, 0.6]}
+    found = [{"about": name, "best": [], "rows": [row]} for name in ("ours", tool.PRETRAINED[1])]
+    lines = tool.rules(found).splitlines()
+    assert lines[2] == "| Gemma 3 270M | teal | - | +0.5000 [+0.4000, +0.6000] | - | - |"
+    assert lines[3].startswith("| ours | teal | - | +0.5000")
+
+
 LAYER = {
     "case": "ffn d=4096 F=14336 density=.10",
     "variant": "execute",
