@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import threading
@@ -307,6 +308,60 @@ def test_progress_is_told_after_every_batch():
     run(progress=lambda done, total: seen.append((done, total)))
     assert len(seen) > 1 and seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] == seen[0][1] > seen[0][0] > 0
+
+
+@contextlib.contextmanager
+def defaults(**changed):
+    """Other defaults of torch, and then those of before."""
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.set_default_dtype(changed.get("dtype", dtype))
+        torch.set_default_device(changed.get("device"))
+        torch.use_deterministic_algorithms(changed.get("deterministic", deterministic))
+        yield
+        assert torch.get_default_dtype() == changed.get("dtype", dtype)
+        assert torch.get_default_device().type == changed.get("device", "cpu")
+        assert torch.are_deterministic_algorithms_enabled() == changed.get("deterministic", False)
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+STATES = {
+    "float16": lambda: defaults(dtype=torch.float16),
+    "bfloat16": lambda: defaults(dtype=torch.bfloat16),
+    "float64": lambda: defaults(dtype=torch.float64),
+    "device": lambda: defaults(device="meta"),
+    "deterministic": lambda: defaults(deterministic=True),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def state_options():
+    options = {"model": tiny.make_model("llama-bias"), "samples": tiny.make_ids(12, 70)}
+    return options | {"bits": (2, "ternary"), "blocks": (1, 16), "joint": True}
+
+
+@pytest.fixture(scope="module")
+def wanted_plan(state_options):
+    return run(**state_options)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_plan_does_not_depend_on_what_is_set_for_all_of_torch(state, state_options, wanted_plan):
+    flags = (torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled)
+    n_threads, random = torch.get_num_threads(), torch.get_rng_state()
+    with STATES[state]():
+        before = [flag() for flag in flags]
+        plan = run(**state_options)
+        assert [flag() for flag in flags] == before
+        assert plan.plan_hash == wanted_plan.plan_hash
+    assert torch.get_num_threads() == n_threads and torch.equal(torch.get_rng_state(), random)
+    assert not any(t.is_inference() for t in plan.thresholds.values())
 
 
 class StopError(Exception):

@@ -51,6 +51,23 @@ _ORDER_BYTES = 1 << 30  # of their inputs at a time
 Progress = Callable[[int, int], None]
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave aside what a program may have set for all of torch: a plan does not depend on it.
+
+    Defaults of the dtype are left aside by naming dtypes. All of these are the thread's own.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+@_undisturbed()
 def calibrate(
     model: nn.Module,
     samples: Sample | Iterable[Sample],
@@ -157,44 +174,43 @@ def calibrate(
         if progress is not None:
             progress(n_done, total)
 
-    with torch.no_grad():
-        for i, layers in enumerate(sums):
-            before = 2 * i * n_tokens_of(first)
-            todo = [layer for layer in layers if layer >= len(state.fitted)]
-            for j in range(state.n_summed if todo else len(first), len(first)):
-                share = 1 / (counts[first[j].task] * len(groups)) if feedback else None
-                _run(model, ffns, first[j], _add_squares(state, first[j], todo, share))
-                state.n_summed = j + 1
-                told(before + n_tokens_of(first[: j + 1]))
-            for layer in todo:
-                state.fitted.append(_fitted(state, layer, ffns[layer], counts, bits))
-                if layer == layers[-1]:
-                    state.n_summed = 0
-                part = (layer - layers[0] + 1) / len(layers)
-                told(before + int(n_tokens_of(first) * (1 + part)))
-        before = 2 * len(sums) * n_tokens_of(first)
-        sensors = [
-            Sensor(plan, ffn, ffn.offset()) for plan, ffn in zip(state.fitted, ffns, strict=True)
-        ]
-        thinned = _thinned(chosen, len(groups))
-        for i, layers in enumerate(orders):
-            todo = [layer for layer in layers if layer >= state.n_ordered]
-            inputs = _inputs(model, ffns, thinned, todo)
-            for layer in todo:
-                xs = inputs.pop(layer)
-                _order(state, layer, xs, ffns[layer], above, seed)
-                sensors[layer] = sensors[layer].ordered(state.order[:, layer], above)
-                _add_joint_usages(state, layer, xs, sensors[layer], modes, seed)
-                state.n_ordered = layer + 1
-                part = (layer - layers[0] + 1) / len(layers)
-                told(before + int(n_tokens_of(chosen) * (i + part)))
-        for layer, sensor in enumerate(sensors):
-            sensors[layer] = sensor.ordered(state.order[:, layer], above)
-        for i in range(state.n_counted, len(chosen)):
-            watch = _add_usages(state, chosen[i], sensors, modes)
-            _run(model, ffns, chosen[i], watch)
-            state.n_counted = i + 1
-            told(total - n_tokens_of(chosen[i + 1 :]))
+    for i, layers in enumerate(sums):
+        before = 2 * i * n_tokens_of(first)
+        todo = [layer for layer in layers if layer >= len(state.fitted)]
+        for j in range(state.n_summed if todo else len(first), len(first)):
+            share = 1 / (counts[first[j].task] * len(groups)) if feedback else None
+            _run(model, ffns, first[j], _add_squares(state, first[j], todo, share))
+            state.n_summed = j + 1
+            told(before + n_tokens_of(first[: j + 1]))
+        for layer in todo:
+            state.fitted.append(_fitted(state, layer, ffns[layer], counts, bits))
+            if layer == layers[-1]:
+                state.n_summed = 0
+            part = (layer - layers[0] + 1) / len(layers)
+            told(before + int(n_tokens_of(first) * (1 + part)))
+    before = 2 * len(sums) * n_tokens_of(first)
+    sensors = [
+        Sensor(plan, ffn, ffn.offset()) for plan, ffn in zip(state.fitted, ffns, strict=True)
+    ]
+    thinned = _thinned(chosen, len(groups))
+    for i, layers in enumerate(orders):
+        todo = [layer for layer in layers if layer >= state.n_ordered]
+        inputs = _inputs(model, ffns, thinned, todo)
+        for layer in todo:
+            xs = inputs.pop(layer)
+            _order(state, layer, xs, ffns[layer], above, seed)
+            sensors[layer] = sensors[layer].ordered(state.order[:, layer], above)
+            _add_joint_usages(state, layer, xs, sensors[layer], modes, seed)
+            state.n_ordered = layer + 1
+            part = (layer - layers[0] + 1) / len(layers)
+            told(before + int(n_tokens_of(chosen) * (i + part)))
+    for layer, sensor in enumerate(sensors):
+        sensors[layer] = sensor.ordered(state.order[:, layer], above)
+    for i in range(state.n_counted, len(chosen)):
+        watch = _add_usages(state, chosen[i], sensors, modes)
+        _run(model, ffns, chosen[i], watch)
+        state.n_counted = i + 1
+        told(total - n_tokens_of(chosen[i + 1 :]))
 
     thresholds = {s: quantiles(state.histogram[j], grid) for j, s in enumerate(modes)}
     return Plan(

@@ -61,7 +61,7 @@ def _usage(sensor: Sensor, x: Tensor, bits: Code) -> Tensor:
     q, scale = planes.quantize(x, sensor.plan.equal.to(x.device))
     # Integers below 2^24 in float32, or below 2^53 in float64: exact, as the kernels are.
     dtype = torch.float32 if 127 * planes.level_max(bits) * d < 2**24 else torch.float64
-    usage = torch.empty(len(x), n_neurons, device=x.device)
+    usage = torch.empty(len(x), n_neurons, dtype=torch.float32, device=x.device)
     step = max(1, STEP_OPERATIONS // (4 * d * _STEP_NEURONS))
     for start in range(0, n_neurons, _STEP_NEURONS):
         rows = slice(start, start + _STEP_NEURONS)

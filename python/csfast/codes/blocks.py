@@ -86,7 +86,7 @@ def _halved(feature: Tensor, block: int, draw: torch.Generator) -> list[Tensor]:
             continue
         z = feature[members]
         z = z - z.mean(dim=0)
-        direction = torch.randn(len(z), generator=draw).to(z)
+        direction = torch.randn(len(z), generator=draw, dtype=torch.float32, device="cpu").to(z)
         for _ in range(_STEPS):
             direction = F.normalize(z @ (z.T @ direction), dim=0)
         order = members[direction.argsort(stable=True)]

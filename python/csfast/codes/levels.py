@@ -37,7 +37,11 @@ BITS_MAX = 8  # of a level that is fitted; those that are packed have 1 to 4
 # By exponent, see `factor`. Products with powers of two are exact.
 _FACTORS = torch.cat(
     [
-        torch.tensor([2.0 ** (-i / OCTAVE) for i in range(OCTAVE)]) * 2.0**-octave
+        # Said, since who imports this may have set other defaults.
+        torch.tensor(
+            [2.0 ** (-i / OCTAVE) for i in range(OCTAVE)], dtype=torch.float32, device="cpu"
+        )
+        * 2.0**-octave
         for octave in range(256 // OCTAVE)
     ]
 )
@@ -429,7 +433,7 @@ def _code_neurons(
     top = _tops(evened, bits)
     parts = functional.pad(evened, (0, pad)).view(n, -1, group)
     # Padding weighs nothing: no level is zero.
-    importance = torch.ones(d, device=w.device) if weight is None else weight
+    importance = w.new_ones(d, dtype=torch.float32) if weight is None else weight
     importance = functional.pad(importance, (0, pad)).view(-1, group)
     exponent = _fit_exponents(parts, top[:, None], bits, importance)
     codes = torch.empty(n, d, dtype=torch.uint8, device=w.device)

@@ -285,7 +285,7 @@ def _refuse_tensor(where: str, name: str, tensor: nn.Parameter) -> None:
 
 def _activation(where: str, act: Callable[[Tensor], Tensor], device: torch.device) -> str:
     """Which of the activations a function is, by trying it."""
-    z = torch.linspace(-8, 8, 129, device=device)
+    z = torch.linspace(-8, 8, 129, dtype=torch.float32, device=device)
     with torch.no_grad():
         found = act(z)
         for name, function in _ACTIVATIONS.items():
