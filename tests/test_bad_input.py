@@ -599,9 +599,9 @@ TABLE = {
         "weights have SHA-256",
     ),
     "evaluate another task": (
-        lambda s: s.evaluate([Document("chess", "", "e4 e5 " * 20)]),
+        lambda s: s.evaluate([Document("chess\n", "", "e4 e5 " * 20)]),
         E,
-        "[evaluate] task 'chess': want one of math, code",
+        "[evaluate] task 'chess\\n': want up to 64 printable characters",
     ),
     "evaluate short texts": (
         lambda s: s.evaluate([Document("prose", "", "x")]),

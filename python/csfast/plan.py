@@ -29,13 +29,13 @@ from .container import all_sizes, canonical, laid_out, unpack
 from .files import read_bounded, write_atomic
 from .layer import Sensor
 from .models import Fingerprint
-from .types import POOLED, Code, LayerShape, PlanError
+from .types import POOLED, Code, LayerShape, PlanError, is_task
 
 FORMAT = "csfast-plan"
 VERSION = "3"
 BLOCK_MAX = 128  # neurons of a block: a tile of the tensor cores, and quality is gone before that
 JOINT = (2, 4, 8, 16)  # sizes of batches with one support that have thresholds, where any have
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a task or model type
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a model type
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LIST_MAX = 400  # characters of a list in a message
 # Of a float32 copy of the rows that are fitted at a time: five or so are held, and the more rows,
@@ -458,7 +458,7 @@ def _field(fields: dict[str, str], name: str, kind: type[_T]) -> _T:
 def _validate(plan: Plan) -> None:
     """Refuse a plan whose parts are out of range or do not fit together."""
     m = plan.model
-    _want(bool(NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
+    _want(bool(_NAME.fullmatch(m.model_type)), f"model_type = {m.model_type!r}", "a model type")
     dtypes = ("float32", "float16", "bfloat16")
     _want(m.dtype in dtypes, f"model_dtype = {m.dtype!r}", f"one of {_list(dtypes)}")
     known = m.activation in models.ACTIVATIONS
@@ -478,7 +478,7 @@ def _validate(plan: Plan) -> None:
     _want(bool(plan.blocks) and sizes_fit and rising, f"blocks = {plan.blocks}", wanted)
     wanted = f"(1,) or {(1, *JOINT)}"
     _want(plan.batches in ((1,), (1, *JOINT)), f"batches = {plan.batches}", wanted)
-    tasks_fit = all(isinstance(t, str) and NAME.fullmatch(t) for t in plan.tasks)
+    tasks_fit = all(isinstance(t, str) and (t == POOLED or is_task(t)) for t in plan.tasks)
     first = plan.tasks[:1] == (POOLED,)
     distinct = tasks_fit and len(set(plan.tasks)) == len(plan.tasks)
     _want(first and distinct, f"tasks = {plan.tasks}", f"distinct names, {POOLED!r} first")
@@ -539,7 +539,7 @@ def _want_order(name: str, order: Tensor, n_neurons: int) -> None:
     _want(sound, name, "a contiguous int64 tensor on the CPU")
     shape = (n_neurons,)
     _want(tuple(order.shape) == shape, f"{name} of shape {tuple(order.shape)}", f"{shape}")
-    is_whole = torch.equal(order.sort().values, torch.arange(n_neurons))
+    is_whole = torch.equal(order.sort().values, torch.arange(n_neurons, device="cpu"))
     _want(is_whole, name, f"each of the neurons 0 to {n_neurons - 1} once")
 
 

@@ -1,5 +1,6 @@
 """What evaluate gives: paired figures, every byte counted, and the model as it was."""
 
+import copy
 import json
 import math
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 import tiny
-from csfast import calibrate, documents, models, patch
+from csfast import calibrate, documents, judge, models, patch
 from csfast.judge import evaluate
-from csfast.types import Document, PlanError
+from csfast.types import Document, PlanError, UnsupportedModelError
 from texts import make_documents
 
 OPTIONS = {"retrieval_prompts": 0, "tokens": 150, "resamples": 50}
@@ -44,7 +45,8 @@ def test_full_density_scores_the_dense_model(model, tokenizer, plan, held_out):
 
 
 def test_results_have_the_keys_others_build_on(results):
-    assert list(results["tasks"]) == ["math", "code", "prose", "instruct"]
+    assert list(results["tasks"]) == ["code", "instruct", "math", "prose"]
+    assert results["outside"] == []
     for entry in results["tasks"].values():
         assert {
             *("dense_loss", "loss", "delta", "ci95", "kl", "top1_agreement", "exact_match"),
@@ -175,10 +177,69 @@ def test_documents_without_sparse_tokens_are_refused(model, tokenizer, plan):
         evaluate.evaluate(model, tokenizer, plan, short)
 
 
-def test_an_unknown_task_is_refused(model, tokenizer, plan):
-    odd = [Document("poetry/x", "a", "bcd")]
-    with pytest.raises(ValueError, match=r"^\[evaluate\] task 'poetry/x': want one of math, "):
-        evaluate.evaluate(model, tokenizer, plan, odd)
+def test_a_name_of_no_task_is_refused(model, tokenizer, plan):
+    for name in ("", ".x", "pooled"):
+        odd = [Document(f"{name}/x", "a", "bcd")]
+        with pytest.raises(ValueError, match=rf"^\[evaluate\] task '{name}': want up to 64 "):
+            evaluate.evaluate(model, tokenizer, plan, odd)
+
+
+def test_tasks_have_any_name_and_made_prompts_stand_outside_the_mean(tokenizer):
+    long = tiny.make_model(max_position_embeddings=2048, initializer_range=0.1)
+    texts = [
+        Document(
+            {"math": "Sums & so on", "code": "text"}.get(d.group, d.group), d.prompt, d.response
+        )
+        for d in make_documents(12)
+    ]
+    select, report = (documents.split(texts, part) for part in ("select", "report"))
+    plan = calibrate(long, select, tokenizer)
+    given = {"density": 0.5, "answers": 0, "tokens": 100, "resamples": 50}
+    alone = evaluate.evaluate(long, tokenizer, plan, report, **given)
+    found = evaluate.evaluate(long, tokenizer, plan, report, retrieval_prompts=6, **given)
+    mine = ["Sums & so on", "instruct", "prose", "text"]
+    assert list(alone["tasks"]) == mine and alone["outside"] == []
+    assert list(found["tasks"]) == [*mine, "retrieval"] and found["outside"] == ["retrieval"]
+    deltas = [found["tasks"][task]["delta"] for task in mine]
+    assert found["mean_delta"] == pytest.approx(sum(deltas) / 4)
+    # What is made beside them changes nothing of theirs but what batches round.
+    for key in ("mean_delta", "bytes_fraction", "density"):
+        assert found[key] == pytest.approx(alone[key], rel=0.02, abs=1e-5)
+    assert found["mean_ci95"] == pytest.approx(alone["mean_ci95"], rel=0.02, abs=1e-5)
+    only = [
+        d
+        for d in judge.with_retrieval(long, tokenizer, report, n=6, max_tokens=2048, seed="0")
+        if d.group == "retrieval"
+    ]
+    left = evaluate.evaluate(long, tokenizer, plan, only, **given)
+    assert left["outside"] == [] and left["mean_delta"] == left["tasks"]["retrieval"]["delta"]
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_chats_are_scored_by_the_template_of_the_model(model, tokenizer, plan):
+    chats = [
+        Document("chat", "", f" the answer {i} is long enough", None, (("user", f"what is {i}?"),))
+        for i in range(6)
+    ]
+    options = {"density": 0.5, "answers": 4, "tokens": 100, "resamples": 20}
+    with pytest.raises(UnsupportedModelError, match="has no chat template"):
+        evaluate.evaluate(model, tokenizer, plan, chats, **options)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT
+    found = evaluate.evaluate(model, own, plan, chats, **options)["tasks"]["chat"]
+    assert found["documents"] >= 3 and found["delta"] != 0 and found["answers"] == 0
+    texts = [
+        Document("chat", f"<user>what is {i}?</s>\n<assistant>", d.response)
+        for i, d in enumerate(chats)
+    ]
+    same = evaluate.evaluate(model, tokenizer, plan, texts, **options)["tasks"]["chat"]
+    assert (found["tokens"], found["sparse_tokens"]) == (same["tokens"], same["sparse_tokens"])
+    own.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match=r"refuses \(no such role\)"):
+        evaluate.evaluate(model, own, plan, chats, **options)
 
 
 @pytest.mark.parametrize("name", ["tokens", "response_tokens"])

@@ -10,8 +10,7 @@ import tiny
 from csfast import calibrate, documents, judge, models, patch
 from csfast.judge import Judge, Rule, Setting, evaluate
 from csfast.judge.rules import Fit, catalogue
-from csfast.types import TASKS
-from texts import make_pieces
+from texts import TASKS, make_pieces
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +249,7 @@ def test_batches_hold_every_position_once():
             assert torch.equal(prompts[where.prompt_row == row], piece.ids[0, : piece.n_prompt])
             target = batch.target[row]
             assert torch.equal(target[target != judge.NONE], piece.ids[0, piece.n_prompt + 1 :])
-            assert TASKS[where.task[row]] == piece.document.group
+            assert where.tasks[where.task[row]] == piece.document.group
         assert torch.equal(where.row, where.row.sort().values)
 
 
@@ -349,8 +348,7 @@ def test_captured_inputs_weigh_tasks_equally(model, tokenizer, held_out):
     of = Judge(model, ffns, pieces, chunk=50)
     sample = of.capture({"down": [ffn.down for ffn in ffns]})
     per_task = [
-        sum(p.n_sparse for p in pieces if p.document.group == group)
-        for group in ("math", "code", "prose", "instruct")
+        sum(p.n_sparse for p in pieces if p.document.group == group) for group in sample.where.tasks
     ]
     most = max(per_task)
     assert [tuple(x.shape) for x in sample.inputs] == [(4 * most, 64)] * 2

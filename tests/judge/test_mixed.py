@@ -8,7 +8,8 @@ from csfast import judge, models
 from csfast.judge import rules
 from csfast.judge.rules import catalogue, mixed
 from csfast.judge.rules.mixed import Storage
-from csfast.types import TASKS, LayerShape
+from csfast.types import LayerShape
+from texts import TASKS
 
 SHAPE = LayerShape(d=384, n_neurons=1152)
 KINDS = ("llama-bias", "gemma")
@@ -28,6 +29,8 @@ def fit(request):
         torch.arange(columns).repeat(rows),
         torch.arange(rows).repeat_interleave(5),
         torch.arange(rows) % len(TASKS),
+        TASKS,
+        len(TASKS),
     )
     inputs = [torch.randn(rows * columns, 64, generator=draw) for _ in ffns]
     return rules.Fit(tiny.make_model(request.param), ffns, judge.Sample(inputs, where, {}))

@@ -14,7 +14,8 @@ from csfast.judge import rules
 from csfast.judge.rules import catalogue, compressed, magnitude, oracles
 from csfast.layer import Decision, Sensor
 from csfast.plan import LayerPlan
-from csfast.types import TASKS, Document, LayerShape
+from csfast.types import Document, LayerShape
+from texts import TASKS
 
 SHAPE = LayerShape(d=384, n_neurons=1152)
 # Rules whose thresholds are quantiles of their own scores, or numbers of neurons.
@@ -81,6 +82,8 @@ def make_where(n_rows=4, n_columns=50, n_prompt=5):
         torch.arange(n_columns).repeat(n_rows),
         torch.arange(n_rows).repeat_interleave(n_prompt),
         torch.arange(n_rows) % len(TASKS),
+        TASKS,
+        len(TASKS),
     )
 
 

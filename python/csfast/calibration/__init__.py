@@ -2,12 +2,11 @@
 
 from .passes import DENSITIES, TOKENS_MAX, Progress, Watch, calibrate
 from .resume import FORMAT
-from .samples import PLAIN, Sample
+from .samples import Sample
 
 __all__ = [
     "DENSITIES",
     "FORMAT",
-    "PLAIN",
     "TOKENS_MAX",
     "Progress",
     "Sample",

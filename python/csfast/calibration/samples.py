@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from .. import models
 from ..models import Encoded
-from ..plan import NAME
-from ..types import POOLED, Document
+from ..types import PLAIN, TASK_RULE, Document, is_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN = "text"  # the task of samples that name none
 _DOCUMENT_TOKENS_MAX = 1024  # of one sample: twenty samples a pass at the least
 _BATCH_TOKENS = 2048
 
@@ -66,10 +64,8 @@ def sorted_samples(samples: Sample | Iterable[Sample]) -> dict[str, list[Sample]
                 f"{where} of type {type(sample).__name__}: want a string, a Document or token ids."
             )
         group = sample.group if isinstance(sample, Document) else PLAIN
-        if group == POOLED:
-            raise ValueError(f"{where}: task {group!r} is taken; want another name.")
-        if not NAME.fullmatch(group):
-            raise ValueError(f"{where}: task {group[:80]!r}; want letters, digits and any of _.-")
+        if not is_task(group):
+            raise ValueError(f"{where}: task {group[:80]!r}: want {TASK_RULE}.")
         groups.setdefault(group, []).append(sample)
     return dict(sorted(groups.items()))
 

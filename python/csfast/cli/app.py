@@ -83,7 +83,9 @@ Model = Annotated[
 PlanFile = Annotated[pathlib.Path, typer.Argument(help="Plan made by csfast calibrate.")]
 Data = Annotated[
     pathlib.Path | None,
-    typer.Option("--data", help=".jsonl, .jsonl.xz or .txt; the shipped sample if left out."),
+    typer.Option(
+        "--data", help=".jsonl, .jsonl.xz, .json or .txt; the shipped sample if left out."
+    ),
 ]
 Density = Annotated[float, typer.Option(help="Fraction of neurons to execute, in (0, 1].")]
 Bits = Annotated[
@@ -100,6 +102,14 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew where an interrupted run left something.")
 ]
 Where = Annotated[DeviceName, typer.Option("--device", help="Where to run.")]
+Retrieval = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Retrieval prompts to make, in a row of their own outside the mean; "
+        "left out, none beside --data.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 
@@ -139,8 +149,18 @@ def read_documents(data: pathlib.Path | None, part: Part, limit: int | None) -> 
     path = models.demo_folder() / "sample.jsonl" if data is None else data
     found = documents.split(documents.read(path), part.value)
     if not found:
-        raise ValueError(f"[documents] {path}: no document in its part {part.value!r}.")
+        raise ValueError(
+            f"[documents] {path}: no document in its part {part.value!r}: want more documents, or "
+            "--part all where a command has it."
+        )
     return found if limit is None else documents.few(found, limit)
+
+
+def n_retrieval(asked: int | None, data: pathlib.Path | None, of_sample: int) -> int:
+    """How many retrieval prompts to make: as many as asked for, or some beside the sample."""
+    if asked is not None:
+        return asked
+    return of_sample if data is None else 0
 
 
 def code(text: str) -> Code:

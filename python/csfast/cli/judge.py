@@ -32,6 +32,7 @@ from .app import (
     Part,
     PlanFile,
     Resume,
+    Retrieval,
     Seed,
     Where,
     app,
@@ -39,6 +40,7 @@ from .app import (
     code,
     headed,
     load,
+    n_retrieval,
     progress,
     read_documents,
     resumable,
@@ -58,6 +60,7 @@ def evaluate_(
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 4000,
+    retrieval: Retrieval = None,
     json_file: Json = None,
     html_file: Html = None,
     device: Where = DeviceName.CPU,
@@ -79,6 +82,7 @@ def evaluate_(
             block=block,
             task=task,
             tokens=tokens,
+            retrieval_prompts=n_retrieval(retrieval, data, 40),
             seed=seed,
             progress=advance,
         )
@@ -94,6 +98,7 @@ def ablate(
     data: Data = None,
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 2000,
+    retrieval: Retrieval = None,
     methods: Annotated[
         str, typer.Option(help="full, quick, or names with commas between.", metavar="NAMES")
     ] = "full",
@@ -133,6 +138,7 @@ def ablate(
                 methods=methods if methods in ("full", "quick") else methods.split(","),
                 bytes_fractions=fractions,
                 tokens=tokens,
+                retrieval_prompts=n_retrieval(retrieval, data, 40),
                 seed=seed,
                 resume=partial,
                 progress=advance,
@@ -166,6 +172,7 @@ def tokens(
     limit_tokens: Annotated[
         int, typer.Option("--tokens", min=3, help="Tokens of one text, at most.")
     ] = 160,
+    retrieval: Retrieval = None,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
     limit: Limit = None,
     json_file: Json = None,
@@ -189,6 +196,7 @@ def tokens(
             task=task,
             generate=generate,
             tokens=limit_tokens,
+            retrieval_prompts=n_retrieval(retrieval, data, 4),
             seed=seed,
             progress=advance,
         )
@@ -208,6 +216,7 @@ def phase(
     limit_tokens: Annotated[
         int, typer.Option("--tokens", min=2, help="Tokens of every task and part to look at.")
     ] = 400,
+    retrieval: Retrieval = None,
     limit: Limit = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -230,7 +239,14 @@ def phase(
         net, tokenizer = load(model, device, dtype="float32")
         with progress("capture") as advance:
             fit, shown = phase_.capture(
-                net, tokenizer, select, kept, tokens=limit_tokens, seed=seed, progress=advance
+                net,
+                tokenizer,
+                select,
+                kept,
+                tokens=limit_tokens,
+                retrieval_prompts=n_retrieval(retrieval, data, 20),
+                seed=seed,
+                progress=advance,
             )
         with progress("phase") as advance:
             found = phase_.diagrams(

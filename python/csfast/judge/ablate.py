@@ -43,7 +43,7 @@ def ablate(
     calibration_tokens: int = 2000,
     response_tokens: int = 256,
     max_tokens: int = 2048,
-    retrieval_prompts: int = 40,
+    retrieval_prompts: int = 0,
     chunk: int = CHUNK,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -71,7 +71,8 @@ def ablate(
         calibration_tokens: Tokens of each task to fit operators and thresholds to.
         response_tokens: Tokens of one document to score at most.
         max_tokens: Tokens of one document at most, its prompt included.
-        retrieval_prompts: Retrieval prompts to make for each part that holds none.
+        retrieval_prompts: Retrieval prompts to make and to report on, if the documents to report on
+            hold none. They stand in a row of their own, outside the means.
         chunk: Sparse positions that run together; bounds memory, changes rounding only. Joint
             supports are of requests that run together.
         resamples: Draws of the bootstrap over documents.
@@ -114,19 +115,7 @@ def ablate(
         catalogue.family(name)
         if names.count(name) > 1:
             raise ValueError(f"[ablate] method {name!r} is named twice: want each once.")
-    halves = {"select": documents_select, "report": documents_report}
-    with_retrieval = {
-        part: judge.with_retrieval(
-            model,
-            tokenizer,
-            documents,
-            n=retrieval_prompts,
-            max_tokens=max_tokens,
-            seed=f"{seed}/{part}",
-        )
-        for part, documents in halves.items()
-    }
-    both = set(with_retrieval["select"]) & set(with_retrieval["report"])
+    both = set(documents_select) & set(documents_report)
     if both:
         raise ValueError(
             f"[ablate] {len(both)} documents in both parts: want disjoint parts, as "
@@ -147,9 +136,19 @@ def ablate(
 
     # What is fitted to some documents looks better on them: density and the best setting are chosen
     # on others.
-    fitted = pieces(with_retrieval["select"][0::2], calibration_tokens)
-    tried = pieces(with_retrieval["select"][1::2], max(2, tokens // 2))
-    kept = pieces(with_retrieval["report"], tokens)
+    fitted = pieces(documents_select[0::2], calibration_tokens)
+    tried = pieces(documents_select[1::2], max(2, tokens // 2))
+    kept = pieces(
+        judge.with_retrieval(
+            model,
+            tokenizer,
+            documents_report,
+            n=retrieval_prompts,
+            max_tokens=max_tokens,
+            seed=f"{seed}/report",
+        ),
+        tokens,
+    )
     model_hash = models.fingerprint(model).model_hash
     key = _key(
         model_hash, (fitted, tried, kept), (names, densities is None, asked, chunk, resamples, seed)
@@ -157,9 +156,11 @@ def ablate(
     keep = None if resume is None else pathlib.Path(resume)
     state = _start(keep, key)
 
-    trial = Judge(model, ffns, tried, chunk=chunk, cache_bytes=judge.CACHE_BYTES // 2)
-    final = Judge(model, ffns, kept, chunk=chunk, cache_bytes=judge.CACHE_BYTES // 2)
-    of_fit = Judge(model, ffns, fitted, chunk=chunk, cache_bytes=0)
+    among = [*fitted, *tried, *kept]
+    half = judge.CACHE_BYTES // 2
+    trial = Judge(model, ffns, tried, chunk=chunk, cache_bytes=half, among=among)
+    final = Judge(model, ffns, kept, chunk=chunk, cache_bytes=half, among=among)
+    of_fit = Judge(model, ffns, fitted, chunk=chunk, cache_bytes=0, among=among)
     # Steps: batches captured, batches scored dense, then those of every method and a fit.
     each = 1 + len(trial.batches) + len(final.batches)
     total = len(of_fit.batches) + (1 + len(names)) * each
@@ -217,6 +218,7 @@ def ablate(
         "sparse_tokens": {
             group: sum(kept[i].n_sparse for i in members) for group, members in groups.items()
         },
+        "outside": judge.outside(kept),
         "seed": seed,
         "model_hash": model_hash,
     }
@@ -389,6 +391,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """One row a setting, as ``csfast ablate --json`` writes it."""
     groups = judge.by_group(pieces)
+    in_mean = judge.in_mean(pieces)
     rows = []
     for setting, found in zip(settings, measured, strict=True):
         rule = setting.rule
@@ -424,12 +427,12 @@ def _rows(
             "bytes_fraction": judge.spent(rule, read),
             "recall": recall,
             "energy": energy,
-            "delta": judge.mean(per_task.values()),
+            "delta": judge.mean(per_task[group] for group in in_mean),
             "per_task": per_task,
         }
         if resamples:
             draws = judge.bootstrap(pairs, resamples=resamples, seed=seed)
-            row["ci95"] = judge.interval(judge.mean_draws(draws))
+            row["ci95"] = judge.interval(judge.mean_draws([draws[g] for g in in_mean]))
             row["per_task_ci95"] = {group: judge.interval(d) for group, d in draws.items()}
         rows.append(row)
     return rows

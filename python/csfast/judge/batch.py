@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..types import TASKS, Document
+from ..types import TASK_RULE, Document, is_task
 from . import retrieval
 
 CHUNK = 4096  # sparse positions of one forward: 0.1 TFLOP of the demo model, 2 ms of an H100
@@ -61,7 +61,9 @@ class Where:
         row: ``(n,)`` int64: the document of every sparse position.
         position: ``(n,)`` int64: its number among the sparse positions of its document.
         prompt_row: ``(m,)`` int64: the document of every prompt position.
-        task: ``(n_rows,)`` int64: the task of every document, its place in `types.TASKS`.
+        task: ``(n_rows,)`` int64: the task of every document, its place among `tasks`.
+        tasks: Names of the tasks, in the order of `task_names`.
+        n_mean: How many of them, the first, count for means.
     """
 
     n_rows: int
@@ -70,6 +72,8 @@ class Where:
     position: Tensor
     prompt_row: Tensor
     task: Tensor
+    tasks: tuple[str, ...]
+    n_mean: int
 
 
 def with_retrieval(
@@ -81,7 +85,10 @@ def with_retrieval(
     max_tokens: int,
     seed: str,
 ) -> list[Document]:
-    """Add `n` fresh retrieval prompts to documents that hold none, if the context has room."""
+    """Add `n` fresh retrieval prompts to documents that hold none, if the context has room.
+
+    They stand in a row of their own: means are those of the documents (`is_made`).
+    """
     found = list(documents)
     shortest, longest = RETRIEVAL_TOKENS
     # Room for the response: a chain of variables with its number, about thirty tokens.
@@ -123,7 +130,8 @@ def choose(
         seed: Of the order.
 
     Raises:
-        ValueError: A number is out of range, a task is unknown, or nothing would run sparse.
+        ValueError: A number is out of range, the name of a task is not fit for one, or nothing
+            would run sparse.
     """
     if not documents:
         raise ValueError(f"[{verb}] 0 documents: want at least one.")
@@ -133,15 +141,13 @@ def choose(
     if seed < 0:
         raise ValueError(f"[{verb}] seed = {seed}: want 0 or more.")
     limit = context(model, max_tokens)
-    by_task: dict[str, list[Document]] = {task: [] for task in TASKS}
+    by_task: dict[str, list[Document]] = {}
     for document in documents:
-        if document.group not in by_task:
-            raise ValueError(
-                f"[{verb}] task {document.task[:80]!r}: want one of {', '.join(TASKS)}."
-            )
-        by_task[document.group].append(document)
+        if not is_task(document.group):
+            raise ValueError(f"[{verb}] task {document.group[:80]!r}: want {TASK_RULE}.")
+        by_task.setdefault(document.group, []).append(document)
     pieces = []
-    for task, members in by_task.items():
+    for task, members in sorted(by_task.items()):
         random.Random(f"{seed}/{task}").shuffle(members)
         n_scored = 0
         for document in members:
@@ -175,18 +181,46 @@ def encoded(tokenizer: Any, document: Document, max_tokens: int) -> Piece | None
     """
     try:
         found = models.encode(tokenizer, document, max_tokens=max_tokens)
-    except ValueError:  # its text is empty, or its prompt fills the context
+    except models.NothingLeftError:  # its text is empty, or its prompt fills the context
         return None
     piece = Piece(document, found.ids, found.n_prompt)
     return piece if piece.n_prompt > 1 else None
 
 
+def is_made(document: Document) -> bool:
+    """Say whether a document is a prompt that `retrieval` made, rather than of the user's data."""
+    return document.task in {f"retrieval/{kind}" for kind in retrieval.KINDS}
+
+
+def task_names(pieces: Sequence[Piece]) -> tuple[tuple[str, ...], int]:
+    """Give the tasks that are present, and how many of them, the first, count for means.
+
+    Those do that have documents of the user's, by name; those of made prompts alone come after
+    them, and count only where there is nothing else.
+    """
+    given = sorted({p.document.group for p in pieces if not is_made(p.document)})
+    made = sorted({p.document.group for p in pieces} - set(given))
+    return (*given, *made), len(given) or len(made)
+
+
 def by_group(pieces: Sequence[Piece]) -> dict[str, list[int]]:
-    """Say which pieces are of each task, in the order of `TASKS`."""
-    groups: dict[str, list[int]] = {}
+    """Say which pieces are of each task, in the order of `task_names`."""
+    groups: dict[str, list[int]] = {task: [] for task in task_names(pieces)[0]}
     for i, piece in enumerate(pieces):
-        groups.setdefault(piece.document.group, []).append(i)
-    return {task: groups[task] for task in TASKS if task in groups}
+        groups[piece.document.group].append(i)
+    return groups
+
+
+def in_mean(pieces: Sequence[Piece]) -> list[str]:
+    """Give the tasks that count for means."""
+    names, n_mean = task_names(pieces)
+    return list(names[:n_mean])
+
+
+def outside(pieces: Sequence[Piece]) -> list[str]:
+    """Give the tasks that do not count for means."""
+    names, n_mean = task_names(pieces)
+    return list(names[n_mean:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,14 +266,22 @@ class Batch:
         return flat.index_copy_(0, self.place, out).view(shape)
 
 
-def batches(pieces: Sequence[Piece], device: torch.device, *, chunk: int = CHUNK) -> list[Batch]:
+def batches(
+    pieces: Sequence[Piece],
+    device: torch.device,
+    *,
+    chunk: int = CHUNK,
+    among: Sequence[Piece] = (),
+) -> list[Batch]:
     """Put documents of similar lengths together.
 
     Args:
         pieces: The documents.
         device: Where the tensors go.
         chunk: Sparse positions of a batch at most, padding included; a longer document is alone.
+        among: Further documents whose tasks are counted through with those of the pieces.
     """
+    tasks = task_names([*pieces, *among])
     # Per setting a prompt position costs a hundredth of a sparse one, to read its keys and values:
     # where prompts are short, lengths of responses matter more.
     size = [math.ceil(2 * math.log2(max(piece.n_prompt, SHORT_PROMPT))) for piece in pieces]
@@ -254,16 +296,21 @@ def batches(pieces: Sequence[Piece], device: torch.device, *, chunk: int = CHUNK
         # Half may be padding, and what a forward of its own would cost.
         padded = n_rows * columns > 1.5 * (n_sparse + pieces[i].n_sparse) + chunk / 16
         if members and (full or padded or size[i] != size[members[0]]):
-            found.append(_batch(pieces, members, device))
+            found.append(_batch(pieces, members, device, tasks))
             members, before, columns, n_sparse = [], pieces[i].n_prompt, pieces[i].n_sparse, 0
         members, n_before, n_columns = [*members, i], before, columns
         n_sparse += pieces[i].n_sparse
     if members:
-        found.append(_batch(pieces, members, device))
+        found.append(_batch(pieces, members, device, tasks))
     return found
 
 
-def _batch(pieces: Sequence[Piece], members: Sequence[int], device: torch.device) -> Batch:
+def _batch(
+    pieces: Sequence[Piece],
+    members: Sequence[int],
+    device: torch.device,
+    tasks: tuple[tuple[str, ...], int],
+) -> Batch:
     some = [pieces[i] for i in members]
     n_rows, n_before = len(some), max(piece.n_prompt for piece in some)
     n_columns = max(piece.n_sparse for piece in some)
@@ -279,7 +326,7 @@ def _batch(pieces: Sequence[Piece], members: Sequence[int], device: torch.device
         target[row, :n_sparse] = piece.ids[0, n_prompt + 1 :]
     rows, position = (target != NONE).nonzero(as_tuple=True)
     prompt_row, prompt_column = prompt_mask.nonzero(as_tuple=True)
-    task = torch.tensor([TASKS.index(piece.document.group) for piece in some])
+    task = torch.tensor([tasks[0].index(piece.document.group) for piece in some])
     return Batch(
         members=tuple(members),
         prompt=prompt.to(device),
@@ -296,5 +343,6 @@ def _batch(pieces: Sequence[Piece], members: Sequence[int], device: torch.device
             position.to(device),
             prompt_row.to(device),
             task.to(device),
+            *tasks,
         ),
     )

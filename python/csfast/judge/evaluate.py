@@ -31,7 +31,7 @@ from ..judge import (
 from ..layer import Decision, Sensor
 from ..models import Ffn
 from ..plan import Plan
-from ..types import POOLED, TASKS, Code, Document, LayerShape
+from ..types import POOLED, Code, Document, LayerShape
 from . import retrieval, rules
 
 RESAMPLES = 2000  # of the bootstrap: the quantiles of .025 and .975 rest on 50 draws each
@@ -51,7 +51,7 @@ def evaluate(
     tokens: int = 4000,
     response_tokens: int = 256,
     max_tokens: int = 2048,
-    retrieval_prompts: int = 40,
+    retrieval_prompts: int = 0,
     answers: int = 20,
     chunk: int = CHUNK,
     resamples: int = RESAMPLES,
@@ -76,7 +76,8 @@ def evaluate(
         tokens: Scored tokens of each task to stop at, a document more or less.
         response_tokens: Tokens of one document to score at most.
         max_tokens: Tokens of one document at most, its prompt included.
-        retrieval_prompts: Retrieval prompts to make if the documents hold none; 0 makes none.
+        retrieval_prompts: Retrieval prompts to make, if the documents hold none. They stand in a
+            row of their own, outside the means.
         answers: Short answers of each task to decode greedily; 0 decodes none.
         chunk: Sparse positions that run together; bounds memory, changes rounding only.
         resamples: Draws of the bootstrap over documents.
@@ -136,7 +137,7 @@ def evaluate(
                 report(done + number, total)
         finally:
             patch.remove(model)
-    groups = judge.by_group(pieces)
+    groups, in_mean = judge.by_group(pieces), judge.in_mean(pieces)
     losses = sums.tolist()
     draws = judge.bootstrap(
         {
@@ -172,8 +173,9 @@ def evaluate(
     rest = _rest_bytes(model, ffns)
     return {
         "tasks": results,
-        "mean_delta": judge.mean(entry["delta"] for entry in results.values()),
-        "mean_ci95": judge.interval(judge.mean_draws(draws)),
+        "outside": judge.outside(pieces),
+        "mean_delta": judge.mean(results[group]["delta"] for group in in_mean),
+        "mean_ci95": judge.interval(judge.mean_draws([draws[group] for group in in_mean])),
         "density": judge.mean(per_layer),
         "density_per_layer": per_layer,
         "density_per_task_layer": {
@@ -316,7 +318,7 @@ def _quizzes(
     random.Random(f"{seed}/answers").shuffle(order)
     for document in order:
         members = found.setdefault(document.group, [])
-        if len(members) >= limit or not document.prompt or "\n" in document.response.strip():
+        if len(members) >= limit or document.is_plain or "\n" in document.response.strip():
             continue
         # A token is a byte at least: what is longer cannot be short, and is not worth encoding.
         if document.group != "retrieval" and len(document.response) > 16 * SHORT_TOKENS:
@@ -327,7 +329,7 @@ def _quizzes(
         # The end of text is not part of the answer.
         if document.group == "retrieval" or piece.n_tokens <= SHORT_TOKENS + 1:
             members.append(piece)
-    return [piece for task in TASKS for piece in found.get(task, [])]
+    return [piece for _, members in sorted(found.items()) for piece in members]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from .. import judge, models, ops
 from ..files import check_writable, read_bounded, write_atomic
 from ..judge import Judge, Progress, Sample
 from ..pursuit import operators
-from ..types import TASKS, Document, PlanError
+from ..types import Document, PlanError
 from .rules import Fit
 
 FORMAT = "csfast-phase-1"  # of a resume file
@@ -65,7 +65,7 @@ def capture(
     tokens: int = 400,
     response_tokens: int = 256,
     max_tokens: int = 2048,
-    retrieval_prompts: int = 20,
+    retrieval_prompts: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Fit, Sample]:
@@ -90,7 +90,7 @@ def capture(
         ValueError: A number is out of range, or nothing would run sparse.
     """
     ffns = models.find_ffns(model)
-    judges = []
+    parts = []
     for part, documents in (("select", documents_select), ("report", documents_report)):
         with_retrieval = judge.with_retrieval(
             model,
@@ -110,7 +110,9 @@ def capture(
             max_tokens=max_tokens,
             seed=seed,
         )
-        judges.append(Judge(model, ffns, pieces, cache_bytes=0))
+        parts.append(pieces)
+    among = [piece for pieces in parts for piece in pieces]
+    judges = [Judge(model, ffns, pieces, cache_bytes=0, among=among) for pieces in parts]
     report = progress or (lambda done, total: None)
     first, second = (len(of.batches) for of in judges)
     fitted = judges[0].capture({}, lambda n: report(n, first + second))
@@ -265,7 +267,8 @@ def usages(fit: Fit, shown: Sample, n_groups: int) -> tuple[Tensor, Tensor]:
             for x in (before.inputs[layer], after.inputs[layer])
         )
         usage.append(of_layer)
-        mean.append(_task_means(known, before.where.task[before.where.row].cpu())[task])
+        of_known = before.where.task[before.where.row].cpu()
+        mean.append(_task_means(known, of_known, len(before.where.tasks))[task])
     found = torch.stack(usage), torch.stack(mean)
     if not all(bool(values.isfinite().all()) for values in found):
         raise ValueError("[phase] usage: want it finite for every token.")
@@ -397,9 +400,9 @@ def _some(signals: Signals, n: int, generator: Generator) -> Signals:
     return Signals(signals.value[pick], known)
 
 
-def _task_means(usage: Tensor, task: Tensor) -> Tensor:
+def _task_means(usage: Tensor, task: Tensor, n_tasks: int) -> Tensor:
     """Mean usage of every task ``(n_tasks, n_groups)``; that of all for a task without any."""
-    member = F.one_hot(task, len(TASKS)).double()
+    member = F.one_hot(task, n_tasks).double()
     n = member.sum(dim=0)
     mean = (member.T @ usage) / n.clamp_min(1)[:, None]
     return torch.where(n[:, None] > 0, mean, usage.mean(dim=0))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import Ffn, is_patched
-from ..types import TASKS, LayerShape
+from ..types import LayerShape
 from .batch import Batch, Where
 
 BYTES = 2  # of a dense weight
@@ -161,7 +161,8 @@ class Recovery:
     def __init__(self, n_layers: int, device: torch.device) -> None:
         """Start without a position."""
         # Positions, recall, energy.
-        self._sums = torch.zeros(n_layers, len(TASKS), 3, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(n_layers, 0, 3, dtype=torch.float64, device=device)
+        self._n_mean = 0
 
     def add(self, layer: int, usage: Tensor, keep: Tensor, where: Where) -> None:
         """Look at one layer of one batch: true usage and what was kept, ``(n, n_neurons)``."""
@@ -179,12 +180,15 @@ class Recovery:
         # A token that keeps nothing has no recall.
         counted = (n_kept > 0).double().squeeze(1)
         values = torch.stack([counted, found * counted, share * counted], dim=1)
-        task = F.one_hot(where.task[row], len(TASKS)).double()
+        task = F.one_hot(where.task[row], len(where.tasks)).double()
+        if not self._n_mean:
+            self._sums = self._sums.new_zeros(len(self._sums), len(where.tasks), 3)
+            self._n_mean = where.n_mean
         self._sums[layer] += task.T @ values
 
     def means(self) -> tuple[float | None, float | None]:
         """Give recall and share of the energy: mean over positions, tasks, then layers."""
-        sums = self._sums.cpu()
+        sums = self._sums[:, : self._n_mean].cpu()
         seen = sums[..., 0] > 0
         if not bool(seen.any(dim=1).all()):
             return None, None
@@ -224,6 +228,8 @@ class Sample:
                 where.position[::step],
                 where.prompt_row,
                 where.task,
+                where.tasks,
+                where.n_mean,
             ),
             {name: [x[::step] for x in members] for name, members in self.watched.items()},
         )

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..models import Ffn
-from ..types import TASKS
-from .batch import CHUNK, NONE, Batch, Piece, Where, batches, by_group
+from .batch import CHUNK, NONE, Batch, Piece, Where, batches, by_group, task_names
 from .rule import Recovery, Rule, Sample, Setting, replaced
 
 LOGITS = 1 << 26  # of one forward: 256 MiB in float32
@@ -167,14 +166,19 @@ class Judge:
         *,
         chunk: int = CHUNK,
         cache_bytes: int = CACHE_BYTES,
+        among: Sequence[Piece] = (),
     ) -> None:
-        """Put the pieces into batches; nothing runs yet."""
+        """Put the pieces into batches, tasks counted through `among` as well; nothing runs yet."""
         self.model = model
         self.ffns = ffns
         self.pieces = pieces
+        self._tasks = task_names([*pieces, *among])
         words = getattr(getattr(model, "config", None), "vocab_size", 1)
         self.batches = batches(
-            pieces, ffns[0].gate.weight.device, chunk=max(1, min(chunk, LOGITS // words))
+            pieces,
+            ffns[0].gate.weight.device,
+            chunk=max(1, min(chunk, LOGITS // words)),
+            among=among,
         )
         self._cache_bytes = cache_bytes
         self._caches: dict[int, Any] = {}
@@ -286,7 +290,7 @@ class Judge:
         for name, some in watched.items():
             found[name] = joined[start : start + len(some)]
             start += len(some)
-        task = torch.tensor([TASKS.index(piece.document.group) for piece in self.pieces])
+        task = torch.tensor([self._tasks[0].index(p.document.group) for p in self.pieces])
         where = Where(
             len(self.pieces),
             max(piece.n_sparse for piece in self.pieces),
@@ -294,6 +298,7 @@ class Judge:
             positions[order].to(device),
             torch.zeros(0, dtype=torch.int64, device=device),
             task.to(device),
+            *self._tasks,
         )
         return Sample(joined[: len(self.ffns)], where, found)
 
@@ -310,16 +315,19 @@ class Judge:
         return torch.cat([part[torch.arange(most) % len(part)] for part in parts])
 
 
-def effort(model: nn.Module, setting: Setting, piece: Piece) -> Effort:
+def effort(
+    model: nn.Module, setting: Setting, piece: Piece, *, among: Sequence[Piece] = ()
+) -> Effort:
     """Show what every scored token of one document cost, under one setting.
 
     Args:
         model: The model that the rule of the setting was fitted to.
         setting: From a plan by `evaluate.planned`, or of any rule.
         piece: The document.
+        among: What a rule that knows of tasks was fitted to.
     """
     rule = setting.rule
-    judge = Judge(model, rule.ffns, [piece])
+    judge = Judge(model, rule.ffns, [piece], among=among)
     (batch,) = judge.batches
     cache = judge.cache(0, observer=rule if rule.observes else None)
     dense = losses(follow_dense(model, rule.ffns, cache, batch), batch)[0].cpu()

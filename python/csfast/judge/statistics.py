@@ -10,19 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import Piece, by_group
+from .batch import Piece, by_group, in_mean
 
 
 def mean_read(pieces: Sequence[Piece], read: Tensor) -> Tensor:
     """Give what a token reads of each layer, ``(n_layers, n_counts)`` float64.
 
-    The mean over the tokens of a task, then over tasks.
+    The mean over the tokens of a task, then over the tasks that count for means.
 
     Args:
         pieces: What was scored.
         read: Sums over the tokens of each, ``(n_pieces, n_layers, n_counts)``.
     """
-    return torch.stack(list(read_by_group(pieces, read).values())).mean(dim=0)
+    by_task = read_by_group(pieces, read)
+    return torch.stack([by_task[group] for group in in_mean(pieces)]).mean(dim=0)
 
 
 def read_by_group(pieces: Sequence[Piece], read: Tensor) -> dict[str, Tensor]:
@@ -52,9 +53,9 @@ def bootstrap(
     return draws
 
 
-def mean_draws(draws: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Give the resampled mean over tasks."""
-    found: NDArray[np.float64] = np.mean(list(draws.values()), axis=0)
+def mean_draws(draws: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Give the resampled mean over some tasks."""
+    found: NDArray[np.float64] = np.mean(draws, axis=0)
     return found
 
 

@@ -34,7 +34,7 @@ def examples(
     generate: bool = False,
     tokens: int = 160,
     max_tokens: int = 2048,
-    retrieval_prompts: int = 4,
+    retrieval_prompts: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .structure import (
 from .text import (
     N_DENSE,
     Encoded,
+    NothingLeftError,
     cache_argument,
     check_ids,
     context_length,
@@ -43,6 +44,7 @@ __all__ = [
     "Ffn",
     "Fingerprint",
     "Message",
+    "NothingLeftError",
     "Projection",
     "cache_argument",
     "check_ids",

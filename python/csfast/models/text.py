@@ -21,6 +21,10 @@ N_DENSE = 32  # first tokens of a plain text that run dense, as a prompt would
 _log = logging.getLogger("csfast")
 
 
+class NothingLeftError(ValueError):
+    """Nothing of a document would be left to score."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
     """A document in tokens.
@@ -58,30 +62,57 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Document, *, max_tokens
     blank that some tokenizers put before every text. The end of a text or response that is too long
     is cut off.
 
+    Turns of a chat are laid out by the tokenizer's template, and its answer with the marks that the
+    template puts after it.
+
     Args:
         tokenizer: Of the model. One without a mark of end leaves it out.
         document: What to encode.
         max_tokens: Most tokens to give.
 
     Raises:
-        ValueError: The document is empty, or its prompt alone fills ``max_tokens``.
+        NothingLeftError: The document is empty, or its prompt alone fills ``max_tokens``.
+        ValueError: The template refuses the turns.
+        UnsupportedModelError: The document is a chat, and the tokenizer has no template.
     """
     if not document.response:
-        raise ValueError(f"[encode] a document of {document.task!r} without text: want some.")
+        raise NothingLeftError(f"[encode] a document of {document.task!r} without text: want some.")
+    if document.turns:
+        return _answered(tokenizer, document, max_tokens)
     if not document.prompt:
         ids = token_ids(tokenizer, document.response, continued=False)[:max_tokens]
         return Encoded(torch.tensor([ids], dtype=torch.int64), min(N_DENSE, len(ids)))
     prompt = token_ids(tokenizer, document.prompt, continued=True)
-    if len(prompt) >= max_tokens:
-        raise ValueError(
-            f"[encode] a prompt of {len(prompt)} tokens: want fewer than {max_tokens}, so that "
-            "something of the response remains."
-        )
     response = _following(tokenizer, document.prompt, document.response)
     after = _marked(tokenizer, document.prompt)[2]
     if not after and tokenizer.eos_token_id is not None:
         after = [tokenizer.eos_token_id]
-    response += after[_shared(response, after) :]
+    return _joined(prompt, response + after[_shared(response, after) :], max_tokens)
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, document: Document, max_tokens: int) -> Encoded:
+    """A chat in tokens: what the template makes of its turns, and of the answer after them."""
+    turns = [{"role": role, "content": text} for role, text in document.turns]
+    answer = {"role": "assistant", "content": document.response}
+    before = render(tokenizer, turns, answered=False)
+    whole = render(tokenizer, [*turns, answer], answered=True)
+    # Some templates open an answer in another way than they show one that is given.
+    response = whole[len(before) :] if whole.startswith(before) else document.response
+    marked = response.rstrip()  # a break after the mark of end is no part of the answer
+    after = []
+    if marked.endswith(document.response.rstrip()) and tokenizer.eos_token_id is not None:
+        after = [tokenizer.eos_token_id]
+    prompt = _called(tokenizer, before, marks=False)
+    return _joined(prompt, _following(tokenizer, before, marked) + after, max_tokens)
+
+
+def _joined(prompt: list[int], response: list[int], max_tokens: int) -> Encoded:
+    """Prompt and response, after refusing a prompt that leaves no room."""
+    if len(prompt) >= max_tokens:
+        raise NothingLeftError(
+            f"[encode] a prompt of {len(prompt)} tokens: want fewer than {max_tokens}, so that "
+            "something of the response remains."
+        )
     ids = (prompt + response)[:max_tokens]
     return Encoded(torch.tensor([ids], dtype=torch.int64), len(prompt))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..doctor import Finding
@@ -23,6 +24,7 @@ def findings(found: Sequence[Finding]) -> Table:
 def quality(results: dict[str, Any]) -> Table:
     """Give the evaluation: one row a task, the mean below."""
     tasks = results["tasks"].values()
+    outside = results.get("outside", [])
     sparse = sum(row["sparse_tokens"] for row in tasks) / sum(row["tokens"] for row in tasks)
     table = Table(
         title=f"Quality with {results['density']:.1%} of the neurons executed: loss, nats a token",
@@ -35,10 +37,15 @@ def quality(results: dict[str, Any]) -> Table:
     table.add_column("task", no_wrap=True)
     for name in ("dense", "csfast", "change", "95 %", "KL", "top-1", "right"):
         table.add_column(name, justify="right", no_wrap=True)
-    for task, row in results["tasks"].items():
+    for task in sorted(results["tasks"], key=outside.__contains__):
+        row = results["tasks"][task]
+        if task == next(iter(outside), None):
+            table.add_section()
+            table.add_row("mean", "", "", f"{results['mean_delta']:+.4f}")
+            table.add_section()
         low, high = row["ci95"]
         table.add_row(
-            task,
+            escape(task),
             f"{row['dense_loss']:.4f}",
             f"{row['loss']:.4f}",
             f"{row['delta']:+.4f}",
@@ -47,8 +54,9 @@ def quality(results: dict[str, Any]) -> Table:
             f"{row['top1_agreement']:.3f}",
             _answers(row),
         )
-    table.add_section()
-    table.add_row("mean", "", "", f"{results['mean_delta']:+.4f}")
+    if not outside:
+        table.add_section()
+        table.add_row("mean", "", "", f"{results['mean_delta']:+.4f}")
     return table
 
 
@@ -71,7 +79,7 @@ def effort(results: dict[str, Any]) -> Table:
             sum(t[key] for t in tokens) / len(tokens) for key in ("dense_loss", "loss")
         )
         table.add_row(
-            example["task"],
+            escape(example["task"]),
             str(len(tokens)),
             f"{sum(efforts) / len(efforts):.3f}",
             f"{min(efforts):.3f}",

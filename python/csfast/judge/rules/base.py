@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...codes import blocks, planes
 from ...judge import BYTES, Recovery, Rule, Sample, Thresholds, Where
 from ...models import Ffn
-from ...types import TASKS, Code, LayerShape
+from ...types import Code, LayerShape
 
 INDEX_BYTES = 4  # of the number of one neuron, block or channel that is read
 ROWS = 2048  # positions whose scores give a quantile: a density is met to about .001
@@ -257,7 +257,7 @@ class Fit:
     def _task_usage(self, layer: int) -> Tensor:
         where = self.sample.where
         square = self.usage(layer).square()
-        member = F.one_hot(where.task[where.row], len(TASKS)).to(square)
+        member = F.one_hot(where.task[where.row], len(where.tasks)).to(square)
         n = member.sum(dim=0)
         by_task = (member.T @ square) / n.clamp_min(1)[:, None]
         return torch.where(n[:, None] > 0, by_task, square.mean(dim=0)).sqrt()

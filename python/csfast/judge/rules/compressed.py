@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import ops, pursuit
 from ...judge import BYTES, Sample, Thresholds, Where
-from ...types import TASKS, LayerShape
+from ...types import LayerShape
 from ..rules import BlockRule, Fit, ranks
 
 BLOCK = 4  # neurons of a block: the largest that costs little quality
@@ -279,7 +279,7 @@ def _prior(fit: Fit, layer: int) -> tuple[Tensor, Tensor]:
 
 def _moments_by_task(fit: Fit, layer: int) -> tuple[Tensor, Tensor]:
     usage, where = _block_usage(fit, layer), fit.sample.where
-    member = F.one_hot(where.task[where.row], len(TASKS)).to(usage)
+    member = F.one_hot(where.task[where.row], len(where.tasks)).to(usage)
     n = member.sum(dim=0)[:, None]
     mean = torch.where(n > 0, member.T @ usage / n.clamp_min(1), usage.mean(dim=0))
     square = torch.where(n > 0, member.T @ usage.square() / n.clamp_min(1), usage.square().mean(0))
