@@ -215,6 +215,21 @@ def test_positions_for_ordering_are_few_and_of_every_task():
         assert not bool((few.sparse & ~all_.sparse).any()) and few.task == all_.task
 
 
+def test_too_few_positions_for_feedback_are_told(caplog):
+    """With both numbers: seven for each of 64 channels are wanted."""
+    samples = tiny.make_ids(8, 80)
+    plan = run(samples=samples)
+    assert plan.n_tokens["text"] == 384
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith(
+        "[calibrate] 384 positions for codes with feedback of 64 channels: want 448"
+    )
+    caplog.clear()
+    run(samples=samples, feedback=False)
+    run(samples=tiny.make_ids(10, 80))
+    assert not caplog.records
+
+
 def test_pooled_weighs_tasks_equally():
     draw = torch.Generator().manual_seed(0)
     histogram = torch.zeros(1, 2, BINS, dtype=torch.int64)

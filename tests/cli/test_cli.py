@@ -90,6 +90,7 @@ def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
     options = ("--bits", "ternary,2", "--blocks", "16,1", "--joint")
     done = call("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500, *options)
     assert done.exit_code == 0, done.output
+    assert "positions for codes with feedback of 384 channels: want 2688 or more" in done.stderr
     loaded = csfast.Plan.load(path)
     assert loaded.bits == (2, "ternary") and loaded.blocks == (1, 16)
     assert loaded.batches == (1, 2, 4, 8, 16)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ TOKENS_MAX = 32_768  # run through the model in the second pass: 12 s of the dem
 # Without feedback the first pass, a mean over channels, takes one token in so many; second moments
 # want all of them (docs/decisions/0003-plans-hold-codes.md).
 _SCALE_SHARE = 4
+# Positions for each channel that feedback gains by; with two it gained nothing (docs/api.md).
+_FEEDBACK_MIN = 7
 _POSITIONS_MIN = 16  # of a task: below that, a quantile of 1 % of the neurons is a guess
 _SQUARE_ROWS = 512  # tokens squared at a time in float64, at most
 _MOMENT_BYTES = 1 << 32  # of second moments at a time: 32 layers at d = 4096
@@ -48,6 +51,7 @@ _ORDER_POSITIONS = 2048
 _MIXTURES = 4  # of the positions of a task to batches
 _ORDER_BYTES = 1 << 30  # of their inputs at a time
 
+_log = logging.getLogger("csfast")
 Progress = Callable[[int, int], None]
 
 
@@ -150,6 +154,13 @@ def calibrate(
         first = batches_of(draw(groups, model, tokenizer, max_tokens // _SCALE_SHARE, seed))
     counts = list(positions(groups, first, least=1).values())
     n_tokens = positions(groups, chosen, least=_POSITIONS_MIN)
+    d, n_seen = max(ffn.shape.d for ffn in ffns), sum(counts)
+    if feedback and n_seen < _FEEDBACK_MIN * d:
+        _log.warning(
+            "[calibrate] %d positions for codes with feedback of %d channels: want %d or more, by "
+            "more text or max_tokens; or do without feedback.",
+            *(n_seen, d, _FEEDBACK_MIN * d),
+        )
     above = tuple(n for n in blocks if n > 1)
     sums = _rounds([8 * ffn.shape.d**2 if feedback else 0 for ffn in ffns], _MOMENT_BYTES)
     orders = _rounds([_input_bytes(ffn) for ffn in ffns], _ORDER_BYTES) if above or joint else []
