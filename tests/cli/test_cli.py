@@ -141,6 +141,29 @@ def test_eval_writes_the_agreed_json(plan, data, folder):
     assert page.read_text().lstrip().lower().startswith("<!doctype html")
 
 
+def test_data_of_any_form_and_task_are_calibrated_on_and_judged(folder):
+    """Without made prompts, but where they are asked for, and then outside the mean."""
+    forms = (
+        lambda i: {"text": f"{i} {TEXT[:300]}"},
+        lambda i: {"task": "Q & A", "prompt": f"{i}?", "completion": f" {i} {TEXT[:200]}"},
+    )
+    path, made, out = folder / "any.jsonl", folder / "any.plan", folder / "any.json"
+    lines = [json.dumps(forms[i % 2](i)) for i in range(24)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    options = ("--data", path, "--tokens")
+    done = call("calibrate", "demo", *options, 1200, "--no-feedback", "--out", made)
+    assert done.exit_code == 0, done.output
+    assert csfast.Plan.load(made).tasks == ("pooled", "Q & A", "text")
+    for more, outside in (((), []), (("--retrieval", 2), ["retrieval"])):
+        done = call("eval", "demo", made, *options, 40, *more, "--json", out)
+        assert done.exit_code == 0, done.output
+        found = json.loads(out.read_text())
+        assert list(found["tasks"]) == ["Q & A", "text", *outside]
+        assert found["outside"] == outside
+        mean = sum(found["tasks"][task]["delta"] for task in ("Q & A", "text")) / 2
+        assert found["mean_delta"] == pytest.approx(mean)
+
+
 def test_ablate_writes_the_agreed_json(data, folder):
     out, page = folder / "ablation.json", folder / "ablation.html"
     done = call(

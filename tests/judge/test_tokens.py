@@ -20,7 +20,7 @@ def shown(model, tokenizer, plan, held_out):
 
 
 def test_every_task_has_one_text(shown, plan, model):
-    assert [e["task"] for e in shown["examples"]] == ["math", "code", "prose", "instruct"]
+    assert [e["task"] for e in shown["examples"]] == ["code", "instruct", "math", "prose"]
     assert shown["plan_hash"] == plan.plan_hash and not shown["generated"]
     for example in shown["examples"]:
         assert 1 <= len(example["tokens"]) < 24
