@@ -755,6 +755,8 @@ def test_a_browser_finds_every_label_in_its_place(tmp_path, width):
     """Measured as rendered: nothing is wider than the window, no label covers another."""
     made = {**pages.everything(), "ablation": pages.wide_ablation(), "phase": pages.phase(steps=12)}
     del made["demo"]  # its own two bars come first
+    scored = made["evaluation"]["tasks"]
+    scored["a task with a rather long name that a user may have chosen"] = scored["math"]
     text = page_.render(**made).replace("</body>", f"{MEASURE}</body>")
     (tmp_path / "page.html").write_text(text)
     frame = tmp_path / "frame.html"
