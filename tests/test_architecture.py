@@ -307,6 +307,9 @@ def test_host_code_knows_no_cuda():
         if folder == "cpp" or (folder == "bench" and path.suffix != ".cu"):
             assert "cuda_runtime" not in path.read_text(), path
             assert path.suffix in (".h", ".inc", ".cc"), path
+        elif folder == "cuda" and (path.suffix == ".h" or path.stem in ("choose", "no_cuda")):
+            found = re.search(r'cuda_runtime|#include ".*\.cuh"|__device__', path.read_text())
+            assert not found, f"{path}: {found[0]}"
 
 
 def test_every_launch_is_checked():

@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
+#include "common/sizes.h"
+
 namespace csfast::cuda {
 
-inline constexpr int kWarp = 32;
 inline constexpr unsigned kFull = 0xffffffffu;  // every lane
 
 // The sum over the lanes, in every lane, always in the same order.

@@ -25,7 +25,7 @@
 #include "common/shared.cuh"
 #include "common/vector.cuh"
 #include "common/warp.cuh"
-#include "common/workspace.cuh"
+#include "common/workspace.h"
 #include "execute/execute.cuh"
 #include "execute/gather.cuh"
 #include "execute/rows.cuh"
@@ -497,6 +497,8 @@ __global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams 
     ShareShared share;
     alignas(8) Arrival arrival[kSlots];
   };
+  static_assert(sizeof(Shared) + kGatherBytes<kVectors, kBulk> <=
+                kGatherOtherBytes + (kBulk ? kRingBytes<kVectors> : 0));
   __shared__ Shared shared;
   const ExecuteParams& p = params.p;
   const int64_t b = blockIdx.y;
@@ -557,6 +559,9 @@ struct RowsParams {
   int32_t* executed;  // (blocks), written, or null
 };
 
+// Bytes of shared memory that a block of either kernel has beside its list, at most.
+template <bool kBulk>
+constexpr size_t kRowsRoom = kBulk ? kRowsBulkBytes : kRowsBytes;
 // Registers of a thread of combine_rows: of a block of 512 so few that a block of sum has room.
 template <bool kBulk>
 constexpr int kCombineRegisters = kBulk ? kOverlapRegisters : 255;
@@ -566,6 +571,7 @@ constexpr int kCombineThreads = kBulk ? kCombineBulkThreads : kCombineRegisterTh
 template <typename T, int kProducts, bool kBulk>
 __global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const RowsParams params) {
   using Rows = std::conditional_t<kBulk, ActivateBulk<kProducts>, ActivateRegister<kProducts>>;
+  static_assert(sizeof(Rows) + sizeof(ShareShared) <= kRowsRoom<kBulk>);
   __shared__ ShareShared shared;
   const ExecuteParams& p = params.p;
   const auto block = static_cast<int>(blockIdx.x);
@@ -601,6 +607,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1) activate_rows_kernel(const 
 
 template <typename T, int kProducts, bool kBulk>
 __global__ void __maxnreg__(kCombineRegisters<kBulk>) combine_rows_kernel(const RowsParams params) {
+  static_assert((kBulk ? sizeof(CombineBulk<kProducts>) : 0) + sizeof(ShareShared) <=
+                kRowsRoom<kBulk>);
   __shared__ ShareShared shared;
   const ExecuteParams& p = params.p;
   const int64_t block = blockIdx.y;

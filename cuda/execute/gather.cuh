@@ -18,37 +18,9 @@
 #include "common/async.cuh"
 #include "common/warp.cuh"
 #include "csfast/types.h"
+#include "execute/sizes.h"
 
 namespace csfast::cuda {
-
-inline constexpr int kGatherThreads = 512;  // one block a processor: 128 registers a thread
-inline constexpr int kGatherWarps = kGatherThreads / kWarp;
-inline constexpr int kLaneColumns = 8;  // that a load of 16 bytes brings: of two bytes each
-inline constexpr int kVectorsMax = 2;   // loads of a row by one thread: what registers allow
-inline constexpr int kGatherWidth =
-    kVectorsMax * kGatherThreads * kLaneColumns;  // columns, at most
-
-// Neurons of a group between two barriers. From registers, 12 loads of 16 bytes a thread: 98 KB on
-// the way to a processor, of which a third at least while others are used; 26 KB keep memory busy
-// (4.3 TB/s for .8 us over 132 processors).
-template <int kVectors>
-constexpr int kRegisterNeurons = 4 / kVectors;
-template <int kVectors>
-constexpr int kBulkNeurons = kVectors == 1 ? 2 : 1;
-
-// The ring: slots of three rows of the neurons of all groups between two barriers, 48 KB where the
-// groups are full, four of them: 192 KB, of which half are on the way at any time.
-inline constexpr int kSlots = 4;
-template <int kVectors>
-constexpr int kSlotBytes =
-    3 * kBulkNeurons<kVectors> * kVectors * kGatherThreads * kLaneColumns * 2;
-template <int kVectors>
-constexpr int kRingBytes = kSlots * kSlotBytes<kVectors>;
-
-// Room for the sums of all groups of a block, whose columns are together those of a full one;
-// shared with the ring, where there is one.
-template <int kVectors>
-constexpr int kSumBytes = kVectors == 1 ? kGatherThreads * kLaneColumns * int{sizeof(float)} : 0;
 
 struct Gather {
   const char* gate;        // (n_neurons, row_bytes)

@@ -20,6 +20,7 @@
 #include "common/mma.cuh"
 #include "common/warp.cuh"
 #include "execute/gather.cuh"
+#include "execute/sizes.h"
 
 namespace csfast::cuda {
 
@@ -37,8 +38,6 @@ inline constexpr int kGroupUnits = 4;
 inline constexpr int kActivatePitch = kPieceBytes + 64;
 inline constexpr int kActivateSlots = 5;  // of 16 rows: 80 KB, four on their way while one is used
 
-inline constexpr int kCombineColumns = 512;          // of a block: a kilobyte of a row
-inline constexpr int kStepNeurons = 16;              // that are added at once
 inline constexpr int kCombineRegisterThreads = 256;  // of a block: 255 registers a thread
 inline constexpr int kCombineBulkThreads = 512;
 inline constexpr int kCombineBulkColumns = 4;  // that a lane loads at once, of kLaneColumns

@@ -5,14 +5,13 @@
 // a block that has sensed its run goes on to the weights of what it keeps of it. Where either goes
 // its general path, and with a cap, they meet at a list; there whoever counts costs a kernel of one
 // thread.
-#include <algorithm>
-
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/shared.cuh"
-#include "common/workspace.cuh"
+#include "common/workspace.h"
 #include "csfast/ffn.h"
 #include "execute/execute.cuh"
+#include "ffn/sizes.h"
 #include "select/select.cuh"
 
 namespace csfast::cuda {
@@ -83,16 +82,6 @@ struct RangeParams {
   bool counts;
 };
 
-// The list's place in dynamic shared memory; sums come first.
-template <Code kCode>
-constexpr int64_t list_at(const RangeParams& p) {
-  return kSumBytes<1> + padded(run_bytes<kCode>(1, p.selection.form.d, p.run_neurons));
-}
-template <Code kCode>
-constexpr int64_t range_bytes(const RangeParams& p) {
-  return list_at<kCode>(p) + int64_t{p.run_neurons} * int64_t{sizeof(int32_t)};
-}
-
 template <Code kCode, typename T>
 __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams params) {
   static_assert(kSenseThreads == kGatherThreads);
@@ -101,13 +90,15 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
     GatherShared<kRegisterNeurons<1>> gather;
     OwnX<1>::Shared x;
   };
+  static_assert(sizeof(Shared) <= kRangeOtherBytes);
   __shared__ Shared shared;
   const SelectParams& p = params.selection;
   const Runs runs = Runs::of(p.form.n_neurons, p.decision.tile_rows, params.chosen.blocks);
   const auto block = static_cast<int>(blockIdx.x);
   const int tile_rows = p.decision.tile_rows;
   char* room = dynamic_shared();
-  int32_t* neurons = reinterpret_cast<int32_t*>(room + list_at<kCode>(params));
+  int32_t* neurons =
+      reinterpret_cast<int32_t*>(room + range_list_at(kCode, p.form.d, params.run_neurons));
   const auto bring = [&](int8_t* q, auto meanwhile) {
     quantize_rows<kCode>(static_cast<const T*>(p.x), p.sensor.equal, 1, static_cast<int>(p.form.d),
                          q, shared.run.sense, meanwhile);
@@ -142,26 +133,11 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
                    params.partials.sum + int64_t{block} * p.form.d);
 }
 
-// Whether one kernel does all but the sum; then `params` is complete.
-bool is_immediate(const RangeParams& params, const Chip& machine) {
-  const Chosen& chosen = params.chosen;
-  if (chosen.path != Path::kRange || chosen.loads != Loads::kRegister || chosen.vectors != 1 ||
-      params.selection.batch != 1 || params.run_neurons > (1 << 20)) {
-    return false;
-  }
-  int64_t bytes = 0;
-  dispatch_code(params.selection.sensor.code, "ffn",
-                [&]<Code kCode>() { bytes = range_bytes<kCode>(params); });
-  constexpr int kStaticBytes = 8 << 10;
-  return bytes + kStaticBytes <= machine.shared_bytes;
-}
-
-void launch_range(const RangeParams& params, Stream stream) {
+void launch_range(const RangeParams& params, int shared_bytes, Stream stream) {
   const auto launch_code = [&]<Code kCode, typename T>() {
     launch("ffn", "range", range_kernel<kCode, T>,
            dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
-           {.shared_bytes = static_cast<int>(range_bytes<kCode>(params)),
-            .overlaps = params.chosen.overlaps});
+           {.shared_bytes = shared_bytes, .overlaps = params.chosen.overlaps});
   };
   dispatch_code(params.selection.sensor.code, "ffn", [&]<Code kCode>() {
     params.selection.form.dtype == DType::kF16
@@ -170,13 +146,7 @@ void launch_range(const RangeParams& params, Stream stream) {
   });
 }
 
-}  // namespace
-
-int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
-  return layout_of(batch, d, n_neurons).bytes;
-}
-
-void ffn(const FfnParams& p, Stream stream) {
+void ffn_chosen(const FfnParams& p, const ChosenFfn& chosen, Stream stream) {
   const Form& form = p.layer.form;
   const Decision& decision = p.layer.decision;
   const Layout layout = layout_of(p.batch, form.d, form.n_neurons);
@@ -186,30 +156,24 @@ void ffn(const FfnParams& p, Stream stream) {
   const SelectParams selection =
       p.selection(at<void>(p.workspace, layout.select), tile, n_tiles, dropped);
   const ExecuteParams execution = p.execution(at<void>(p.workspace, layout.execute), tile, n_tiles);
-  const Chip machine = chip("ffn");
-  const Chosen chosen = choose(execution, machine, true);
-  const bool is_one = decision.cap == nullptr && is_one_pass(selection, machine);
-  const Runs runs = runs_of(selection, machine);
-  const RangeParams range{.selection = selection,
-                          .execution = execution,
-                          .chosen = chosen,
-                          .partials = partials_of(execution),
-                          .run_neurons = static_cast<int>(
-                              std::min(runs.tiles_max() * decision.tile_rows, int64_t{1} << 21)),
-                          .counts = p.stats != nullptr};
-  if (is_one && is_immediate(range, machine)) {
-    launch_range(range, stream);
-    return sum_partials(execution, chosen, p.stats, stream);
+  if (chosen.immediate) {
+    launch_range({.selection = selection,
+                  .execution = execution,
+                  .chosen = chosen.execute,
+                  .partials = partials_of(execution),
+                  .run_neurons = chosen.select.run_neurons,
+                  .counts = p.stats != nullptr},
+                 chosen.shared_bytes, stream);
+    return sum_partials(execution, chosen.execute, p.stats, stream);
   }
-  const bool is_general = chosen.path == Path::kGeneral;
-  const bool is_piecewise = is_one && !is_general;
+  const bool is_general = chosen.execute.path == Path::kGeneral;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
-  if (is_piecewise) {
-    listing.segments = select_segments(selection, machine, stream);
+  if (chosen.piecewise) {
+    listing.segments = select_segments(selection, chosen.select, stream);
   } else {
-    select(selection, stream);
+    select_chosen(selection, chosen.select, stream);
   }
-  execute_chosen(execution, chosen, listing, stream);
+  execute_chosen(execution, chosen.execute, listing, stream);
   int64_t* stats = is_general ? p.stats : nullptr;
   int64_t* all_dropped = decision.cap == nullptr ? nullptr : p.dropped;
   if (stats == nullptr && all_dropped == nullptr) return;
@@ -223,6 +187,16 @@ void ffn(const FfnParams& p, Stream stream) {
                      .n_neurons = form.n_neurons,
                      .tile_rows = decision.tile_rows,
                      .shared = p.is_joint()});
+}
+
+}  // namespace
+
+int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
+  return layout_of(batch, d, n_neurons).bytes;
+}
+
+void ffn(const FfnParams& p, Stream stream) {
+  ffn_chosen(p, choose(p, chip("ffn")), stream);
 }
 
 }  // namespace csfast::cuda

@@ -12,7 +12,7 @@
 
 #include "common/shared.cuh"
 #include "common/warp.cuh"
-#include "common/workspace.cuh"
+#include "common/workspace.h"
 #include "omp/index.cuh"
 #include "omp/rules.cuh"
 

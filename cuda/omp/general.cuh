@@ -5,7 +5,7 @@
 // so that only what is summed over atoms taken crosses threads, by way of the workspace.
 #pragma once
 
-#include "common/workspace.cuh"
+#include "common/workspace.h"
 #include "omp/rules.cuh"
 
 namespace csfast::cuda {

@@ -13,7 +13,7 @@
 #include "common/launch.cuh"
 #include "common/quantize.cuh"
 #include "common/shared.cuh"
-#include "common/workspace.cuh"
+#include "common/workspace.h"
 #include "csfast/tile.h"
 #include "recover/rank.cuh"
 #include "recover/usage.cuh"
@@ -27,7 +27,6 @@ namespace {
 constexpr int kListThreads = kRankThreads;
 constexpr int kPoolThreads = 128;  // small blocks: a thread a tile, and there may be few of them
 constexpr int kJoinWarps = kOverlapThreads / kWarp;
-constexpr int kOwnRows = 4;  // that every block quantises itself: .2 us each, a launch is 2 us
 
 // Where the parts of the workspace begin, and its size.
 struct Layout {
@@ -298,11 +297,6 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.decision.weight == nullptr ? p.batch : 1);
 }
 
-// Programmatic launches.
-bool is_overlapping(const SelectParams& p, const Chip& chip) {
-  return chip.capability >= 90 && !p.design.portable;
-}
-
 void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
   dispatch(p.form.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
@@ -316,30 +310,25 @@ void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, St
 }
 
 // With a cap, usages and scales stay in the workspace as well.
-Segments launch_runs(const SelectParams& p, const Chip& chip, Stream stream) {
+Segments launch_runs(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
-  const Runs runs = runs_of(p, chip);
   const Segments segments{.tile = at<int32_t>(p.workspace, layout.piece),
                           .count = at<int32_t>(p.workspace, layout.count),
-                          .blocks = runs.blocks};
-  const bool is_quantized = p.batch > kOwnRows;
-  if (is_quantized) quantize_all(p, layout, is_overlapping(p, chip), stream);
-  RunParams params{
+                          .blocks = chosen.blocks};
+  if (chosen.quantized) quantize_all(p, layout, chosen.overlaps, stream);
+  const RunParams params{
       .p = p,
       .segments = segments,
-      .q = is_quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
-      .scale = is_quantized ? at<float>(p.workspace, layout.scale) : nullptr,
+      .q = chosen.quantized ? at<int8_t>(p.workspace, layout.q) : nullptr,
+      .scale = chosen.quantized ? at<float>(p.workspace, layout.scale) : nullptr,
       .missed = at<float>(p.workspace, layout.missed),
       .usage = p.decision.cap == nullptr ? nullptr : at<float>(p.workspace, layout.pooled),
       .own_scale = at<float>(p.workspace, layout.scale),
-      .run_neurons = static_cast<int>(runs.tiles_max() * p.decision.tile_rows)};
+      .run_neurons = chosen.run_neurons};
   dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
-    launch(
-        "select", "run", kernel, dim3(static_cast<unsigned>(runs.blocks)), dim3(kSenseThreads),
-        stream, params,
-        {.shared_bytes = static_cast<int>(run_bytes<kCode>(p.batch, p.form.d, params.run_neurons)),
-         .overlaps = is_overlapping(p, chip)});
+    launch("select", "run", kernel, dim3(static_cast<unsigned>(chosen.blocks)), dim3(kSenseThreads),
+           stream, params, {.shared_bytes = chosen.shared_bytes, .overlaps = chosen.overlaps});
   });
   return segments;
 }
@@ -356,47 +345,28 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
 }
 
-Runs runs_of(const SelectParams& p, const Chip& chip) {
-  Runs runs = Runs::on(chip, p.form.n_neurons, p.decision.tile_rows);
-  if (p.design.blocks > 0) runs.blocks = p.design.blocks;
-  return runs;
-}
-
-bool is_one_pass(const SelectParams& p, const Chip& chip) {
-  if (p.design.path == Path::kGeneral) return false;
-  if (p.batch < 1 || p.batch > kSenseBatch || p.form.d % 8 != 0 || p.form.d > kSenseWidth)
-    return false;
-  if (!is_aligned(p.x) || !is_aligned(p.sensor.equal)) return false;
-  const Runs runs = runs_of(p, chip);
-  int64_t bytes = 0;
-  dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
-    bytes = run_bytes<kCode>(p.batch, p.form.d, runs.tiles_max() * p.decision.tile_rows);
-  });
-  return bytes + int64_t{sizeof(RunShared)} <= chip.shared_bytes;
-}
-
-Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream) {
+Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
   want_aligned(p.sensor.codes, 16, "select", "codes");
   want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
-  return launch_runs(p, chip, stream);
+  return launch_runs(p, chosen, stream);
 }
 
-void select(const SelectParams& p, Stream stream) {
-  want_aligned(p.sensor.codes, 16, "select", "codes");
-  want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
+void select_chosen(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const auto lists = static_cast<unsigned>(lists_of(p));
-  const Chip machine = chip("select");
-  if (is_one_pass(p, machine)) {
-    const Segments segments = launch_runs(p, machine, stream);
-    if (p.decision.cap != nullptr)
+  if (chosen.one_pass) {
+    const Segments segments = select_segments(p, chosen, stream);
+    if (p.decision.cap != nullptr) {
       return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
+    }
     return launch(
         "select", "join", join_kernel, dim3(lists, blocks_of(segments.blocks, kJoinWarps)),
         dim3(kOverlapThreads), stream,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
-        {.overlaps = is_overlapping(p, machine)});
+        {.overlaps = chosen.overlaps});
   }
+  want_aligned(p.sensor.codes, 16, "select", "codes");
+  want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
     quantize_all(p, layout, false, stream);
     dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
@@ -412,6 +382,10 @@ void select(const SelectParams& p, Stream stream) {
         dim3(kPoolThreads), stream, p);
   }
   launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), stream);
+}
+
+void select(const SelectParams& p, Stream stream) {
+  select_chosen(p, choose(p, chip("select")), stream);
 }
 
 }  // namespace csfast::cuda

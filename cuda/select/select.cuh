@@ -10,6 +10,7 @@
 #include "csfast/select.h"
 #include "recover/usage.cuh"
 #include "select/sensing.cuh"
+#include "select/sizes.h"
 
 namespace csfast::cuda {
 
@@ -19,13 +20,7 @@ struct RunShared {
   float threshold[kSenseBatch];  // by list
   Votes votes[kSenseBatch];
 };
-
-// Of dynamic shared memory: activations, scales of the run's rows, usages.
-template <Code kCode>
-constexpr int64_t run_bytes(int64_t batch, int64_t d, int64_t run_neurons) {
-  return batch * shared_stride<kCode>(d) + run_neurons * int64_t{sizeof(float2)} +
-         batch * run_neurons * int64_t{sizeof(float)};
-}
+static_assert(sizeof(RunShared) == kRunSharedBytes);
 
 // Of every list, by one warp. `shared` has the scales.
 __device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
@@ -91,7 +86,7 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
   const int64_t first_tile = runs.begin(block);
   const int64_t end_tile = runs.begin(block + 1);
   int8_t* q = reinterpret_cast<int8_t*>(room);  // (batch, shared_stride)
-  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride<kCode>(d));
+  float2* row_scale = reinterpret_cast<float2*>(q + batch * shared_stride(kCode, d));
   float* usage = reinterpret_cast<float*>(row_scale + run_neurons);  // (batch, run_neurons)
   const SenseRun run{.codes = p.sensor.codes,
                      .first = first_tile * p.decision.tile_rows,
@@ -220,15 +215,11 @@ __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shar
   return {.count = count, .missed = warp_sum(missed)};
 }
 
-// The runs of select, one a block.
-Runs runs_of(const SelectParams& p, const Chip& chip);
+// select() as `chosen`, which choose() made of p.
+void select_chosen(const SelectParams& p, const ChosenSelect& chosen, Stream stream);
 
-// Whether one pass over the codes senses and decides: up to 16 rows, whose elements lie so that 16
-// bytes of them are read at once.
-bool is_one_pass(const SelectParams& p, const Chip& chip);
-
-// select() without its outputs, where is_one_pass(): the tiles stay in the workspace, in the pieces
-// that are returned.
-Segments select_segments(const SelectParams& p, const Chip& chip, Stream stream);
+// The same without its outputs, in one pass: the tiles stay in the workspace, in the pieces that
+// are returned.
+Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, Stream stream);
 
 }  // namespace csfast::cuda

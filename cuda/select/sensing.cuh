@@ -22,30 +22,9 @@
 #include "common/warp.cuh"
 #include "csfast/design.h"
 #include "csfast/planes.h"
+#include "select/sizes.h"
 
 namespace csfast::cuda {
-
-inline constexpr int kSenseThreads = 512;  // a block, one on a processor: 128 registers a thread
-inline constexpr int kSenseWarps = kSenseThreads / kWarp;
-inline constexpr int kSenseBatch = 16;           // rows of the batch, at most
-inline constexpr int kProductColumns = 8;        // of these, in one product
-inline constexpr int kPrefetchBytes = 96 << 10;  // of codes, while the kernel before ends
-
-// Channels of one activation in shared memory, zero beyond d: whole units of planes, whole bytes of
-// ternary codes.
-template <Code kCode>
-constexpr int64_t shared_channels(int64_t d) {
-  if (kCode == Code::kTernary) return kTrits * row_bytes(d, kCode);
-  return (chunks_of(d) + 1) / 2 * 2 * kChunk;
-}
-
-// Bytes from one activation in shared memory to the next: an odd multiple of 64, so that the two
-// rows of the batch that a quarter of a warp reads are in different banks; and 64 at least beyond
-// the channels, as far as lanes without codes may read.
-template <Code kCode>
-constexpr int64_t shared_stride(int64_t d) {
-  return (shared_channels<kCode>(d) + 127) / 128 * 128 + 64;
-}
 
 // Where channel c of an activation is: of planes by unit, pair of bits in the byte, chunk of the
 // unit, half, so that the four lanes of a row of codes read 64 neighbouring bytes.
@@ -90,12 +69,12 @@ __device__ __forceinline__ void quantize_rows(const T* x, const float* equal, in
   const int row_warps = row_warps_of(batch);
   const int b = warp / row_warps;
   const int part = warp % row_warps;
-  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int channels = b < batch ? static_cast<int>(shared_channels(kCode, d)) : 0;
   const int width = b < batch ? d : 0;
   const int first = 8 * (part * kWarp + lane);
   const int step = 8 * kWarp * row_warps;
   const T* row = x + int64_t{b} * d;
-  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
+  int8_t* to = q + b * static_cast<int>(shared_stride(kCode, d));
 
   int sum = 0;
   const auto reduce = [&](unsigned peak) {
@@ -130,10 +109,10 @@ __device__ __forceinline__ void copy_rows(const int8_t* from, const float* scale
   const int row_warps = row_warps_of(batch);
   const int b = warp / row_warps;
   const int part = warp % row_warps;
-  const int channels = b < batch ? static_cast<int>(shared_channels<kCode>(d)) : 0;
+  const int channels = b < batch ? static_cast<int>(shared_channels(kCode, d)) : 0;
   const int step = 16 * kWarp * row_warps;
   const int8_t* row = from + b * q_width(d);
-  int8_t* to = q + b * static_cast<int>(shared_stride<kCode>(d));
+  int8_t* to = q + b * static_cast<int>(shared_stride(kCode, d));
   int sum = 0;
   for (int first = 16 * (part * kWarp + lane); first < channels; first += kAtOnce * step) {
     uint4 v[kAtOnce];
@@ -224,13 +203,13 @@ struct Trits {
 };
 
 // Sums of a product, a chain of additions each: a product waits some 30 cycles for the one before.
-// 2-bit codes have one for each pair of bits of a byte, 4^s times too large for pair s; the last
-// has room for rows of 2^18 channels.
+// 2-bit codes have one for each pair of bits of a byte, 4^s times too large for pair s, of a
+// quarter of the channels each.
 template <Code kCode, int kProducts>
 constexpr int kSums = kCode == Code::kBits2 ? 4
                       : kProducts == 1      ? 2
                                             : 1;
-inline constexpr int64_t kSenseWidth = 1 << 18;
+static_assert(kSenseWidth / 4 * (3 << 6) * 127 <= INT32_MAX);
 
 // Adds the products of one unit. `q` is where the lane's 16 bytes of the unit begin, in each of its
 // rows of the batch; `width` the bytes of a row of ternary codes.
@@ -333,7 +312,7 @@ __device__ __forceinline__ void sense_run(const SenseRun& run, const SenseShared
   const int units = units_of<kCode>(run.d);
   const int64_t bytes = row_bytes(run.d, kCode);
   const int width = static_cast<int>(bytes);
-  const int stride = static_cast<int>(shared_stride<kCode>(run.d));
+  const int stride = static_cast<int>(shared_stride(kCode, run.d));
   const uint64_t policy = read_once();
 
   int64_t task = run.first + warp * kTaskNeurons;  // that is multiplied

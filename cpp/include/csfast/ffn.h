@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "csfast/design.h"
 #include "csfast/execute.h"
@@ -56,6 +57,21 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device
 
 // Equal to execute(select(x)) bit for bit.
 void ffn(const FfnParams& p, Device device, Stream stream);
+
+// What was chosen for ffn on CUDA.
+struct ChosenFfn {
+  ChosenSelect select;
+  Chosen execute;
+  bool piecewise = false;  // execute takes the list in the pieces that select's runs leave of it
+  bool immediate = false;  // one kernel senses a run and executes what it keeps of it
+  int shared_bytes = 0;    // of that kernel's dynamic shared memory
+};
+
+// How CUDA goes about it on `chip`. Looks at sizes and addresses, not at memory.
+ChosenFfn choose(const FfnParams& p, const Chip& chip);
+
+// For example "immediate range register overlapping blocks=132 group_threads=512 vectors=1".
+std::string to_string(const ChosenFfn& chosen);
 
 namespace cuda {
 int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons);

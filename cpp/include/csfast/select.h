@@ -35,6 +35,19 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device dev
 // being the tiles; `missed` up to the order of its sum.
 void select(const SelectParams& p, Device device, Stream stream);
 
+// What was chosen for select on CUDA.
+struct ChosenSelect {
+  bool one_pass;         // over the codes, which senses and decides; else usages go through memory
+  bool overlaps;         // programmatic launches
+  bool quantized;        // by a kernel before, else every block quantises for itself
+  int blocks = 0;        // of one pass: a run each
+  int run_neurons = 0;   // likewise: of a run, at most
+  int shared_bytes = 0;  // likewise: of dynamic shared memory
+};
+
+// How CUDA goes about it on `chip`. Looks at sizes and addresses, not at memory.
+ChosenSelect choose(const SelectParams& p, const Chip& chip);
+
 namespace cuda {
 int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons);
 void select(const SelectParams& p, Stream stream);
