@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "csfast/ffn.h"
 #include "csfast/read.h"
@@ -389,6 +390,13 @@ class Operations {
     if (layer.kept != wanted) fail(c, "select keeps", layer.kept, wanted);
   }
 
+  // How ffn goes about a case, and what it launches.
+  std::string describe(const Case& c, const Layer& layer) const {
+    const csfast::FfnParams p = params(c, layer);
+    return csfast::to_string(csfast::choose(p, csfast::cuda::chip("bench"))) + ": " +
+           csfast::to_string(csfast::cuda::prepare(p));
+  }
+
   // Throws BackendError unless ffn writes what execute does on the list of select.
   void compare(const Case& c, const Layer& layer) const {
     const int64_t n = c.batch * c.d;
@@ -658,14 +666,16 @@ int run(const Options& options, int argc, char** argv) {
     const Reader reader(layers, stream);
     for (const Case& c : alike) {
       const size_t first = rows.size();
+      std::FILE* out = options.json ? stderr : stdout;
       try {
+        std::fprintf(out, "%s  %s\n", csfast::bench::name_of(c).c_str(),
+                     ops.describe(c, layers.front()).c_str());
         bandwidth =
             std::max(bandwidth, measure(c, layers, ops, reader, options.runs, stream, rows));
       } catch (const BackendError& error) {
         std::fprintf(stderr, "%s\n", error.what());
         ++failed;  // the other cases may be right
       }
-      std::FILE* out = options.json ? stderr : stdout;
       for (size_t i = first; i < rows.size(); ++i) {
         std::fprintf(out, "%s\n", csfast::bench::to_text(rows[i]).c_str());
       }

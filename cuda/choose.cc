@@ -8,6 +8,7 @@
 #include "csfast/design.h"
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
+#include "csfast/prepared.h"
 #include "csfast/select.h"
 #include "execute/sizes.h"
 #include "ffn/sizes.h"
@@ -166,6 +167,18 @@ ChosenFfn choose(const FfnParams& p, const Chip& chip) {
 std::string to_string(const ChosenFfn& chosen) {
   const char* how = chosen.immediate ? "immediate " : chosen.piecewise ? "piecewise " : "listed ";
   return how + to_string(chosen.execute);
+}
+
+std::string to_string(const Prepared& prepared) {
+  std::string text;
+  for (const Prepared::Part& part : prepared.parts) {
+    const Step& step = part.step;
+    const int64_t blocks = int64_t{step.grid[0]} * step.grid[1] * step.grid[2];
+    text += (text.empty() ? "" : ", ") + std::string(step.name) + " " + std::to_string(blocks) +
+            " x " + std::to_string(step.threads);
+    if (step.shared_bytes > 0) text += " with " + std::to_string(step.shared_bytes) + " bytes";
+  }
+  return text;
 }
 
 }  // namespace csfast

@@ -67,5 +67,11 @@ int64_t ffn_workspace(int64_t, int64_t, int64_t) {
 void ffn(const FfnParams&, Stream) {
   missing("ffn");
 }
+Prepared prepare(const FfnParams&) {
+  missing("ffn");
+}
+void run(const Prepared&, const void*, void*, Stream) {
+  missing("ffn");
+}
 
 }  // namespace csfast::cuda

@@ -74,7 +74,7 @@ MAY_INCLUDE = {
     "ffn": {"select", "execute", "tile"},
     "session": {"ffn"},
 }
-ALL_MAY_INCLUDE = {"design", "layer", "types", "planes", "isa"}
+ALL_MAY_INCLUDE = {"design", "layer", "prepared", "types", "planes", "isa"}
 # Each folder of cuda/ may include headers of the folders on its line, its own and those of common.
 ROOMS = {
     "common": set(),
@@ -315,6 +315,14 @@ def test_host_code_knows_no_cuda():
 def test_every_launch_is_checked():
     for path in NATIVE:
         assert path.name == "launch.cuh" or "<<<" not in path.read_text(), path
+
+
+def test_devices_are_asked_in_one_place():
+    """What runs per token asks nothing: who launches knows the machine, or was prepared for it."""
+    asks = re.compile(r"\bcuda(GetDevice|DeviceGetAttribute|FuncSetAttribute|PointerGet)\w*\(")
+    for path in NATIVE:
+        if path.relative_to(ROOT).parts[0] == "cuda" and asks.search(path.read_text()):
+            assert path.name in ("device.cc", "launch.cc"), path
 
 
 def test_float_results_need_no_atomics():

@@ -3,13 +3,13 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <string_view>
+#include <type_traits>
 
-#include "csfast/design.h"
+#include "csfast/prepared.h"
 #include "csfast/types.h"
 
 namespace csfast::cuda {
@@ -21,65 +21,52 @@ inline void check(cudaError_t status, const char* op, const char* kernel, const 
                      cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ").");
 }
 
-// Whether CSFAST_SYNC=1 was set when the process first launched a kernel.
-inline bool synchronous() {
-  static const bool asked = [] {
-    const char* value = std::getenv("CSFAST_SYNC");
-    return value != nullptr && std::string_view(value) == "1";
-  }();
-  return asked;
-}
-
 inline constexpr int kSharedUnasked = 48 << 10;  // bytes that a block has without asking
+inline constexpr size_t kParamsMax = 4 << 10;    // bytes that a kernel may be given
+
+// Where launches go: to a stream at once, or into a Prepared, for runs to come.
+struct Queue {
+  Stream stream = nullptr;
+  Prepared* prepared = nullptr;
+
+  Queue(Stream on) : stream(on) {}
+  explicit Queue(Prepared& into) : prepared(&into) {}
+
+  // `params` are copied.
+  void put(const Step& step, const void* params, size_t bytes) const;
+};
 
 // What a launch has beside its grid.
 struct Launch {
   int shared_bytes = 0;   // of dynamic_shared()
   bool overlaps = false;  // may begin before the kernel before it has ended, see async.cuh
+  // The fields of its parameters that are addresses in x and in out, if it has such: where these
+  // are not known yet, the caller counts from null.
+  const void* const* x = nullptr;
+  void* const* out = nullptr;
 };
 
 // Every launch goes through here, so no launch goes unchecked. With CSFAST_SYNC=1 it waits for the
 // kernel, so that a fault names it; a stream under capture runs nothing and is not waited for.
 template <typename Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block,
-            Stream stream, const Params& params, const Launch& more = {}) {
-  if (more.shared_bytes > kSharedUnasked) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               more.shared_bytes),
-          op, name, "cudaFuncSetAttribute");
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = static_cast<size_t>(more.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = more.overlaps ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, params), op, name, "launch");
-  if (!synchronous()) return;
-
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(config.stream, &capture), op, name, "cudaStreamIsCapturing");
-  if (capture != cudaStreamCaptureStatusNone) return;
-  check(cudaStreamSynchronize(config.stream), op, name, "run");
-}
-
-// The machine that the next launch goes to.
-inline Chip chip(const char* op) {
-  int device = 0;
-  check(cudaGetDevice(&device), op, "chip", "cudaGetDevice");
-  const auto of = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), op, "chip", "cudaDeviceGetAttribute");
-    return value;
+            const Queue& queue, const Params& params, const Launch& more = {}) {
+  static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= kParamsMax);
+  const auto place_of = [&](const void* field) {
+    if (field == nullptr) return -1;
+    return static_cast<int>(static_cast<const char*>(field) -
+                            reinterpret_cast<const char*>(&params));
   };
-  return {.capability =
-              10 * of(cudaDevAttrComputeCapabilityMajor) + of(cudaDevAttrComputeCapabilityMinor),
-          .n_processors = of(cudaDevAttrMultiProcessorCount),
-          .shared_bytes = of(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  queue.put({.op = op,
+             .name = name,
+             .kernel = reinterpret_cast<const void*>(kernel),
+             .grid = {grid.x, grid.y, grid.z},
+             .threads = block.x,
+             .shared_bytes = more.shared_bytes,
+             .overlaps = more.overlaps,
+             .x_at = place_of(more.x),
+             .out_at = place_of(more.out)},
+            &params, sizeof(Params));
 }
 
 inline bool is_aligned(const void* address, int bytes = 16) {

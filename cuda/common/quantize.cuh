@@ -193,12 +193,12 @@ __global__ void __launch_bounds__(kQuantizeWarps* kWarp) quantize_kernel(const Q
 
 // May begin before the kernel before has ended, if it `overlaps`.
 template <typename T>
-void quantize(const char* op, const QuantizeParams& p, int64_t batch, Stream stream,
+void quantize(const char* op, const QuantizeParams& p, int64_t batch, const Queue& queue,
               bool overlaps = false) {
   const bool is_wide = p.d % 8 == 0 && is_aligned(p.x) && is_aligned(p.equal) && is_aligned(p.q);
   launch(op, "quantize", is_wide ? quantize_kernel<T, true> : quantize_kernel<T, false>,
-         dim3(static_cast<unsigned>(batch)), dim3(kQuantizeWarps * kWarp), stream, p,
-         {.overlaps = overlaps});
+         dim3(static_cast<unsigned>(batch)), dim3(kQuantizeWarps * kWarp), queue, p,
+         {.overlaps = overlaps, .x = &p.x});
 }
 
 }  // namespace csfast::cuda

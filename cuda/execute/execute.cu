@@ -20,6 +20,7 @@
 
 #include "common/activate.cuh"
 #include "common/async.cuh"
+#include "common/device.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/shared.cuh"
@@ -331,10 +332,10 @@ __global__ void __launch_bounds__(kOverlapThreads, kOverlapBlocks) sum_kernel(co
 }
 
 template <typename T>
-void launch_sum(const SumParams& p, bool overlaps, Stream stream) {
+void launch_sum(const SumParams& p, bool overlaps, const Queue& queue) {
   launch("execute", "sum", sum_kernel<T>,
-         dim3(blocks_of(p.d, kWarp), static_cast<unsigned>(p.batch)), dim3(kOverlapThreads), stream,
-         p, {.overlaps = overlaps});
+         dim3(blocks_of(p.d, kWarp), static_cast<unsigned>(p.batch)), dim3(kOverlapThreads), queue,
+         p, {.overlaps = overlaps, .out = &p.out});
 }
 
 struct GatherParams {
@@ -538,16 +539,17 @@ __global__ void __maxnreg__(kOverlapRegisters) gather_kernel(const GatherParams 
 }
 
 template <typename T, int kVectors>
-void launch_gather(const GatherParams& params, Stream stream) {
+void launch_gather(const GatherParams& params, const Queue& queue) {
   const bool is_bulk = params.chosen.loads == Loads::kBulk;
   const auto kernel =
       is_bulk ? gather_kernel<T, kVectors, true> : gather_kernel<T, kVectors, false>;
   const int bytes = is_bulk ? kGatherBytes<kVectors, true> : kGatherBytes<kVectors, false>;
   launch("execute", "gather", kernel,
          dim3(static_cast<unsigned>(params.chosen.blocks), static_cast<unsigned>(params.p.batch)),
-         dim3(kGatherThreads), stream, params,
+         dim3(kGatherThreads), queue, params,
          {.shared_bytes = bytes + params.chosen.list_room * int{sizeof(int32_t)},
-          .overlaps = params.chosen.overlaps});
+          .overlaps = params.chosen.overlaps,
+          .x = &params.p.x});
 }
 
 struct RowsParams {
@@ -641,32 +643,34 @@ __global__ void __maxnreg__(kCombineRegisters<kBulk>) combine_rows_kernel(const 
 }
 
 template <typename T, int kProducts, bool kBulk>
-void launch_rows(const RowsParams& params, Stream stream) {
+void launch_rows(const RowsParams& params, const Queue& queue) {
   using Rows = std::conditional_t<kBulk, ActivateBulk<kProducts>, ActivateRegister<kProducts>>;
   const auto with = [&](size_t bytes) -> Launch {
     bytes += static_cast<size_t>(params.chosen.list_room) * sizeof(int32_t);
-    return {.shared_bytes = static_cast<int>(bytes), .overlaps = params.chosen.overlaps};
+    return {.shared_bytes = static_cast<int>(bytes),
+            .overlaps = params.chosen.overlaps,
+            .x = &params.p.x};
   };
   launch("execute", "activate_rows", activate_rows_kernel<T, kProducts, kBulk>,
-         dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kGatherThreads), stream, params,
+         dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kGatherThreads), queue, params,
          with(sizeof(Rows)));
   launch("execute", "combine_rows", combine_rows_kernel<T, kProducts, kBulk>,
          dim3(blocks_of(params.p.form.d, kCombineColumns),
               static_cast<unsigned>(params.chosen.shares)),
-         dim3(kCombineThreads<kBulk>), stream, params,
+         dim3(kCombineThreads<kBulk>), queue, params,
          with(kBulk ? sizeof(CombineBulk<kProducts>) : 0));
 }
 
 template <typename T, bool kBulk>
-void launch_rows(const RowsParams& params, Stream stream) {
-  params.p.batch <= kProductRows ? launch_rows<T, 1, kBulk>(params, stream)
-                                 : launch_rows<T, kProductsMax, kBulk>(params, stream);
+void launch_rows(const RowsParams& params, const Queue& queue) {
+  params.p.batch <= kProductRows ? launch_rows<T, 1, kBulk>(params, queue)
+                                 : launch_rows<T, kProductsMax, kBulk>(params, queue);
 }
 
 // Rows first .. first + rows - 1 of the batch, by kBatch.
 template <typename T>
 void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
-                   int64_t first, int64_t rows, Stream stream) {
+                   int64_t first, int64_t rows, const Queue& queue) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   RowsParams params{
       .p = p,
@@ -677,8 +681,8 @@ void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& 
       .executed = listing.stats == nullptr ? nullptr : at<int32_t>(p.workspace, layout.executed)};
   params.p.batch = rows;
   params.p.x = static_cast<const T*>(p.x) + first * p.form.d;
-  chosen.loads == Loads::kBulk ? launch_rows<T, true>(params, stream)
-                               : launch_rows<T, false>(params, stream);
+  chosen.loads == Loads::kBulk ? launch_rows<T, true>(params, queue)
+                               : launch_rows<T, false>(params, queue);
   launch_sum<T>({.down_bias = p.weights.down_bias,
                  .partial = params.partial,
                  .executed = params.executed,
@@ -689,13 +693,13 @@ void multiply_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& 
                  .shares = chosen.shares,
                  .n_counts = chosen.blocks,
                  .shared = true},
-                chosen.overlaps, stream);
+                chosen.overlaps, queue);
 }
 
 // Rows first .. first + rows - 1 of the batch, by kList or kRange.
 template <typename T>
 void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
-                 int64_t first, int64_t rows, Stream stream) {
+                 int64_t first, int64_t rows, const Queue& queue) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const int64_t most = n_tiles_max(p.form.n_neurons, p.tile_rows);
   GatherParams params{
@@ -713,8 +717,8 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
     params.p.tile += first * most;
     params.p.n_tiles += first;
   }
-  chosen.vectors == 1 ? launch_gather<T, 1>(params, stream)
-                      : launch_gather<T, kVectorsMax>(params, stream);
+  chosen.vectors == 1 ? launch_gather<T, 1>(params, queue)
+                      : launch_gather<T, kVectorsMax>(params, queue);
   launch_sum<T>({.down_bias = p.weights.down_bias,
                  .partial = params.partial,
                  .executed = params.executed,
@@ -725,19 +729,20 @@ void gather_rows(const ExecuteParams& p, const Chosen& chosen, const Listing& li
                  .shares = chosen.blocks,
                  .n_counts = chosen.blocks,
                  .shared = p.shared},
-                chosen.overlaps, stream);
+                chosen.overlaps, queue);
 }
 
 template <typename T, bool kAligned>
-void launch_all(const ExecuteParams& p, Stream stream) {
+void launch_all(const ExecuteParams& p, const Queue& queue) {
   const auto batch = static_cast<unsigned>(p.batch);
   const auto shares = static_cast<unsigned>(shares_of(p.form.d, p.form.n_neurons));
   const unsigned needed = blocks_of(p.form.n_neurons, kActivateWarps);
   const unsigned most = blocks_of(kActivateBlocks, p.batch);
   launch("execute", "activate", activate_kernel<T, kAligned>,
-         dim3(needed < most ? needed : most, batch), dim3(kActivateWarps * kWarp), stream, p);
+         dim3(needed < most ? needed : most, batch), dim3(kActivateWarps * kWarp), queue, p,
+         {.x = &p.x});
   launch("execute", "combine", combine_kernel<T, kAligned>,
-         dim3(blocks_of(p.form.d, kStrip<T>), shares, batch), dim3(kCombineWarps * kWarp), stream,
+         dim3(blocks_of(p.form.d, kStrip<T>), shares, batch), dim3(kCombineWarps * kWarp), queue,
          p);
   launch_sum<T>(
       {.down_bias = p.weights.down_bias,
@@ -750,7 +755,7 @@ void launch_all(const ExecuteParams& p, Stream stream) {
        .shares = static_cast<int>(shares),
        .n_counts = 0,
        .shared = p.shared},
-      false, stream);
+      false, queue);
 }
 
 }  // namespace
@@ -760,7 +765,7 @@ int64_t execute_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
 }
 
 void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
-                    Stream stream) {
+                    const Queue& queue) {
   // A tile of more rows than there are is the only one; so positions fit in 32 bits.
   ExecuteParams capped = p;
   if (capped.tile_rows > p.form.n_neurons) capped.tile_rows = static_cast<int>(p.form.n_neurons);
@@ -769,15 +774,15 @@ void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing&
       const bool aligned = p.form.d % kVector<T> == 0 && is_aligned(p.weights.gate) &&
                            is_aligned(p.weights.up) && is_aligned(p.weights.down_t) &&
                            is_aligned(p.x);
-      aligned ? launch_all<T, true>(capped, stream) : launch_all<T, false>(capped, stream);
+      aligned ? launch_all<T, true>(capped, queue) : launch_all<T, false>(capped, queue);
     });
   }
   const auto in_parts = [&]<typename T>() {
     for (int64_t first = 0; first < p.batch; first += kRowsAtOnce) {
       const int64_t left = p.batch - first;
       const int64_t rows = left < kRowsAtOnce ? left : kRowsAtOnce;
-      chosen.path == Path::kBatch ? multiply_rows<T>(capped, chosen, listing, first, rows, stream)
-                                  : gather_rows<T>(capped, chosen, listing, first, rows, stream);
+      chosen.path == Path::kBatch ? multiply_rows<T>(capped, chosen, listing, first, rows, queue)
+                                  : gather_rows<T>(capped, chosen, listing, first, rows, queue);
     }
   };
   if (p.form.dtype == DType::kF16) return in_parts.template operator()<__half>();
@@ -790,7 +795,8 @@ Partials partials_of(const ExecuteParams& p) {
           .executed = at<int32_t>(p.workspace, layout.executed)};
 }
 
-void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream) {
+void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats,
+                  const Queue& queue) {
   const Partials partials = partials_of(p);
   const SumParams params{.down_bias = p.weights.down_bias,
                          .partial = partials.sum,
@@ -802,8 +808,8 @@ void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, 
                          .shares = chosen.blocks,
                          .n_counts = chosen.blocks,
                          .shared = p.shared};
-  if (p.form.dtype == DType::kF16) return launch_sum<__half>(params, chosen.overlaps, stream);
-  launch_sum<__nv_bfloat16>(params, chosen.overlaps, stream);
+  if (p.form.dtype == DType::kF16) return launch_sum<__half>(params, chosen.overlaps, queue);
+  launch_sum<__nv_bfloat16>(params, chosen.overlaps, queue);
 }
 
 void execute(const ExecuteParams& p, Stream stream) {

@@ -2,6 +2,7 @@
 // a block's share of an output without execute's own kernel.
 #pragma once
 
+#include "common/launch.cuh"
 #include "common/segment.cuh"
 #include "csfast/execute.h"
 #include "execute/gather.cuh"
@@ -38,7 +39,7 @@ struct Listing {
 
 // execute() as `chosen`, which choose() made of p. On kGeneral there are neither pieces nor stats.
 void execute_chosen(const ExecuteParams& p, const Chosen& chosen, const Listing& listing,
-                    Stream stream);
+                    const Queue& queue);
 
 // In the workspace: what blocks leave of rows that share a list, and how many neurons they
 // executed.
@@ -50,6 +51,6 @@ Partials partials_of(const ExecuteParams& p);
 
 // The end of execute() for p.batch rows with one list: adds up what chosen.blocks blocks have left
 // in partials_of(p). 16-bit types.
-void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, Stream stream);
+void sum_partials(const ExecuteParams& p, const Chosen& chosen, int64_t* stats, const Queue& queue);
 
 }  // namespace csfast::cuda

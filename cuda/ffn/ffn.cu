@@ -5,6 +5,7 @@
 // a block that has sensed its run goes on to the weights of what it keeps of it. Where either goes
 // its general path, and with a cap, they meet at a list; there whoever counts costs a kernel of one
 // thread.
+#include "common/device.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/shared.cuh"
@@ -133,11 +134,13 @@ __global__ void __maxnreg__(kOverlapRegisters) range_kernel(const RangeParams pa
                    params.partials.sum + int64_t{block} * p.form.d);
 }
 
-void launch_range(const RangeParams& params, int shared_bytes, Stream stream) {
+void launch_range(const RangeParams& params, int shared_bytes, const Queue& queue) {
   const auto launch_code = [&]<Code kCode, typename T>() {
     launch("ffn", "range", range_kernel<kCode, T>,
-           dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), stream, params,
-           {.shared_bytes = shared_bytes, .overlaps = params.chosen.overlaps});
+           dim3(static_cast<unsigned>(params.chosen.blocks)), dim3(kSenseThreads), queue, params,
+           {.shared_bytes = shared_bytes,
+            .overlaps = params.chosen.overlaps,
+            .x = &params.selection.x});
   };
   dispatch_code(params.selection.sensor.code, "ffn", [&]<Code kCode>() {
     params.selection.form.dtype == DType::kF16
@@ -146,7 +149,7 @@ void launch_range(const RangeParams& params, int shared_bytes, Stream stream) {
   });
 }
 
-void ffn_chosen(const FfnParams& p, const ChosenFfn& chosen, Stream stream) {
+void ffn_chosen(const FfnParams& p, const ChosenFfn& chosen, const Queue& queue) {
   const Form& form = p.layer.form;
   const Decision& decision = p.layer.decision;
   const Layout layout = layout_of(p.batch, form.d, form.n_neurons);
@@ -163,21 +166,21 @@ void ffn_chosen(const FfnParams& p, const ChosenFfn& chosen, Stream stream) {
                   .partials = partials_of(execution),
                   .run_neurons = chosen.select.run_neurons,
                   .counts = p.stats != nullptr},
-                 chosen.shared_bytes, stream);
-    return sum_partials(execution, chosen.execute, p.stats, stream);
+                 chosen.shared_bytes, queue);
+    return sum_partials(execution, chosen.execute, p.stats, queue);
   }
   const bool is_general = chosen.execute.path == Path::kGeneral;
   Listing listing{.segments = {}, .stats = is_general ? nullptr : p.stats};
   if (chosen.piecewise) {
-    listing.segments = select_segments(selection, chosen.select, stream);
+    listing.segments = select_segments(selection, chosen.select, queue);
   } else {
-    select_chosen(selection, chosen.select, stream);
+    select_chosen(selection, chosen.select, queue);
   }
-  execute_chosen(execution, chosen.execute, listing, stream);
+  execute_chosen(execution, chosen.execute, listing, queue);
   int64_t* stats = is_general ? p.stats : nullptr;
   int64_t* all_dropped = decision.cap == nullptr ? nullptr : p.dropped;
   if (stats == nullptr && all_dropped == nullptr) return;
-  launch("ffn", "count", count_kernel, dim3(1), dim3(1), stream,
+  launch("ffn", "count", count_kernel, dim3(1), dim3(1), queue,
          CountParams{.tile = tile,
                      .n_tiles = n_tiles,
                      .dropped = dropped,
@@ -197,6 +200,16 @@ int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
 
 void ffn(const FfnParams& p, Stream stream) {
   ffn_chosen(p, choose(p, chip("ffn")), stream);
+}
+
+Prepared prepare(const FfnParams& p) {
+  const OnDevice there("ffn", p.layer.weights.gate);
+  FfnParams later = p;
+  later.x = nullptr;
+  later.out = nullptr;
+  Prepared prepared;
+  ffn_chosen(later, choose(later, chip("ffn")), Queue(prepared));
+  return prepared;
 }
 
 }  // namespace csfast::cuda

@@ -1,4 +1,7 @@
 // Omp on CUDA: the whole pursuit in one launch. choose_omp() says by which kernel.
+#include <vector>
+
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "csfast/omp.h"
 #include "omp/chip.cuh"
@@ -8,20 +11,15 @@
 namespace csfast::cuda {
 namespace {
 
-OmpDevice current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "omp", "omp", "cudaGetDevice");
-  const auto ask = [&](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), "omp", "omp",
-          "cudaDeviceGetAttribute");
-    return value;
-  };
-  return {.processors = ask(cudaDevAttrMultiProcessorCount),
-          .registers = ask(cudaDevAttrMaxRegistersPerMultiprocessor),
-          .threads = ask(cudaDevAttrMaxThreadsPerMultiProcessor),
-          .shared_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          .shared_per_processor = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+const OmpDevice& omp_device() {
+  static const std::vector<OmpDevice> devices = of_devices<OmpDevice>("omp", [](auto ask) {
+    return OmpDevice{.processors = ask(cudaDevAttrMultiProcessorCount),
+                     .registers = ask(cudaDevAttrMaxRegistersPerMultiprocessor),
+                     .threads = ask(cudaDevAttrMaxThreadsPerMultiProcessor),
+                     .shared_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                     .shared_per_processor = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  });
+  return devices[static_cast<size_t>(current_device("omp"))];
 }
 
 // Calls f.operator()<v>() with v as a constant.
@@ -34,14 +32,14 @@ void dispatch_bool(bool v, F&& f) {
 
 int64_t omp_workspace(int64_t batch, int64_t n_atoms, int64_t budget_max, OmpKernel design) {
   // Where kQuad may be chosen, it wants none: what is chosen where it may not be decides.
-  return choose_omp(batch, n_atoms, budget_max, false, current_device(), design).workspace;
+  return choose_omp(batch, n_atoms, budget_max, false, omp_device(), design).workspace;
 }
 
 void omp(const OmpParams& p, Stream stream) {
   const bool aligned = p.n_atoms % 4 == 0 && is_aligned(p.gram) && is_aligned(p.correlation);
   const bool single = p.per_step == 1 && p.group == 1;
   const OmpPlan plan =
-      choose_omp(p.batch, p.n_atoms, p.budget_max, single && aligned, current_device(), p.design);
+      choose_omp(p.batch, p.n_atoms, p.budget_max, single && aligned, omp_device(), p.design);
   if (plan.kernel == OmpKernel::kQuad) {
     want_aligned(p.gram, 16, "omp", "gram");
     want_aligned(p.correlation, 16, "omp", "correlation");

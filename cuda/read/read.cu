@@ -2,6 +2,7 @@
 // once.
 #include <cuda_runtime.h>
 
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/warp.cuh"
 #include "csfast/read.h"

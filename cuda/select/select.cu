@@ -9,6 +9,7 @@
 // than 16 rows, usages go through memory: a kernel that senses, one that pools where tiles or rows
 // decide together, one block a list.
 #include "common/compact.cuh"
+#include "common/device.cuh"
 #include "common/dispatch.cuh"
 #include "common/launch.cuh"
 #include "common/quantize.cuh"
@@ -297,7 +298,7 @@ int lists_of(const SelectParams& p) {
   return static_cast<int>(p.decision.weight == nullptr ? p.batch : 1);
 }
 
-void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, Stream stream) {
+void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, const Queue& queue) {
   dispatch(p.form.dtype, "select", [&]<typename T>() {
     quantize<T>("select",
                 {.equal = p.sensor.equal,
@@ -305,17 +306,17 @@ void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, St
                  .q = at<int8_t>(p.workspace, layout.q),
                  .scale = at<float>(p.workspace, layout.scale),
                  .d = p.form.d},
-                p.batch, stream, overlaps);
+                p.batch, queue, overlaps);
   });
 }
 
 // With a cap, usages and scales stay in the workspace as well.
-Segments launch_runs(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
+Segments launch_runs(const SelectParams& p, const ChosenSelect& chosen, const Queue& queue) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const Segments segments{.tile = at<int32_t>(p.workspace, layout.piece),
                           .count = at<int32_t>(p.workspace, layout.count),
                           .blocks = chosen.blocks};
-  if (chosen.quantized) quantize_all(p, layout, chosen.overlaps, stream);
+  if (chosen.quantized) quantize_all(p, layout, chosen.overlaps, queue);
   const RunParams params{
       .p = p,
       .segments = segments,
@@ -328,15 +329,16 @@ Segments launch_runs(const SelectParams& p, const ChosenSelect& chosen, Stream s
   dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
     const auto kernel = p.batch <= kProductColumns ? run_kernel<kCode, 1> : run_kernel<kCode, 2>;
     launch("select", "run", kernel, dim3(static_cast<unsigned>(chosen.blocks)), dim3(kSenseThreads),
-           stream, params, {.shared_bytes = chosen.shared_bytes, .overlaps = chosen.overlaps});
+           queue, params,
+           {.shared_bytes = chosen.shared_bytes, .overlaps = chosen.overlaps, .x = &params.p.x});
   });
   return segments;
 }
 
-void launch_list(const SelectParams& p, const float* usage, Stream stream) {
+void launch_list(const SelectParams& p, const float* usage, const Queue& queue) {
   const float* scale = at<float>(p.workspace, layout_of(p.batch, p.form.d, p.form.n_neurons).scale);
   launch("select", "list", list_kernel, dim3(static_cast<unsigned>(lists_of(p))),
-         dim3(kListThreads), stream, ListParams{.p = p, .usage = usage, .scale = scale});
+         dim3(kListThreads), queue, ListParams{.p = p, .usage = usage, .scale = scale});
 }
 
 }  // namespace
@@ -345,43 +347,43 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons) {
   return layout_of(batch, d, n_neurons).bytes;
 }
 
-Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
+Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, const Queue& queue) {
   want_aligned(p.sensor.codes, 16, "select", "codes");
   want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
-  return launch_runs(p, chosen, stream);
+  return launch_runs(p, chosen, queue);
 }
 
-void select_chosen(const SelectParams& p, const ChosenSelect& chosen, Stream stream) {
+void select_chosen(const SelectParams& p, const ChosenSelect& chosen, const Queue& queue) {
   const Layout layout = layout_of(p.batch, p.form.d, p.form.n_neurons);
   const auto lists = static_cast<unsigned>(lists_of(p));
   if (chosen.one_pass) {
-    const Segments segments = select_segments(p, chosen, stream);
+    const Segments segments = select_segments(p, chosen, queue);
     if (p.decision.cap != nullptr) {
-      return launch_list(p, at<float>(p.workspace, layout.pooled), stream);
+      return launch_list(p, at<float>(p.workspace, layout.pooled), queue);
     }
     return launch(
         "select", "join", join_kernel, dim3(lists, blocks_of(segments.blocks, kJoinWarps)),
-        dim3(kOverlapThreads), stream,
+        dim3(kOverlapThreads), queue,
         JoinParams{.p = p, .segments = segments, .missed = at<float>(p.workspace, layout.missed)},
         {.overlaps = chosen.overlaps});
   }
   want_aligned(p.sensor.codes, 16, "select", "codes");
   want_aligned(p.sensor.row_scale, 8, "select", "row_scale");
   if (p.batch > 0) {  // or a joint decision of nobody, which still leaves an empty list
-    quantize_all(p, layout, false, stream);
+    quantize_all(p, layout, false, queue);
     dispatch_code(p.sensor.code, "select", [&]<Code kCode>() {
       launch("select", "usage", usage_kernel<kCode>,
              dim3(blocks_of(p.form.n_neurons, kMeasureWarps * kMeasureNeurons)),
-             dim3(kMeasureWarps * kWarp), stream, p);
+             dim3(kMeasureWarps * kWarp), queue, p);
     });
   }
   if (is_pooled(p)) {
     launch(
         "select", "pool", pool_kernel,
         dim3(blocks_of(n_tiles_max(p.form.n_neurons, p.decision.tile_rows), kPoolThreads), lists),
-        dim3(kPoolThreads), stream, p);
+        dim3(kPoolThreads), queue, p);
   }
-  launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), stream);
+  launch_list(p, at<float>(p.workspace, is_pooled(p) ? layout.pooled : layout.usage), queue);
 }
 
 void select(const SelectParams& p, Stream stream) {

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "common/async.cuh"
+#include "common/launch.cuh"
 #include "common/segment.cuh"
 #include "csfast/select.h"
 #include "recover/usage.cuh"
@@ -216,10 +217,10 @@ __device__ __forceinline__ Kept keep_list(const SelectParams& p, RunShared& shar
 }
 
 // select() as `chosen`, which choose() made of p.
-void select_chosen(const SelectParams& p, const ChosenSelect& chosen, Stream stream);
+void select_chosen(const SelectParams& p, const ChosenSelect& chosen, const Queue& queue);
 
 // The same without its outputs, in one pass: the tiles stay in the workspace, in the pieces that
 // are returned.
-Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, Stream stream);
+Segments select_segments(const SelectParams& p, const ChosenSelect& chosen, const Queue& queue);
 
 }  // namespace csfast::cuda

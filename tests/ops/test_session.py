@@ -5,7 +5,7 @@ import torch
 
 from axes import inside
 from csfast import ops
-from csfast.bench.cases import CASES
+from csfast.bench.cases import CASES, Case
 from numeric import layer_of, made, middle_threshold
 
 
@@ -83,6 +83,53 @@ def test_refuses_a_weight_that_turned_negative():
     votes[2] = -1
     with pytest.raises(ValueError, match=r"\[ffn\] votes\[2\] = -1\.0+: want at least 0\."):
         session.ffn(layer, p.x, torch.empty_like(p.x))
+
+
+def test_takes_more_rows_than_a_layer_is_prepared_for(device):
+    session, layer, p, threshold = opened(device, Case("many_rows", batch=20, d=64, n_neurons=96))
+    for batch in (16, 17, 20):
+        x = p.x[:batch]
+        out = torch.full_like(x, 7)
+        session.ffn(layer, x, out)
+        assert torch.equal(out, want(p, threshold, x))
+
+
+@inside(batch=[1, 4])
+def test_takes_an_x_that_begins_anywhere(batch, device):
+    session, layer, p, threshold = opened(device)
+    x = torch.cat([p.x.new_zeros(1), p.x[:batch].flatten()])[1:].view(batch, -1)
+    assert x.data_ptr() % 16 != 0
+    out = torch.full_like(x, 7)
+    session.ffn(layer, x, out)
+    assert torch.equal(out, want(p, threshold, x))
+    session.ffn(layer, p.x[:batch], out)
+    assert torch.equal(out, want(p, threshold, p.x[:batch]))
+
+
+def test_every_batch_runs_as_prepared_whatever_ran_before(device):
+    session, layer, p, threshold = opened(device)
+    x, out = p.x.clone(), torch.empty_like(p.x)
+    for batch in (*range(1, 17), 2, 16, 1):
+        session.ffn(layer, x[-batch:], out[-batch:])
+        expected = want(p, threshold[:batch], x[-batch:])
+        assert torch.equal(out[-batch:], expected), batch
+
+
+def test_a_small_layer_leaves_a_large_one_its_shared_memory(device):
+    """Kernels are told at binding how much shared memory a block may have; layers share kernels."""
+    votes, threshold = torch.ones(4, device=device), torch.zeros(4, device=device)
+    cases = [Case("long", batch=4, d=64, n_neurons=n) for n in (20_000, 64)]
+    long, short = [made(case, torch.bfloat16, device) for case in cases]
+    session = ops.Session(torch.device(device))
+    layer = bind(session, long, threshold, 4, votes=votes)
+    other = bind(session, short, threshold, 4, votes=votes)
+    found = []
+    for number, p in ((layer, long), (other, short), (layer, long)):
+        found.append(torch.empty_like(p.x))
+        session.ffn(number, p.x, found[-1])
+        ops.ffn(layer_of(short, threshold[:1], votes=votes), short.x)
+    assert torch.equal(found[0], ops.ffn(layer_of(long, threshold[:1], votes=votes), long.x))
+    assert torch.equal(found[2], found[0])
 
 
 def test_layers_of_several_sizes(device):

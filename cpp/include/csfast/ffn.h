@@ -7,6 +7,7 @@
 #include "csfast/design.h"
 #include "csfast/execute.h"
 #include "csfast/layer.h"
+#include "csfast/prepared.h"
 #include "csfast/select.h"
 #include "csfast/types.h"
 
@@ -76,6 +77,9 @@ std::string to_string(const ChosenFfn& chosen);
 namespace cuda {
 int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons);
 void ffn(const FfnParams& p, Stream stream);
+// The same for any x, at a multiple of 16 bytes, and any out, on the device where the layer lies;
+// those of p are of no account.
+Prepared prepare(const FfnParams& p);
 }  // namespace cuda
 
 }  // namespace csfast
