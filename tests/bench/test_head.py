@@ -130,10 +130,3 @@ def test_what_makes_all_results_too_large_is_refused(tool, tmp_path):
     tool.write("x" * 1000, path, tmp_path)
     tool.write("y" * 1000, path, tmp_path)  # what is replaced does not count
     assert path.read_text() == "y" * 1000
-
-
-def test_native_benchmarks_print_the_same_head():
-    text = (ROOT / "bench" / "rows.h").read_text(encoding="utf-8")
-    printed = text[text.index("inline void print_json(const Head&") :]
-    assert re.findall(r'\\"(\w+)\\": ', printed) == [*head.KEYS, "read_bandwidth", "rows"]
-    assert f'\\"{head.FORMAT}\\"' in printed
