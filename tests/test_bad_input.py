@@ -196,7 +196,7 @@ TABLE = {
     "task named pooled": (
         lambda s: s.calibrate([Document("pooled/x", "", "y")], tokenizer=s.tokenizer),
         E,
-        "task 'pooled' is taken",
+        "task 'pooled': want up to 64 printable characters, the first a letter, digit or _",
     ),
     "five bits": (
         lambda s: s.calibrate(bits=(5,)),
@@ -244,12 +244,12 @@ TABLE = {
     "task without a name": (
         lambda s: s.calibrate([Document("", "", "y")], tokenizer=s.tokenizer),
         E,
-        "samples[0]: task ''; want letters, digits and any of _.-",
+        "samples[0]: task '': want up to 64 printable characters, the first a letter",
     ),
-    "task with a blank": (
-        lambda s: s.calibrate([Document("a b", "", "y")], tokenizer=s.tokenizer),
+    "task that begins with a blank": (
+        lambda s: s.calibrate([Document(" b", "", "y")], tokenizer=s.tokenizer),
         E,
-        "task 'a b'; want letters",
+        "task ' b': want up to 64 printable characters, the first a letter",
     ),
     "bits a number": (lambda s: s.calibrate(bits=2), TypeError, "bits = 2: want a sequence"),
     "bits a string": (lambda s: s.calibrate(bits="2"), TypeError, "bits = '2': want a sequence"),
@@ -337,12 +337,12 @@ TABLE = {
     "plan saved nowhere": (
         lambda s: s.plan.save(s.folder / "none" / "a.plan"),
         FileNotFoundError,
-        "No such file or directory",
+        "/none': want one that is there",
     ),
     "plan saved over a folder": (
         lambda s: s.plan.save(s.folder),
         IsADirectoryError,
-        "Is a directory",
+        "a folder; want a file",
     ),
     "threshold of no layer": (lambda s: s.threshold(layer=2), E, "layer = 2: want 0 to 1"),
     "threshold of layer -1": (lambda s: s.threshold(layer=-1), E, "layer = -1: want 0 to 1"),
@@ -642,11 +642,15 @@ TABLE = {
     "no documents": (lambda s: s.documents(""), E, "want at least one record"),
     "not JSON": (lambda s: s.documents("{"), E, "line 1: want a JSON record"),
     "record of a list": (lambda s: s.documents("[1]"), E, "want a JSON object, not list"),
-    "record without task": (lambda s: s.documents('{"text": "x"}'), E, "task: want a string that"),
-    "record of a strange task": (
-        lambda s: s.documents('{"task": "A B", "text": "x"}'),
+    "record of a numbered task": (
+        lambda s: s.documents('{"task": 1, "text": "x"}'),
         E,
-        "task = 'A B': want 'group' or 'group/name'",
+        "task = '1': want 'group' or 'group/name'",
+    ),
+    "record of a strange task": (
+        lambda s: s.documents('{"task": "[A] B", "text": "x"}'),
+        E,
+        "task = '[A] B': want 'group' or 'group/name'",
     ),
     "record without response": (
         lambda s: s.documents('{"task": "math", "prompt": "x"}'),

@@ -178,7 +178,7 @@ def _document(where: str, record: Any) -> Document:
         raise ValueError(f"{where}: want {_FORMS}; it has {', '.join(map(str, given)) or 'none'}.")
     key = "response" if "response" in given else "completion"
     if key not in given:
-        raise ValueError(f'{where}: response: want a string, or one of "completion".')
+        raise ValueError(f"{where}: response: want a string that is not empty, or a completion.")
     if isinstance(given["prompt"], list) and isinstance(given[key], list):
         return _chat(where, task, given["prompt"] + given[key])
     prompt, response = _string(where, given, "prompt"), _string(where, given, key)

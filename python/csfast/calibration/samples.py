@@ -63,6 +63,8 @@ def sorted_samples(samples: Sample | Iterable[Sample]) -> dict[str, list[Sample]
             raise TypeError(
                 f"{where} of type {type(sample).__name__}: want a string, a Document or token ids."
             )
+        elif not sample.response:
+            raise ValueError(f"{where}: a document of {sample.task!r} without text: want some.")
         group = sample.group if isinstance(sample, Document) else PLAIN
         if not is_task(group):
             raise ValueError(f"{where}: task {group[:80]!r}: want {TASK_RULE}.")
