@@ -39,12 +39,13 @@ EVAL_TOKENS = 1000  # scored of every task: a first look, `csfast eval` takes fo
 EVAL_ANSWERS = 8  # decoded of every task that has short ones
 
 
-def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
+def run(folder: pathlib.Path, console: Console, device: torch.device) -> dict[str, Any]:
     """Calibrate, generate, judge and time; write ``csfast-demo.html`` and the plan to `folder`.
 
     Args:
         folder: Exists; takes ``csfast-demo.html`` and ``csfast-demo.plan.safetensors``.
         console: Where it is shown.
+        device: Where everything runs.
 
     Returns:
         What was measured: ``machine``, ``calibration``, ``samples`` (by which rule they were
@@ -52,12 +53,11 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
         which csfast lost) and ``seconds``; docs/schemas.md explains every key.
     """
     clock = timing.Clock()
-    cpu = torch.device("cpu")
     console.rule("doctor")
     console.print(tables.findings(doctor.examine()))
 
     console.rule("calibrate")
-    model, tokenizer = models.load(models.demo_folder())
+    model, tokenizer = models.load(models.demo_folder(), device=device)
     texts = documents.read(models.demo_folder() / "sample.jsonl")
     plan, calibration = _calibrate(model, tokenizer, texts, folder, console)
 
@@ -87,7 +87,7 @@ def run(folder: pathlib.Path, console: Console) -> dict[str, Any]:
     cases = [LayerCase(shape.d, shape.n_neurons, DENSITY), LayerCase(2048, 8192, 0.25)]
     with console.status("bench"):
         times = layers.run(
-            cases, device=cpu, runs=15, variants=("complete",), n_layers=4, compiled=False
+            cases, device=device, runs=15, variants=("complete",), n_layers=4, compiled=False
         )
     console.print(tables.speed(times))
 

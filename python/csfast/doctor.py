@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 import platform
@@ -34,6 +35,7 @@ def examine() -> list[Finding]:
         Finding("python", f"{platform.python_version()} ({sys.platform})"),
         Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         Finding("cpu", f"{cpu_name()}, {os.cpu_count()} cores, {_memory()}"),
+        Finding("load", busy(torch.get_num_threads()) or f"{os.getloadavg()[0]:.1f} of the cores"),
         *(Finding(f"backend {name}", text) for name, text in sorted(ops.backend_info().items())),
         _cuda(),
         _kernels(),
@@ -58,6 +60,34 @@ def machine(device: torch.device) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["driver"] = _driver()
     return found
+
+
+def best_device() -> torch.device:
+    """Give the GPU where torch and csfast see one, else the CPU."""
+    usable = ops.cuda_available() and torch.cuda.is_available()
+    return torch.device("cuda" if usable else "cpu")
+
+
+def place_name(device: torch.device) -> str:
+    """Name a device and the threads that run on the CPU."""
+    name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"{device.type} ({name}), {n} thread{'s' if n > 1 else ''}"
+
+
+def busy(threads: int) -> str | None:
+    """Say how many threads to take where others keep the cores busy, or nothing where they do not.
+
+    A layer waits for the last of its threads, so one that gets no core holds up all.
+
+    Args:
+        threads: As many as would be taken.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    free = max(1, math.floor(cores - load))
+    if load < cores / 2 or threads <= free:
+        return None
+    return f"the cores are busy (load {load:.1f} of {cores}): --threads {free} may be faster"
 
 
 def require(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The command line: one command for every job."""
 
-from . import bench, judge, run  # each puts its commands into the application
+from . import bench, chat, judge, run  # each puts its commands into the application
 from .app import main
 
-__all__ = ["bench", "judge", "main", "run"]
+__all__ = ["bench", "chat", "judge", "main", "run"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -24,6 +25,10 @@ from ..bench import head
 from ..types import Code, Document
 
 USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
+ORDER = (
+    *("demo", "doctor", "calibrate", "generate", "chat"),
+    *("eval", "tokens", "ablate", "phase", "report", "bench"),
+)  # of the commands in the help
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 
@@ -46,27 +51,77 @@ class _Resumable(KeyboardInterrupt):
     """Ctrl-C, and what was done until then is kept."""
 
 
+# What the parser raises of an option or argument; typer names only this one that is made of it.
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+
 class Commands(TyperGroup):
     """The commands, with errors that a user can mend put in one line."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Name the commands in the order in which one meets them."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        """Read the options before the command; give mistakes in them exit code 2."""
+        given = arguments[1] if len(arguments) > 1 else more["args"]
+        try:
+            return super().make_context(*arguments, **more)
+        except _UsageError as error:
+            if not given:  # the parser shows its help
+                raise
+            raise _refused(error) from None
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command; give typed errors exit code 2 and Ctrl-C exit code 130."""
         try:
             with _log_on_stderr():
-                return super().invoke(ctx)
+                done = super().invoke(ctx)
+                sys.stdout.flush()  # here, where a full disk is still told in one line
+                return done
+        except _UsageError as error:
+            raise _refused(error) from None
         except KeyboardInterrupt as stop:
             hint = "; go on with --resume" if isinstance(stop, _Resumable) else "."
             typer.echo(f"csfast: interrupted{hint}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader has seen enough, as in `csfast ... | head`; the rest has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             raise typer.Exit(0) from None
-        except (ValueError, TypeError, OSError, MemoryError, ops.BackendError) as error:
-            if ctx.params["debug"]:
+        except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+            known = not isinstance(error, RuntimeError) or isinstance(error, ops.BackendError)
+            if ctx.params["debug"] or not (known or _is_of_memory(error)):
                 raise
-            typer.echo(f"csfast: {error}", err=True)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _discard_output()
+            typer.echo(f"csfast: {_line(error)}", err=True)
             raise typer.Exit(USAGE_ERROR) from error
+
+
+def _refused(error: Any) -> typer.Exit:
+    """Say in one line what is wrong with a command, and where to read what is right."""
+    path = "csfast" if error.ctx is None else error.ctx.command_path
+    typer.echo(f"csfast: {_line(error.format_message())} See `{path} --help`.", err=True)
+    return typer.Exit(USAGE_ERROR)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory; torch says so on the CPU by an error of no class."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _line(error: object) -> str:
+    """Text in one line, whatever another library said."""
+    return " ".join(str(error).split())
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed go nowhere."""
+    with contextlib.suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(
@@ -74,24 +129,41 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Dynamic sparse LLM inference: sense, recover, tile, execute.",
+    help="Run language models by reading only the weights that each token needs. `csfast demo` "
+    "shows all of it on a model that ships with csfast; with a model of your own, begin with "
+    "`csfast calibrate`, then `csfast generate` or `csfast chat`.",
 )
 
 Model = Annotated[
-    str, typer.Argument(help="Folder or cached name of a model, or the word demo.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="Folder of a model, GGUF file, name in the local cache of Hugging Face, or the word "
+        "demo for the model that ships with csfast.",
+        metavar="MODEL",
+    ),
 ]
-PlanFile = Annotated[pathlib.Path, typer.Argument(help="Plan made by csfast calibrate.")]
+PlanFile = Annotated[
+    pathlib.Path, typer.Argument(help="Plan made by csfast calibrate.", metavar="PLAN")
+]
 Data = Annotated[
     pathlib.Path | None,
     typer.Option(
         "--data", help=".jsonl, .jsonl.xz, .json or .txt; the shipped sample if left out."
     ),
 ]
-Density = Annotated[float, typer.Option(help="Fraction of neurons to execute, in (0, 1].")]
-Bits = Annotated[
-    str, typer.Option(help="Code of the sensor: 1 to 4 bits, or ternary; the plan must hold it.")
+Density = Annotated[
+    float, typer.Option(help="Fraction of the feed-forward neurons to run for a token, in (0, 1].")
 ]
-Block = Annotated[int, typer.Option(help="Neurons kept or skipped as one; the plan must hold it.")]
+Bits = Annotated[
+    str,
+    typer.Option(
+        help="Size of the codes that neurons are chosen by: 1 to 4 bits, or ternary; the plan must "
+        "hold them."
+    ),
+]
+Block = Annotated[
+    int, typer.Option(help="Neurons that are run or skipped together; the plan must hold it.")
+]
 Json = Annotated[pathlib.Path | None, typer.Option("--json", help="Write the results here.")]
 Html = Annotated[pathlib.Path | None, typer.Option("--html", help="Write a page here.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of every task, at most.")]
@@ -101,7 +173,14 @@ Resume = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Begin anew where an interrupted run left something.")
 ]
-Where = Annotated[DeviceName, typer.Option("--device", help="Where to run.")]
+Where = Annotated[
+    DeviceName | None,
+    typer.Option("--device", help="Where to run; left out, cuda where there is one."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads on the CPU; left out, as many as torch takes."),
+]
 Retrieval = Annotated[
     int | None,
     typer.Option(
@@ -110,11 +189,18 @@ Retrieval = Annotated[
         "left out, none beside --data.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="What the choice is tuned to: pooled, all of the plan's text, or a task of it."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
 
 
 def main() -> None:
     """Run the command line; the console script's entry point."""
+    _want_streams()
     try:
         app()
     except SystemExit as done:
@@ -124,6 +210,26 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(INTERRUPTED)
         raise
+    except OSError as error:  # of what is printed before any command, such as the version
+        _discard_output()
+        typer.echo(f"csfast: {_line(error)}", err=True)
+        raise SystemExit(USAGE_ERROR) from None
+
+
+def _want_streams() -> None:
+    """Refuse a closed stdout; keep the numbers of closed streams from files opened later."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        typer.echo("csfast: [write] stdout is closed: want somewhere to write to.", err=True)
+        raise SystemExit(USAGE_ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
 
 
 def _say_version(wanted: bool) -> None:
@@ -135,13 +241,13 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option(help="Show where an error came from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version."),
     ] = False,
 ) -> None:
-    """Dynamic sparse LLM inference: sense, recover, tile, execute."""
+    """Read the options that stand before a command."""
 
 
 def read_documents(data: pathlib.Path | None, part: Part, limit: int | None) -> list[Document]:
@@ -168,11 +274,23 @@ def code(text: str) -> Code:
     return int(text) if text.isdecimal() else text
 
 
-def load(model: str, device: DeviceName, *, dtype: str = "auto") -> tuple[Any, Any]:
+def place(device: DeviceName | None, threads: int | None) -> torch.device:
+    """Choose where to run and by how many threads, and say so on stderr."""
+    where = doctor.best_device() if device is None else torch.device(device.value)
+    doctor.require(where)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    typer.echo(f"csfast: on {doctor.place_name(where)}.", err=True)
+    busy = doctor.busy(torch.get_num_threads()) if where.type == "cpu" else None
+    if busy is not None:
+        typer.echo(f"csfast: {busy}.", err=True)
+    return where
+
+
+def load(model: str, where: torch.device, *, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a model and its tokenizer; the word demo stands for the shipped one."""
-    doctor.require(torch.device(device.value))
     path = models.demo_folder() if model == "demo" else model
-    return models.load(path, dtype=dtype, device=device.value)
+    return models.load(path, dtype=dtype, device=where)
 
 
 @contextlib.contextmanager
@@ -219,9 +337,9 @@ def command() -> list[str]:
     return ["csfast", *(path.name if path.is_absolute() else word for word, path in paths)]
 
 
-def headed(results: dict[str, Any], device: DeviceName) -> dict[str, Any]:
+def headed(results: dict[str, Any], where: torch.device) -> dict[str, Any]:
     """Add what results depend on beside their arguments."""
-    return {**head.of(torch.device(device.value), command=command()), **results}
+    return {**head.of(where, command=command()), **results}
 
 
 def check_outputs(*paths: pathlib.Path | None) -> None:

@@ -16,13 +16,14 @@ from ..bench import pursuits as bench_omp_
 from ..bench import timed
 from ..report import tables
 from .app import (
-    DeviceName,
     Json,
+    Threads,
     Where,
     app,
     check_outputs,
     command,
     notes,
+    place,
     write_json,
 )
 
@@ -41,18 +42,19 @@ class Operation(StrEnum):
 @app.command()
 def bench(
     operation: Annotated[Operation | None, typer.Argument(help="All but omp if left out.")] = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     json_file: Json = None,
     quick: Annotated[bool, typer.Option("--quick", help="One small case, few runs.")] = False,
     commit: Annotated[str | None, typer.Option(help="Written beside the results.")] = None,
 ) -> None:
     """Time the operations of a layer beside the dense layer in torch, omp beside other pursuits."""
     check_outputs(json_file)
+    where = place(device, threads)
     if operation is Operation.OMP:
-        _bench_omp(device, json_file, quick, commit)
+        _bench_omp(where, json_file, quick, commit)
         return
     names = {None: bench_.VARIANTS, Operation.FFN: ("complete",)}
-    where = torch.device(device.value)
     with notes().status("bench") as status:
         results = bench_.run(
             (timed.QUICK,) if quick else timed.BESIDE_TORCH[where.type],
@@ -90,10 +92,9 @@ def _write_so_far(
 
 
 def _bench_omp(
-    device: DeviceName, json_file: pathlib.Path | None, quick: bool, commit: str | None
+    where: torch.device, json_file: pathlib.Path | None, quick: bool, commit: str | None
 ) -> None:
     """Time orthogonal matching pursuit."""
-    where = torch.device(device.value)
     with notes().status("bench") as status:
         results = bench_omp_.run(
             bench_omp_.QUICK if quick else None,

@@ -23,7 +23,6 @@ from .app import (
     Block,
     Data,
     Density,
-    DeviceName,
     Html,
     Json,
     Limit,
@@ -34,6 +33,8 @@ from .app import (
     Resume,
     Retrieval,
     Seed,
+    Task,
+    Threads,
     Where,
     app,
     check_outputs,
@@ -41,6 +42,7 @@ from .app import (
     headed,
     load,
     n_retrieval,
+    place,
     progress,
     read_documents,
     resumable,
@@ -56,21 +58,23 @@ def evaluate_(
     density: Density = 0.5,
     bits: Bits = "2",
     block: Block = 1,
-    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    task: Task = POOLED,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.REPORT,
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 4000,
     retrieval: Retrieval = None,
     json_file: Json = None,
     html_file: Html = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
     check_outputs(json_file, html_file)
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
-    net, tokenizer = load(model, device)
+    where = place(device, threads)
+    net, tokenizer = load(model, where)
     with progress("eval") as advance:
         results = evaluate(
             net,
@@ -87,7 +91,7 @@ def evaluate_(
             progress=advance,
         )
     Console().print(tables.quality(results))
-    write_json(json_file, headed(results, device))
+    write_json(json_file, headed(results, where))
     if html_file is not None:
         page.write_report(html_file, evaluation=results)
 
@@ -109,7 +113,8 @@ def ablate(
     overwrite: Overwrite = False,
     json_file: Json = None,
     html_file: Html = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Compare csfast's selection with other rules and with quantisation, loss against bytes."""
@@ -128,7 +133,8 @@ def ablate(
         select = read_documents(data, Part.SELECT, limit)
         kept = read_documents(data, Part.REPORT, limit)
         # Rounding would blur small differences.
-        net, tokenizer = load(model, device, dtype="float32")
+        where = place(device, threads)
+        net, tokenizer = load(model, where, dtype="float32")
         with progress("ablate") as advance:
             results = ablate_(
                 net,
@@ -153,7 +159,7 @@ def ablate(
                 f"{row['delta']:+.4f}",
             )
         Console().print(table)
-        write_json(json_file, headed(results, device))
+        write_json(json_file, headed(results, where))
         if html_file is not None:
             page.write_report(html_file, ablation=results)
 
@@ -165,7 +171,7 @@ def tokens(
     data: Data = None,
     density: Density = 0.5,
     bits: Bits = "2",
-    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
+    task: Task = POOLED,
     generate: Annotated[
         bool, typer.Option("--generate", help="Continue the prompts instead of following the text.")
     ] = False,
@@ -177,14 +183,16 @@ def tokens(
     limit: Limit = None,
     json_file: Json = None,
     html_file: Html = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Show what every token of a text cost, one text of every task."""
     check_outputs(json_file, html_file)
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
-    net, tokenizer = load(model, device)
+    where = place(device, threads)
+    net, tokenizer = load(model, where)
     with progress("tokens") as advance:
         found = tokens_.examples(
             net,
@@ -201,7 +209,7 @@ def tokens(
             progress=advance,
         )
     Console().print(tables.effort(found))
-    write_json(json_file, headed(found, device))
+    write_json(json_file, headed(found, where))
     if html_file is not None:
         page.write_report(html_file, effort=found)
 
@@ -226,7 +234,8 @@ def phase(
         typer.Option("--dictionaries", help="Write coherence and isometry of all layers here."),
     ] = None,
     html_file: Html = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Measure which sparsity is recovered from how many measurements, and what theory promises."""
@@ -236,7 +245,8 @@ def phase(
     with resumable("phase", json_file, resume=resume, overwrite=overwrite) as partial:
         select = read_documents(data, Part.SELECT, limit)
         kept = read_documents(data, Part.REPORT, limit)
-        net, tokenizer = load(model, device, dtype="float32")
+        where = place(device, threads)
+        net, tokenizer = load(model, where, dtype="float32")
         with progress("capture") as advance:
             fit, shown = phase_.capture(
                 net,
@@ -262,8 +272,8 @@ def phase(
             known = dictionaries_.analyse(fit, n_groups=groups, progress=advance)
         for sentence in (*panels.phase_findings(found), *panels.dictionary_findings(known)):
             Console().print(sentence)
-        write_json(json_file, headed(found, device))
-        write_json(dictionaries_file, headed(known, device))
+        write_json(json_file, headed(found, where))
+        write_json(dictionaries_file, headed(known, where))
         if html_file is not None:
             page.write_report(html_file, phase=found, dictionaries=known)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,13 +18,12 @@ from ..calibration import TOKENS_MAX
 from ..calibration import calibrate as calibrate_
 from ..plan import Plan
 from ..report import tables
-from ..types import POOLED
+from ..types import POOLED, UnsupportedModelError
 from .app import (
     Bits,
     Block,
     Data,
     Density,
-    DeviceName,
     Json,
     Limit,
     Model,
@@ -31,29 +31,47 @@ from .app import (
     Part,
     Resume,
     Seed,
+    Task,
+    Threads,
     Where,
     app,
     check_outputs,
     code,
     load,
+    place,
     progress,
     read_documents,
     resumable,
     write_json,
 )
 
+PlanOrNone = Annotated[
+    pathlib.Path | None,
+    typer.Argument(help="Plan made by csfast calibrate; not with --dense.", metavar="[PLAN]"),
+]
+Dense = Annotated[bool, typer.Option("--dense", help="Run the model as it is.")]
+System = Annotated[
+    str | None, typer.Option(help="System prompt: what the model is told before the chat.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to make, at most.")]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="How freely tokens are drawn; 0 takes the likeliest.")
+]
+
 
 @app.command()
 def demo(
     out: Annotated[pathlib.Path, typer.Option(help="Folder for plan and page.")] = pathlib.Path(),
     json_file: Json = None,
+    device: Where = None,
+    threads: Threads = None,
 ) -> None:
     """Do the whole job on the embedded model and show dense beside csfast."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"[demo] {str(out)!r}: want a folder.")
     out.mkdir(parents=True, exist_ok=True)
     check_outputs(out / demo_.PAGE, out / demo_.PLAN, json_file)
-    results = demo_.run(out, Console())
+    results = demo_.run(out, Console(), place(device, threads))
     write_json(json_file, results)
 
 
@@ -67,17 +85,23 @@ def calibrate(
     resume: Resume = False,
     overwrite: Overwrite = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to use, at most.")] = TOKENS_MAX,
-    bits: Annotated[str, typer.Option(help="Codes of the sensor, such as 2,3,ternary.")] = "2,3",
-    blocks: Annotated[str, typer.Option(help="Sizes of block, such as 1,16.")] = "1",
-    joint: Annotated[bool, typer.Option("--joint", help="For batches with one support too.")] = (
-        False
-    ),
-    feedback: Annotated[
-        bool, typer.Option(help="Fit codes to the text; without, each weight by itself.")
-    ] = True,
+    bits: Annotated[
+        str,
+        typer.Option(help="Sizes of the codes that neurons are chosen by, such as 2,3,ternary."),
+    ] = "2,3",
+    blocks: Annotated[
+        str, typer.Option(help="Numbers of neurons to run or skip together, such as 1,16.")
+    ] = "1",
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Also for batches whose rows share the choice.")
+    ] = (False),
+    no_feedback: Annotated[
+        bool, typer.Option("--no-feedback", help="Code each weight by itself, not to fit the text.")
+    ] = False,
     part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
     limit: Limit = None,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
     """Find a model's codes and thresholds on sample text and write them to a plan."""
@@ -85,7 +109,8 @@ def calibrate(
     check_outputs(out)
     with resumable("calibrate", out, resume=resume, overwrite=overwrite) as partial:
         samples = read_documents(data, part, limit)
-        net, tokenizer = load(model, device)
+        where = place(device, threads)
+        net, tokenizer = load(model, where)
         with progress("calibrate") as advance:
             plan = calibrate_(
                 net,
@@ -94,7 +119,7 @@ def calibrate(
                 bits=[code(text) for text in bits.split(",")],
                 blocks=[_size(text) for text in blocks.split(",")],
                 joint=joint,
-                feedback=feedback,
+                feedback=not no_feedback,
                 seed=seed,
                 resume=partial,
                 progress=advance,
@@ -110,37 +135,54 @@ def calibrate(
 @app.command()
 def generate(
     model: Model,
-    plan: Annotated[pathlib.Path | None, typer.Argument(help="Plan; not with --dense.")] = None,
+    plan: PlanOrNone = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask the prompt by the model's chat template.")
+    ] = False,
+    system: System = None,
     density: Density = 0.5,
     bits: Bits = "2",
     block: Block = 1,
-    task: Annotated[str, typer.Option(help="Thresholds: pooled, or a task's.")] = POOLED,
-    dense: Annotated[bool, typer.Option("--dense", help="Run the model as it is.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
+    task: Task = POOLED,
+    dense: Dense = False,
+    max_new_tokens: NewTokens = 128,
+    temperature: Temperature = 0.0,
     seed: Seed = 0,
-    device: Where = DeviceName.CPU,
+    device: Where = None,
+    threads: Threads = None,
 ) -> None:
-    """Continue a prompt, streaming the text."""
+    """Continue a prompt, or answer it with --chat, streaming the text."""
     if plan is None and not dense:
         raise ValueError("[generate] no plan: want one, or --dense.")
-    net, tokenizer = load(model, device)
-    if plan is not None and not dense:
-        loaded = Plan.load(plan)
-        patch.apply(net, loaded, density=density, bits=code(bits), block=block, task=task)
+    if not prompt:
+        raise ValueError("[generate] an empty prompt: want text, by --prompt.")
+    if system is not None and not chat:
+        raise ValueError("[generate] --system without --chat: want both, or none.")
+    where = place(device, threads)
+    net, tokenizer = load(model, where)
+    given: str | list[models.Message] = prompt
+    if chat:
+        want_template(model, tokenizer)
+        before = [] if system is None else [{"role": "system", "content": system}]
+        given = [*before, {"role": "user", "content": prompt}]
+    elif models.has_template(tokenizer):
+        typer.echo(
+            "csfast: this model has a chat template: --chat asks it the prompt, without which the "
+            "prompt is only continued.",
+            err=True,
+        )
+    applied(net, None if dense else plan, density=density, bits=bits, block=block, task=task)
     clock = timing.Clock()
-    for piece in models.stream_text(
+    pieces = models.stream_text(
         net,
         tokenizer,
-        prompt,
+        given,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-    ):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    )
+    say(pieces, stoppable=False)
     share = 1.0 if plan is None or dense else patch.stats(net).density
     typer.echo(f"csfast: {clock.seconds():.1f} s, {share:.2f} of the neurons executed.", err=True)
 
@@ -152,6 +194,40 @@ def doctor() -> None:
     Console().print(tables.findings(findings))
     if any(finding.is_fault for finding in findings):
         raise typer.Exit(1)
+
+
+def want_template(model: str, tokenizer: Any) -> None:
+    """Refuse a model that cannot be talked with, by the name it was asked for."""
+    if not models.has_template(tokenizer):
+        raise UnsupportedModelError(
+            f"[chat] {model}: has no chat template: want an instruct model; csfast generate "
+            "without --chat continues a text."
+        )
+
+
+def applied(
+    net: Any, plan: pathlib.Path | None, *, density: float, bits: str, block: int, task: str
+) -> None:
+    """Apply a plan from a file, if there is one."""
+    if plan is not None:
+        loaded = Plan.load(plan)
+        patch.apply(net, loaded, density=density, bits=code(bits), block=block, task=task)
+
+
+def say(pieces: Iterator[str], *, stoppable: bool) -> str:
+    """Print text as it comes and give it whole; Ctrl-C may end it, or the command."""
+    said: list[str] = []
+    try:
+        for piece in pieces:
+            said.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not stoppable:
+            raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return "".join(said)
 
 
 def _size(text: str) -> int:
