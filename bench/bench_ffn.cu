@@ -668,8 +668,7 @@ int run(const Options& options, int argc, char** argv) {
       const size_t first = rows.size();
       std::FILE* out = options.json ? stderr : stdout;
       try {
-        std::fprintf(out, "%s  %s\n", csfast::bench::name_of(c).c_str(),
-                     ops.describe(c, layers.front()).c_str());
+        std::fprintf(out, "%s  %s\n", c.name, ops.describe(c, layers.front()).c_str());
         bandwidth =
             std::max(bandwidth, measure(c, layers, ops, reader, options.runs, stream, rows));
       } catch (const BackendError& error) {
