@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from csfast import ops, reference
+from csfast import designs, reference
 from csfast.codes import levels as levels_
 from csfast.codes import planes
 from csfast.layer import Decision, Layer, Sensor, Weights
@@ -235,7 +235,7 @@ def assert_same_support(got: torch.Tensor, want: torch.Tensor, distance, margin)
 def ffn_path(x: torch.Tensor, n_neurons: int, *, is_joint: bool = False) -> str:
     """The path of `ops.execute` that adds up as `ops.ffn` does; of no account on the CPU."""
     sizes = (*x.shape, n_neurons)
-    return ops.choose(*sizes, shared=is_joint, senses=True, dtype=x.dtype).split()[0]
+    return designs.choose(*sizes, shared=is_joint, senses=True, dtype=x.dtype).split()[0]
 
 
 def mask_of(tile: torch.Tensor, n_tiles: torch.Tensor, tile_rows: int, n_neurons: int):

@@ -37,15 +37,17 @@ MAY_IMPORT = {
     "reference": {"codes", "types"},
     "documents": {"types"},
     "ops": {"_native", "codes", "layer", "types"},
+    "designs": {"ops"},
+    "session": {"layer", "ops"},
     "pursuit": {"ops"},
     "models": {"types"},
     "plan": {"codes", "container", "files", "layer", "models", "types"},
     "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
     "votes": set(),
-    "patch": {"codes", "layer", "models", "ops", "plan", "types", "votes"},
+    "patch": {"codes", "layer", "models", "ops", "plan", "session", "types", "votes"},
     "__init__": {"_version", "calibration", "documents", "models", "ops", "patch", "plan", "types"},
     "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
-    "bench": {"codes", "doctor", "layer", "ops", "reference", "types"},
+    "bench": {"codes", "designs", "doctor", "layer", "ops", "reference", "session", "types"},
     "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
     | {"types"},
     "report": {"_version", "doctor", "files", "types"},
@@ -58,7 +60,7 @@ MAY_IMPORT = {
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
     "__init__ _native _version calibration codes container documents files layer models ops patch "
-    "plan types votes"
+    "plan session types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 MAY_INCLUDE = {

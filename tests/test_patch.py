@@ -19,6 +19,7 @@ from axes import DTYPES, inside, pairwise
 from csfast import judge, models, ops, patch, reference
 from csfast.layer import Decision, Layer, Sensor, Weights
 from csfast.plan import Plan
+from csfast.session import Session
 
 KINDS = list(tiny.FAMILIES)
 BLOCKS = (1, 16)
@@ -425,7 +426,7 @@ def test_failing_kernels_are_counted_and_answered_densely(plans, monkeypatch, ca
     def fail(*arguments):
         raise csfast.BackendError("[ffn] the device failed")
 
-    monkeypatch.setattr(ops.Session, "ffn", fail)
+    monkeypatch.setattr(Session, "ffn", fail)
     with caplog.at_level(logging.WARNING, logger="csfast"):
         assert torch.equal(decode(model, ids, 4), wanted)
     assert csfast.stats(model).fallbacks == (4, 4)
@@ -439,7 +440,7 @@ def test_our_own_mistakes_are_not_hidden(plans, monkeypatch):
     def fail(*arguments):
         raise ValueError("[session] no such layer")
 
-    monkeypatch.setattr(ops.Session, "ffn", fail)
+    monkeypatch.setattr(Session, "ffn", fail)
     with torch.no_grad(), pytest.raises(ValueError, match="no such layer"):
         model(torch.tensor([[3]]))
 

@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 
-from csfast import ops, reference, types
+from csfast import designs, ops, reference, types
 from csfast.bench import cases, head, timing
 from csfast.bench import pursuits as pursuits_
+from csfast.bench.reader import Reader
 from csfast.codes import planes
 from csfast.layer import Decision, Layer, Sensor, Weights
-from csfast.ops.read import Reader
 
 ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("tests", "sanitizer", "omp")
@@ -293,7 +293,7 @@ def sanitize_target() -> int:
         ops.recover(floats, scale, column, threshold=threshold[:1].repeat(case.batch))
         tiles = ops.TileList(support.index, support.count, tile_rows)
         sizes = {"tile_rows": tile_rows, "shared": case.is_joint, "dtype": case.dtype}
-        path = ops.choose(case.batch, case.d, case.n_neurons, senses=True, **sizes).split()[0]
+        path = designs.choose(case.batch, case.d, case.n_neurons, senses=True, **sizes).split()[0]
         out = ops.execute(weights, tiles, x, design=path, **told)
         index = torch.arange(case.n_neurons, dtype=torch.int32).repeat(case.batch, 1)
         count = torch.arange(case.batch, dtype=torch.int32) * 5 % (case.n_neurons + 1)

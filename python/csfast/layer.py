@@ -1,4 +1,4 @@
-"""The nouns of the operations: a gated feed-forward layer as it is bound, and what is found in one.
+"""The nouns of the operations: a gated feed-forward layer as it is bound, and what they find.
 
 The parts of a layer and their fields bear the names that they have in ``csfast/layer.h``. T is one
 of float32, float16 and bfloat16, the same for all tensors of a layer that have it and for its
@@ -8,6 +8,7 @@ activations. All tensors are contiguous and on one device.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Any
 
 from torch import Tensor
@@ -130,3 +131,26 @@ class TileList:
     n_tiles: Tensor  # (lists,) int32
     tile_rows: int  # tile t is neurons t * tile_rows .. (t + 1) * tile_rows - 1
     dropped: Tensor | None = None  # (lists,) int32: tiles that only a cap left out, if there is one
+
+
+class PursuitStatus(enum.IntEnum):
+    """Why `ops.omp` took no further atom."""
+
+    CONVERGED = 0  # what is left is within the tolerance, or no atom explains any of it
+    BUDGET = 1  # the budget is spent
+    ZERO = 2  # the signal has no energy
+    DEPENDENT = 3  # the next atom lies in the span of those taken, up to rounding
+    NOT_FINITE = 4  # something is not finite, or an energy is negative: nothing is kept
+    NO_GAIN = 5  # the last step explained too little
+
+
+@dataclasses.dataclass(frozen=True)
+class Pursuit:
+    """Which atoms explain each signal of a batch, from `ops.omp`."""
+
+    index: Tensor  # (batch, budget_max) int32, in the order taken, 0 beyond count
+    # Their least-squares coefficients, 0 beyond count; without columns if they were not asked for.
+    coef: Tensor  # (batch, budget_max) float32
+    count: Tensor  # (batch,) int32
+    residual: Tensor  # (batch,) float32: norm of what they leave unexplained
+    status: Tensor  # (batch,) int32: a `PursuitStatus`

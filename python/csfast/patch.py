@@ -24,6 +24,7 @@ from .codes import planes
 from .layer import Decision, Layer, Weights
 from .models import PATCH, Ffn
 from .plan import BLOCK_MAX, LayerPlan, Plan
+from .session import Session, ffn_workspace
 from .types import POOLED, TERNARY, Code
 from .votes import BATCH_MAX, Votes
 
@@ -95,7 +96,7 @@ class Stats:
 class _Shared:
     """What the layers of one model have in common."""
 
-    session: ops.Session
+    session: Session
     plan: Plan
     bits: Code
     block: int
@@ -218,7 +219,7 @@ def apply(
         )
     with torch.inference_mode(False):  # or these could not be written to in any other mode
         shared = _Shared(
-            session=ops.Session(device),
+            session=Session(device),
             plan=plan,
             bits=bits,
             block=block,
@@ -551,8 +552,7 @@ def _write_thresholds(shared: _Shared, table: Tensor) -> None:
 def _needed_bytes(ffns: Sequence[Ffn], bits: Code, block: int) -> int:
     """Bytes that csfast keeps for some layers, without votes and caps, a kilobyte or two."""
     workspaces = {
-        ops.ffn_workspace(BATCH_MAX, f.shape.d, f.shape.n_neurons, f.gate.weight.device)
-        for f in ffns
+        ffn_workspace(BATCH_MAX, f.shape.d, f.shape.n_neurons, f.gate.weight.device) for f in ffns
     }
     return sum(_layer_bytes(ffn, bits, block) for ffn in ffns) + sum(workspaces)
 

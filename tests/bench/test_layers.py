@@ -17,6 +17,7 @@ from csfast.bench import layers as layers_
 from csfast.bench.cases import CASES
 from csfast.bench.timed import LayerCase
 from csfast.codes import planes
+from csfast.session import ffn_workspace
 from numeric import assert_within, execute_tolerance, made
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def test_rows_of_a_batch_share_a_support():
     assert read["execute"] == 64 * (3 * 2 * 192 + 4) + 4 * 2 * 192  # every neuron once for all rows
     assert read["select"] == planes.n_bytes(256, 192, 2) + 4 * 2 * 192
     space = next(row["workspace_bytes"] for row in found["rows"] if row["variant"] == "complete")
-    assert space == ops.ffn_workspace(4, 192, 256, CPU)
+    assert space == ffn_workspace(4, 192, 256, CPU)
 
 
 def test_sigma_is_the_share_of_the_dense_time_that_is_due_over_the_time_taken():

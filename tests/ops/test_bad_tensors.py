@@ -14,6 +14,7 @@ from csfast import _native, ops
 from csfast.bench.cases import Case
 from csfast.codes.levels import Packed
 from csfast.layer import Decision, Layer, Sensor, Weights
+from csfast.session import Session
 
 BATCH, D, N = 2, 200, 77
 INF = float("inf")
@@ -99,7 +100,7 @@ def call(op, a):
     if op == "ffn":
         return ops.ffn(layer, a["x"], stats=a["stats"])
     assert op == "session"
-    session = ops.Session(torch.device("cpu"))
+    session = Session(torch.device("cpu"))
     return session.bind(layer, max_batch=a["max_batch"], stats=a["stats"])
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from csfast import ops
+from csfast import designs, ops
+from csfast.layer import Weights
 
 HOPPER = {"capability": 90, "n_processors": 132, "shared_bytes": 227 << 10}
 AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
@@ -95,7 +96,7 @@ AMPERE = {"capability": 80, "n_processors": 108, "shared_bytes": 163 << 10}
     ],
 )
 def test_chooses(sizes, asked, want):
-    assert ops.choose(*sizes, **{**HOPPER, **asked}) == want
+    assert designs.choose(*sizes, **{**HOPPER, **asked}) == want
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,14 @@ def test_chooses(sizes, asked, want):
 )
 def test_refuses_designs_that_do_not_fit(sizes, asked, message):
     with pytest.raises(ValueError, match=r"\[execute\] design " + message):
-        ops.choose(*sizes, **{**HOPPER, **asked})
+        designs.choose(*sizes, **{**HOPPER, **asked})
 
 
 def test_refuses_sizes_of_nothing():
     with pytest.raises(
         ValueError, match=r"\[execute\] d = 0, n_neurons = 4, tile_rows = 1: want 1"
     ):
-        ops.choose(1, 0, 4)
+        designs.choose(1, 0, 4)
 
 
 @pytest.mark.gpu
@@ -148,4 +149,4 @@ def test_a_device_refuses_what_choose_refuses():
         *(torch.zeros(n, dtype=torch.int32, device="cuda") for n in ((1, 8), 1)), 1
     )
     with pytest.raises(ValueError, match=r"\[execute\] design is list register"):
-        ops.execute(weights, weights, weights, weights[:1], tiles, design="list")
+        ops.execute(Weights(weights, weights, weights), tiles, weights[:1], design="list")

@@ -7,6 +7,7 @@ import csfast
 import tiny
 from csfast import ops
 from csfast.bench.cases import CASES
+from csfast.session import Session
 from numeric import layer_of, made, middle_threshold
 
 pytestmark = [
@@ -53,7 +54,7 @@ def test_a_model_of_another_device_decodes_there():
 
 
 def test_a_session_is_of_one_device():
-    session = ops.Session(torch.device("cuda"))
+    session = Session(torch.device("cuda"))
     for place in ("cuda:1", "cuda:0"):
         p = made(CASES[5], torch.float32, place)
         layer = layer_of(p, middle_threshold(p))

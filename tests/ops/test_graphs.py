@@ -15,6 +15,7 @@ from csfast import ops, reference
 from csfast.bench import cases
 from csfast.codes import planes
 from csfast.layer import Decision, Layer, Sensor, Weights
+from csfast.session import Session
 from numeric import assert_within, ffn_path, missed_tolerance
 
 pytestmark = [
@@ -232,7 +233,7 @@ def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
 def test_a_captured_session_overwrites_its_output(layer, dtype):
     x, out = random((2, 264), dtype, 30), torch.empty(2, 264, dtype=dtype, device="cuda")
     threshold = usage_of(layer, x).quantile(0.7, dim=1)
-    session = ops.Session(torch.device("cuda"))
+    session = Session(torch.device("cuda"))
     number = session.bind(with_threshold(layer, threshold), max_batch=2)
     graph, _ = capture(lambda: session.ffn(number, x, out))
     for seed in (31, 32, 33):

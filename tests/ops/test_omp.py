@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from axes import inside, on_gpu
-from csfast import ops, reference
+from csfast import designs, ops, reference
 from csfast.bench.cases import PURSUITS, PursuitCase
 from csfast.ops import PursuitStatus
 from numeric import EPS_F32, assert_within
@@ -791,7 +791,7 @@ def test_is_registered_with_torch(device):
     ],
 )
 def test_plans_are_those_of_the_sizes(sizes, device, plan):
-    assert re.search("^" + plan, ops.omp_plan(*sizes, **device))
+    assert re.search("^" + plan, designs.omp_plan(*sizes, **device))
 
 
 def test_plans_fit_the_device():
@@ -809,10 +809,10 @@ def test_plans_fit_the_device():
         budget_max = rng.randint(1, min(n_atoms, rng.choice([8, 100, 6000])))
         block = rng.choice([48 << 10, 99 << 10, 163 << 10, 232448])
         sizes = (rng.randint(1, 9999), n_atoms, budget_max)
-        plan = ops.omp_plan(*sizes, shared_per_block=block)
+        plan = designs.omp_plan(*sizes, shared_per_block=block)
         kernel, _, rest = plan.partition(":")
         seen.add(kernel)
-        several = ops.omp_plan(*sizes, shared_per_block=block, single=False)
+        several = designs.omp_plan(*sizes, shared_per_block=block, single=False)
         assert several == plan if kernel != "quad" else not several.startswith("quad")
         if kernel == "general":
             continue
@@ -846,12 +846,12 @@ def test_plans_fit_the_device():
 )
 def test_refuses_to_plan(sizes, device, message):
     with pytest.raises(ValueError, match=r"\[omp\] " + message):
-        ops.omp_plan(*sizes, **device)
+        designs.omp_plan(*sizes, **device)
 
 
 def test_refuses_to_plan_for_steps_of_no_bool():
     with pytest.raises(TypeError, match=r"\[omp\] single is a int: want a bool"):
-        ops.omp_plan(1, 8, 2, single=1)
+        designs.omp_plan(1, 8, 2, single=1)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import torch
 from axes import inside
 from csfast import ops
 from csfast.bench.cases import CASES, Case
+from csfast.session import Session
 from numeric import layer_of, made, middle_threshold
 
 
@@ -16,7 +17,7 @@ def bind(session, p, threshold, max_batch, *, stats=None, **parts):
 def opened(device, case=CASES[5], dtype=torch.bfloat16, bits=2, **more):
     p = made(case, dtype, device, bits=bits)
     threshold = middle_threshold(p)
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     layer = bind(session, p, threshold, case.batch, **more)
     return session, layer, p, threshold
 
@@ -43,7 +44,7 @@ def test_equals_ffn_in_every_form(batch, tile_rows, is_joint, dtype, device):
     told = {"tile_rows": tile_rows, "activation": activation}
     threshold = middle_threshold(p, biases=biases, votes=votes, **told)
     more = {"offset": biases.offset, **biases.of_execute(), **told}
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     bound_threshold = threshold.expand(16).contiguous()
     layer = bind(session, p, bound_threshold, 16, votes=votes, **more)
     out = torch.full_like(p.x[:batch], 7)
@@ -64,7 +65,7 @@ def test_reads_weights_and_the_first_threshold_at_every_call(device):
     threshold = torch.full((16,), float("inf"), device=device)
     threshold[0] = 0
     stats = torch.zeros(2, dtype=torch.int64, device=device)
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     layer = bind(session, p, threshold, 16, votes=votes, stats=stats)
     out = torch.empty_like(p.x)
     session.ffn(layer, p.x, out)
@@ -78,7 +79,7 @@ def test_reads_weights_and_the_first_threshold_at_every_call(device):
 def test_refuses_a_weight_that_turned_negative():
     p = made(CASES[2], torch.bfloat16, "cpu")
     votes = torch.ones(3)
-    session = ops.Session(torch.device("cpu"))
+    session = Session(torch.device("cpu"))
     layer = bind(session, p, torch.ones(3), 3, votes=votes)
     votes[2] = -1
     with pytest.raises(ValueError, match=r"\[ffn\] votes\[2\] = -1\.0+: want at least 0\."):
@@ -120,7 +121,7 @@ def test_a_small_layer_leaves_a_large_one_its_shared_memory(device):
     votes, threshold = torch.ones(4, device=device), torch.zeros(4, device=device)
     cases = [Case("long", batch=4, d=64, n_neurons=n) for n in (20_000, 64)]
     long, short = [made(case, torch.bfloat16, device) for case in cases]
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     layer = bind(session, long, threshold, 4, votes=votes)
     other = bind(session, short, threshold, 4, votes=votes)
     found = []
@@ -133,7 +134,7 @@ def test_a_small_layer_leaves_a_large_one_its_shared_memory(device):
 
 
 def test_layers_of_several_sizes(device):
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     problems = [made(case, torch.float32, device) for case in (CASES[1], CASES[2], CASES[1])]
     thresholds = [middle_threshold(p) for p in problems]
     layers = [bind(session, p, t, 3) for p, t in zip(problems, thresholds, strict=True)]
@@ -179,7 +180,7 @@ def test_weights_that_want_gradients(device):
     p = made(CASES[2], torch.bfloat16, device)
     threshold = middle_threshold(p)
     wanting = dataclasses.replace(p, gate=torch.nn.Parameter(p.gate))
-    session = ops.Session(torch.device(device))
+    session = Session(torch.device(device))
     out = torch.empty_like(p.x)
     session.ffn(bind(session, wanting, threshold, 3), p.x, out)
     assert torch.equal(out, want(p, threshold, p.x))
@@ -215,13 +216,13 @@ def test_refuses_calls_that_do_not_fit(change, error, message):
 
 def test_refuses_other_devices():
     with pytest.raises(ValueError, match=r"\[session\] device = meta: want cpu or cuda"):
-        ops.Session(torch.device("meta"))
+        Session(torch.device("meta"))
 
 
 def test_refuses_a_threshold_of_another_size():
     p = made(CASES[2], torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match=r"\[session\] .*max_batch = 4"):
-        bind(ops.Session(torch.device("cpu")), p, torch.zeros(3), 4)
+        bind(Session(torch.device("cpu")), p, torch.zeros(3), 4)
 
 
 def test_a_refused_layer_leaves_the_session_usable():

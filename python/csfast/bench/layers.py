@@ -3,7 +3,7 @@
 Layers of random weights rotate so that no cache holds them, all variants and baselines run in
 turns (`bench.timing`), and thresholds are the quantiles of the estimated usage that give the wanted
 density. What fractions of the read bandwidth refer to is measured in the same turns: a reader of
-the very weights (`ops.read`), so that a fraction above 1 is a mistake of the run (`too_fast`).
+the very weights (`bench.reader`), so that a fraction above 1 is a mistake of the run (`too_fast`).
 
 On a GPU every measurement is a CUDA graph, and there are two more baselines, which are sparse
 themselves: the neurons of the list gathered into dense matrices for cuBLAS, and the rule of TEAL as
@@ -27,9 +27,10 @@ from torch.nn import functional
 from .. import doctor, ops
 from ..codes import levels, planes
 from ..layer import Decision, Layer, Sensor, Weights
-from ..ops.read import MOST_BUFFERS, Reader
+from ..session import Session, ffn_workspace
 from ..types import Code
 from . import head, timed, timing
+from .reader import MOST_BUFFERS, Reader
 from .timed import LayerCase
 
 VARIANTS = ("complete", "execute", "select", "sense", "nested")
@@ -400,7 +401,7 @@ def _measure(
     bits, tile_rows = case.bits, case.tile_rows
     votes = torch.ones(case.batch, device=device) if case.batch > 1 else None
     bound, tiles = [], []
-    session = ops.Session(device)
+    session = Session(device)
     for layer in layers:
         sensor = Sensor(layer.codes, layer.equal, layer.row_scale, bits)
         y, scale = ops.sense(sensor.codes, sensor.equal, layer.x, bits=bits)
@@ -461,7 +462,7 @@ def _measure(
     read = _bytes(case, n_kept)
     baselines = {name: timings[name].median * 1e6 for name in (*dense, *sparse)}
     best_dense = min(baselines[name] for name in dense)
-    workspace = ops.ffn_workspace(case.batch, case.d, case.n_neurons, device)
+    workspace = ffn_workspace(case.batch, case.d, case.n_neurons, device)
     rows = []
     for name in variants:
         median = timings[name].median * 1e6

@@ -7,8 +7,8 @@ correlations and leaves them out, too. Baselines are scikit-learn (on the CPU), 
 recursion in float32 torch, and the package orthogonal-matching-pursuit-gpu where it is installed.
 
 On CUDA `complete` and `pursuit` are also timed with each design of `DESIGNS` that takes the sizes
-and is not what `ops.omp_plan` names, as rows such as `pursuit flat`: what one run says of all of
-them decides over the plan.
+and is not what `designs.omp_plan` names, as rows such as `pursuit flat`: what one run says of all
+of them decides over the plan.
 
 A row carries the share of a sample of its signals whose support is that of float64: without it, a
 time says nothing.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import doctor, ops, reference
+from ..designs import omp_plan
 from . import head, timing
 from .cases import PURSUIT_LOADS, PursuitCase
 
@@ -103,11 +104,11 @@ def name_of(load: PursuitCase) -> str:
 def designs(load: PursuitCase) -> list[str]:
     """Name the designs of `DESIGNS` that take a load on Hopper, beside the one of the plan."""
     sizes = (load.batch, load.n_atoms, load.n_nonzero)
-    chosen = ops.omp_plan(*sizes).partition(":")[0]
+    chosen = omp_plan(*sizes).partition(":")[0]
     fit = []
     for design in DESIGNS:
         try:
-            ops.omp_plan(*sizes, design=design)
+            omp_plan(*sizes, design=design)
         except ValueError:
             continue
         if design != chosen:

@@ -13,8 +13,6 @@ inside tensors (indices, budgets) are not checked.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from collections.abc import Sequence
 
 import torch
@@ -23,33 +21,10 @@ from torch import Tensor
 from .. import _native
 from .._native import BackendError, cuda_available, isa
 from ..codes.levels import Packed
-from ..layer import Decision, Layer, Sensor, Support, TileList, Weights
+from ..layer import Decision, Layer, Pursuit, Sensor, Support, TileList, Weights
 from ..types import Code
 from . import check
 from .table import CALL
-
-
-class PursuitStatus(enum.IntEnum):
-    """Why `omp` took no further atom."""
-
-    CONVERGED = 0  # what is left is within the tolerance, or no atom explains any of it
-    BUDGET = 1  # the budget is spent
-    ZERO = 2  # the signal has no energy
-    DEPENDENT = 3  # the next atom lies in the span of those taken, up to rounding
-    NOT_FINITE = 4  # something is not finite, or an energy is negative: nothing is kept
-    NO_GAIN = 5  # the last step explained too little
-
-
-@dataclasses.dataclass(frozen=True)
-class Pursuit:
-    """Which atoms explain each signal of a batch, from `omp`."""
-
-    index: Tensor  # (batch, budget_max) int32, in the order taken, 0 beyond count
-    # Their least-squares coefficients, 0 beyond count; without columns if they were not asked for.
-    coef: Tensor  # (batch, budget_max) float32
-    count: Tensor  # (batch,) int32
-    residual: Tensor  # (batch,) float32: norm of what they leave unexplained
-    status: Tensor  # (batch,) int32: a `PursuitStatus`
 
 
 def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tensor, Tensor]:
@@ -67,8 +42,6 @@ def sense(codes: Tensor, equal: Tensor, x: Tensor, *, bits: Code) -> tuple[Tenso
 
     Raises:
         ValueError: The shapes do not fit together, or int32 could overflow.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
     y, scale = CALL["sense"](codes, equal, x, bits)
     return y, scale
@@ -99,8 +72,6 @@ def nested(
 
     Raises:
         ValueError: The shapes do not fit together, or a level has other than 1 to 4 bits.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
     check.integer("nested", "n_levels", len(levels) if n_levels is None else n_levels)
     if n_levels is not None and not 1 <= n_levels <= len(levels):
@@ -161,8 +132,6 @@ def recover(
     Raises:
         ValueError: The shapes do not fit together, a budget or vote is out of range, the
             activation is unknown, or not exactly one of threshold and budget is given.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
     limit = budget if threshold is None else threshold
     if limit is None or (threshold is not None and budget is not None):
@@ -188,8 +157,6 @@ def tile(index: Tensor, count: Tensor, *, tile_rows: int = 1) -> TileList:
 
     Raises:
         ValueError: The shapes do not fit together, or the indices do not ascend within range.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
     tiles, n_tiles = CALL["tile"](index, count, tile_rows)
     return TileList(tiles, n_tiles, tile_rows)
@@ -263,60 +230,15 @@ def omp(
     Raises:
         ValueError: The shapes do not fit together, or a budget, an atom to start with, a dictionary
             or an option is out of range, or the design is unknown or does not fit.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
 
     Source:
         Rubinstein, Zibulevsky, Elad, "Efficient implementation of the K-SVD algorithm using batch
-        orthogonal matching pursuit", Technion, 2008; Wang, Kwon, Shim, "Generalized orthogonal
-        matching pursuit", 2012; Eldar, Kuppinger, Bolcskei, "Block-sparse signals: uncertainty
-        relations and efficient recovery", 2010.
+        orthogonal matching pursuit", 2008; Wang, Kwon, Shim, "Generalized orthogonal matching
+        pursuit", 2012; Eldar, Kuppinger, Bolcskei, "Block-sparse signals", 2010.
     """
     limits = (tolerance, residual_max, correlation_min, gain_min)
     given = (gram, correlation, energy, budget, budget_max, *limits, per_step, group)
     return Pursuit(*CALL["omp"](*given, start, start_count, dictionary, coef, design))
-
-
-def omp_plan(
-    batch: int,
-    n_atoms: int,
-    budget_max: int,
-    *,
-    single: bool = True,
-    processors: int = 132,
-    registers: int = 65536,
-    threads: int = 2048,
-    shared_per_block: int = 232448,
-    shared_per_processor: int = 233472,
-    design: str = "",
-) -> str:
-    """Say how `omp` is launched on a CUDA device, without one.
-
-    Args:
-        batch: Signals.
-        n_atoms: Atoms of the dictionary.
-        budget_max: Atoms to make room for.
-        single: Whether a step takes one atom, as with ``per_step = group = 1``, and `gram` and
-            `correlation` begin at multiples of 16 bytes. Of no account beside a design.
-        processors: Streaming multiprocessors of the device; what follows is of each. Left out, all
-            are those of Hopper.
-        registers: Of four bytes.
-        threads: That can be at work.
-        shared_per_block: Bytes of shared memory that one block may ask for.
-        shared_per_processor: Bytes of shared memory.
-        design: See `omp`.
-
-    Raises:
-        ValueError: A size is out of range, or the design is unknown or does not fit.
-        TypeError: A size is not an int, or `single` not a bool.
-    """
-    sizes = (batch, n_atoms, budget_max)
-    machine = (processors, registers, threads, shared_per_block, shared_per_processor)
-    names = "batch n_atoms budget_max processors registers threads".split()
-    names += ["shared_per_block", "shared_per_processor"]
-    check.integers("omp", **dict(zip(names, (*sizes, *machine), strict=True)))
-    check.of_type("omp", "single", single, bool, "a bool")
-    return _native.omp_plan(*sizes, single, *machine, design)
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
@@ -336,8 +258,6 @@ def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
 
     Raises:
         ValueError: The shapes do not fit together, or `rows` is out of range.
-        TypeError: A tensor has another dtype or is not contiguous.
-        BackendError: The device has no csfast backend, or it failed.
     """
     if rows is None:
         rows = phi.shape[0] if isinstance(phi, Tensor) and phi.dim() == 2 else 0
@@ -371,51 +291,6 @@ def execute(
     biases = (w.gate_bias, w.up_bias, w.down_bias)
     out: Tensor = CALL["execute"](w.gate, w.up, w.down_t, x, *listed, *biases, activation, design)
     return out
-
-
-def choose(
-    batch: int,
-    d: int,
-    n_neurons: int,
-    *,
-    tile_rows: int = 1,
-    shared: bool = False,
-    senses: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    design: str = "",
-    capability: int = 90,
-    n_processors: int = 132,
-    shared_bytes: int = 227 << 10,
-) -> str:
-    """Tell how CUDA executes a layer of these sizes; pure, for machines that need not be there.
-
-    Args:
-        batch: Rows.
-        d: Width of a row.
-        n_neurons: Neurons of the layer.
-        tile_rows: Neurons a tile.
-        shared: Whether all rows have one list.
-        senses: Whether the list is still to be made, as `ffn` does.
-        dtype: T, of tensors that begin at multiples of 16 bytes.
-        design: What is asked for, see `ffn`.
-        capability: Compute capability of the machine, times ten.
-        n_processors: Its streaming multiprocessors.
-        shared_bytes: Shared memory that a block may have.
-
-    Returns:
-        For example ``list register overlapping blocks=132 group_threads=512 vectors=1``.
-
-    Raises:
-        ValueError: The design is unknown or does not fit.
-    """
-    sizes = (batch, d, n_neurons, tile_rows)
-    check.integers("execute", batch=batch, d=d, n_neurons=n_neurons, tile_rows=tile_rows)
-    if min(d, n_neurons, tile_rows) < 1:
-        raise ValueError(
-            f"[execute] d = {d}, n_neurons = {n_neurons}, tile_rows = {tile_rows}: want 1 at least."
-        )
-    kind = (shared, senses, dtype.itemsize, design)
-    return _native.choose(*sizes, *kind, capability, n_processors, shared_bytes)
 
 
 def select(

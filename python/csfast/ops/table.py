@@ -20,16 +20,11 @@ def _n_tiles_max(op: str, s: Sizes) -> int:
     return tiles
 
 
-_WORKSPACES: dict[str, Callable[[int, int, int, bool], int]] = {
-    "select": _native.select_workspace,
-    "execute": _native.execute_workspace,
-    "ffn": _native.ffn_workspace,
-}
-
-
 def _layer_bytes(op: str, s: Sizes) -> int:
     """The workspace of `select`, `execute` and `ffn`."""
-    return _WORKSPACES[op](s["batch"], s["d"], s["n_neurons"], s["is_cuda"])
+    of = getattr(_native, f"{op}_workspace")
+    n_bytes: int = of(s["batch"], s["d"], s["n_neurons"], s["is_cuda"])
+    return n_bytes
 
 
 def _omp_bytes(op: str, s: Sizes) -> int:
@@ -91,13 +86,16 @@ def _row(
     args: str,
     outs: str,
     *,
-    sized_by: str,
+    sized_by: str = "",
     scratch: str = "",
     check: Callable[[str, Sizes], None] = _few_neurons,
     overloads: dict[str, tuple[str, ...]] | None = None,
 ) -> Op:
-    parts = (arguments(args), arguments(outs), tuple(sized_by.split()), arguments(scratch))
-    return Op(name, *parts, check, overloads or {"": ()})
+    """A row, sized by its activations, if it has any, and its first input."""
+    given = arguments(args)
+    names = [arg.name for arg in given]
+    by = (sized_by,) if sized_by else tuple(dict.fromkeys(["x"] * ("x" in names) + names[:1]))
+    return Op(name, given, arguments(outs), by, arguments(scratch), check, overloads or {"": ()})
 
 
 _X = "T[batch d] x"
@@ -115,7 +113,6 @@ OPS = (
         "sense",
         f"uint8[n_neurons 2 groups group_bytes] codes, float32[d] equal, {_X}, code code",
         "int32[batch n_neurons 2] y, float32[batch] scale",
-        sized_by="x codes",
         scratch=_Q,
     ),
     _row(
@@ -123,7 +120,6 @@ OPS = (
         "uint8[n_neurons 2 chunks chunk_bytes][] codes, uint8[n_neurons 2 groups][] exponent,"
         f"bfloat16[n_neurons 2][] top, float32[d] equal, {_X}, ints bits",
         "float32[batch n_neurons 2] y, float32[batch] scale",
-        sized_by="x codes",
         scratch=_Q,
     ),
     _row(
@@ -133,14 +129,12 @@ OPS = (
         f"float32[n_neurons columns]? offset, {_VOTES}, int tile_rows=1, {_ACTIVATION}",
         "int32[lists n_tiles_max] index=0, int32[lists] count, float32[lists n_tiles_max] usage,"
         "float32[lists] missed",
-        sized_by="y",
         check=_measured,
     ),
     _row(
         "tile",
         "int32[batch n_neurons] index, int32[batch] count, int tile_rows",
         "int32[batch n_tiles_max] tile=0, int32[batch] n_tiles",
-        sized_by="index",
     ),
     _row(
         "omp",
@@ -159,7 +153,6 @@ OPS = (
         "project",
         f"T[m d] phi, {_X}, int rows",
         "float32[batch rows] y",
-        sized_by="x phi",
         check=_few_measurements,
     ),
     _row(
@@ -167,7 +160,6 @@ OPS = (
         f"{_WEIGHTS}, {_X}, int32[lists n_tiles_max] tile, int32[lists] n_tiles, int tile_rows,"
         f"{_BIASES}, {_ACTIVATION}, {_DESIGN}",
         "T[batch d] out",
-        sized_by="x gate",
         scratch=_WORKSPACE,
     ),
     _row(
@@ -176,7 +168,6 @@ OPS = (
         f"{_ACTIVATION}, {_DESIGN}, int32[lists]? cap",
         "int32[lists n_tiles_max] tile, int32[lists] n_tiles, float32[lists] missed,"
         "int32[lists]? dropped",
-        sized_by="x codes",
         scratch=_WORKSPACE,
         overloads={"": (), "capped": ("cap", "dropped")},
     ),
@@ -186,7 +177,6 @@ OPS = (
         f"{_OFFSET}, {_BIASES}, {_VOTES}, {_ACTIVATION}, {_DESIGN}, int64[2]?! stats,"
         "int32[lists]? cap, int64[1]?! dropped",
         "T[batch d] out",
-        sized_by="x codes",
         scratch=_WORKSPACE,
         overloads={"": (), "counted": ("stats",), "capped": ("stats", "cap", "dropped")},
     ),

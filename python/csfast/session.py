@@ -7,11 +7,9 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..layer import Layer
-from . import check
-from .register import stream
-from .table import OPS
+from .layer import Layer
+from .ops import check, native, stream
+from .ops.table import OPS
 
 # The tensors of a bound layer, by their places in the row of `ops.ffn`: all but what calls bring.
 _ROW = next(op for op in OPS if op.name == "ffn").args
@@ -36,7 +34,7 @@ class Session:
         if self._device.type not in ("cpu", "cuda"):
             raise ValueError(f"[session] device = {device}: want cpu or cuda.")
         self._cuda = self._device.type == "cuda"
-        self._native = _native.Session(self._cuda)
+        self._native = native.Session(self._cuda)
         self._bound: list[tuple[Layer, Tensor | None]] = []
         self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
         self._workspaces: dict[int, Tensor] = {}
@@ -135,4 +133,4 @@ def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) 
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"[session] device = {device}: want cpu or cuda.")
-    return _native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")
+    return native.ffn_workspace(max_batch, d, n_neurons, device.type == "cuda")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _native
+from ..ops import native
 
 MOST_BUFFERS = 240  # of one reader: CUDA takes them as an argument of its kernel
 
@@ -43,15 +43,15 @@ class Reader:
         self.n_bytes = sum(self._bytes)
         device = buffers[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            n_sums = _native.read_sums(device.type == "cuda")
+            n_sums = native.read_sums(device.type == "cuda")
         self.sums = torch.empty(n_sums, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
         """Read everything; asynchronous on CUDA."""
         device = self.sums.device
         if device.type != "cuda":
-            _native.read(self._address, self._bytes, self.sums, 0)
+            native.read(self._address, self._bytes, self.sums, 0)
             return
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
-            _native.read(self._address, self._bytes, self.sums, stream)
+            native.read(self._address, self._bytes, self.sums, stream)

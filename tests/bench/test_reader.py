@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csfast import ops
-from csfast.ops.read import MOST_BUFFERS, Reader
+from csfast.bench.reader import MOST_BUFFERS, Reader
 
 ROOT = pathlib.Path(__file__).parents[2]
 DEVICES = [
