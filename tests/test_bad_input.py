@@ -551,7 +551,7 @@ TABLE = {
     "no such model": (
         lambda s: models.load(s.folder / "x"),
         FileNotFoundError,
-        "want a model folder, or the name of a model in the local cache",
+        "want a model folder, a GGUF file, or the name of a model in the local cache",
     ),
     "folder without model": (lambda s: models.load(s.folder), M, "want a model folder with conf"),
     # stream_text
