@@ -417,6 +417,28 @@ def test_outputs_do_not_overwrite_each_other(folder):
     assert "nowhere" in refused("ablate", "nowhere", "--json", "/dev/null", "--html", "/dev/null")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("calibrate", "nowhere", "--data", "{read}", "--out", "{link}"),
+        ("eval", "nowhere", "{read}", "--json", "{read}"),
+        ("eval", "nowhere", "no.plan", "--data", "{read}", "--html", "{link}"),
+        ("ablate", "nowhere", "--data", "{read}", "--json", "{read}"),
+        ("tokens", "nowhere", "{read}", "--html", "{read}"),
+        ("phase", "nowhere", "--data", "{read}", "--dictionaries", "{read}"),
+        ("report", "{link}", "--ablation", "{read}"),
+    ],
+    ids=" ".join,
+)
+def test_an_output_does_not_overwrite_what_is_read(command, tmp_path):
+    read, link = tmp_path / "read", tmp_path / "link"
+    read.write_text("kept")
+    link.symlink_to(read)
+    line = refused(*(word.format(read=read, link=link) for word in command))
+    assert line.endswith("is read by this command: want another file.")
+    assert read.read_text() == "kept"
+
+
 def test_a_folder_for_the_demo_is_no_file(folder):
     (folder / "file").write_text("kept")
     assert refused("demo", "--out", folder / "file").endswith("want a folder.")

@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -342,14 +342,20 @@ def headed(results: dict[str, Any], where: torch.device) -> dict[str, Any]:
     return {**head.of(where, command=command()), **results}
 
 
-def check_outputs(*paths: pathlib.Path | None) -> None:
-    """Refuse outputs that could not be written, or would overwrite each other, before the work."""
+def check_outputs(*paths: pathlib.Path | None, inputs: Iterable[pathlib.Path | None] = ()) -> None:
+    """Refuse outputs that could not be written, before the work.
+
+    Nor may they overwrite each other, or what the command reads.
+    """
     seen: set[str] = set()
+    read = {os.path.realpath(path) for path in inputs if path is not None}
     for path in paths:
         if path is None:
             continue
         files.check_writable(path)
         target = os.path.realpath(path)
+        if target in read:
+            raise ValueError(f"[write] {str(path)!r} is read by this command: want another file.")
         if target in seen and not (path.exists() and not path.is_file()):
             raise ValueError(f"[write] {str(path)!r} is given twice: want a file for each output.")
         seen.add(target)

@@ -70,7 +70,7 @@ def evaluate_(
     seed: Seed = 0,
 ) -> None:
     """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
-    check_outputs(json_file, html_file)
+    check_outputs(json_file, html_file, inputs=(data, plan))
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
     where = place(device, threads)
@@ -122,7 +122,7 @@ def ablate(
         raise ValueError(
             "[ablate] --resume without --json: want the file of the run to go on with."
         )
-    check_outputs(json_file, html_file)
+    check_outputs(json_file, html_file, inputs=(data,))
     try:
         fractions = [float(part) for part in bytes_.split(",")]
     except ValueError as error:
@@ -188,7 +188,7 @@ def tokens(
     seed: Seed = 0,
 ) -> None:
     """Show what every token of a text cost, one text of every task."""
-    check_outputs(json_file, html_file)
+    check_outputs(json_file, html_file, inputs=(data, plan))
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
     where = place(device, threads)
@@ -241,7 +241,7 @@ def phase(
     """Measure which sparsity is recovered from how many measurements, and what theory promises."""
     if resume and json_file is None:
         raise ValueError("[phase] --resume without --json: want the file of the run to go on with.")
-    check_outputs(json_file, dictionaries_file, html_file)
+    check_outputs(json_file, dictionaries_file, html_file, inputs=(data,))
     with resumable("phase", json_file, resume=resume, overwrite=overwrite) as partial:
         select = read_documents(data, Part.SELECT, limit)
         kept = read_documents(data, Part.REPORT, limit)
@@ -299,7 +299,6 @@ def report_(
     ] = None,
 ) -> None:
     """Write one page of results from files of them."""
-    check_outputs(out)
     files = {
         "ablation": ablation,
         "evaluation": evaluation,
@@ -310,6 +309,7 @@ def report_(
         "storage": storage,
         "demo": demo_file,
     }
+    check_outputs(out, inputs=files.values())
     given = {kind: results_.read(path, kind) for kind, path in files.items() if path is not None}
     page.write_report(out, **given)
     Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")

@@ -106,7 +106,7 @@ def calibrate(
 ) -> None:
     """Find a model's codes and thresholds on sample text and write them to a plan."""
     clock = timing.Clock()
-    check_outputs(out)
+    check_outputs(out, inputs=(data,))
     with resumable("calibrate", out, resume=resume, overwrite=overwrite) as partial:
         samples = read_documents(data, part, limit)
         where = place(device, threads)
