@@ -44,8 +44,10 @@ MAY_IMPORT = {
     "plan": {"codes", "container", "files", "layer", "models", "types"},
     "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
     "votes": set(),
-    "patch": {"codes", "layer", "models", "ops", "plan", "session", "types", "votes"},
-    "__init__": {"_version", "calibration", "documents", "models", "ops", "patch", "plan", "types"},
+    "bypass": {"models", "votes"},
+    "patch": {"bypass", "codes", "layer", "models", "ops", "plan", "session", "types", "votes"},
+    "__init__": {"_version", "bypass", "calibration", "documents", "models", "ops", "patch", "plan"}
+    | {"types"},
     "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
     "bench": {"codes", "designs", "doctor", "layer", "ops", "reference", "session", "types"},
     "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
@@ -59,8 +61,8 @@ MAY_IMPORT = {
 }
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
-    "__init__ _native _version calibration codes container documents files layer models ops patch "
-    "plan session types votes"
+    "__init__ _native _version bypass calibration codes container documents files layer models ops "
+    "patch plan session types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 MAY_INCLUDE = {

@@ -1,16 +1,26 @@
+import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import logging
 import math
 import operator
 import pickle
+import threading
 import weakref
+from concurrent import futures
 
 import pytest
 import torch
 import transformers
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules import module as torch_modules
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import csfast
 import numeric
@@ -371,7 +381,7 @@ def _write_fused(model):
 STALE = {
     "written": ("llama", _write, "layer 1: up_proj was written to"),
     "replaced": ("llama", _replace, "layer 1: up_proj was moved or replaced"),
-    "adapter": ("llama", _adapt, "layer 1: a projection was replaced"),
+    "adapter": ("llama", _adapt, "layer 1: up_proj was replaced"),
     "loaded": ("llama", _load, "layer 0: gate_proj was written to"),
     "cast": ("llama", lambda m: m.to(torch.bfloat16), "layer 0: gate_proj was moved or replaced"),
     "bias written": ("llama-bias", _write_bias, r"layer 1: down_proj\.bias was written to"),
@@ -392,6 +402,564 @@ def test_changed_weights_are_noticed(name, block, plans):
     csfast.remove(model)
     with torch.no_grad():
         model(torch.tensor([[3]]))
+
+
+def _double(*arguments):
+    return 2 * arguments[-1]
+
+
+def _hook(mlp, stack):
+    stack.callback(mlp.up_proj.register_forward_hook(_double).remove)
+
+
+def _pre_hook(mlp, stack):
+    hook = mlp.down_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    stack.callback(hook.remove)
+
+
+def _hook_on_activation(mlp, stack):
+    stack.callback(mlp.act_fn.register_forward_hook(_double).remove)
+
+
+def _global_hook(mlp, stack):
+    def double_linear(module, args, out):
+        return 2 * out if isinstance(module, torch.nn.Linear) else out
+
+    stack.callback(torch_modules.register_module_forward_hook(double_linear).remove)
+
+
+def _global_pre_hook(mlp, stack):
+    stack.callback(torch_modules.register_module_forward_pre_hook(lambda *a: None).remove)
+
+
+def _prune(mlp, stack):
+    prune.l1_unstructured(mlp.up_proj, "weight", amount=0.5)
+
+
+def _normalise(mlp, stack):
+    torch.nn.utils.parametrizations.weight_norm(mlp.up_proj)
+
+
+def _wrap(mlp, stack):
+    old = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: 2 * old(x)
+    stack.callback(delattr, mlp.up_proj, "forward")
+
+
+def _wrap_activation(mlp, stack):
+    old = mlp.act_fn.forward
+    mlp.act_fn.forward = lambda x: 2 * old(x)
+    stack.callback(delattr, mlp.act_fn, "forward")
+
+
+def _compile_in_place(mlp, stack):
+    mlp.up_proj.compile(backend="eager")
+    stack.callback(torch.compiler.reset)
+    stack.callback(delattr, mlp.up_proj, "_compiled_call_impl")
+
+
+def _class(name):
+    """Of a class of torch or transformers another forward or call, while the block lasts."""
+
+    def change(mlp, stack):
+        kind = {"module": transformers.models.llama.modeling_llama.LlamaMLP}.get(
+            name.split()[0], torch.nn.Linear
+        )
+        attribute = name.split()[1]
+        old = getattr(kind, attribute)
+        patched = pytest.MonkeyPatch()
+        patched.setattr(kind, attribute, lambda self, x: 2 * old(self, x))
+        stack.callback(patched.undo)
+
+    return change
+
+
+def _mode(make):
+    return lambda mlp, stack: stack.enter_context(make())
+
+
+class _Plain(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class _PlainDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+BYPASSED = {
+    "forward hook": ("hooks", _hook),
+    "forward pre-hook": ("hooks", _pre_hook),
+    "hook on the activation": ("hooks", _hook_on_activation),
+    "hook on all modules": ("hooks", _global_hook),
+    "pre-hook on all modules": ("hooks", _global_pre_hook),
+    "pruned": ("hooks", _prune),
+    "parametrised": ("wrapped", _normalise),
+    "wrapped projection": ("wrapped", _wrap),
+    "wrapped activation": ("wrapped", _wrap_activation),
+    "projection compiled in place": ("wrapped", _compile_in_place),
+    "forward of the class": ("wrapped", _class("module forward")),
+    "forward of all linear layers": ("wrapped", _class("linear forward")),
+    "call of all linear layers": ("wrapped", _class("linear __call__")),
+    "dispatch mode": ("tracing", _mode(_PlainDispatch)),
+    "counted operations": ("hooks", _mode(lambda: FlopCounterMode(display=False))),
+    "function mode": ("tracing", _mode(_Plain)),
+    "forward-mode": ("transform", _mode(forward_ad.dual_level)),
+    "autocast": ("autocast", _mode(lambda: torch.autocast("cpu", torch.bfloat16))),
+    "gradients of weights": ("gradients", _mode(torch.enable_grad)),
+    "training": ("training", lambda mlp, stack: mlp.train()),
+}
+
+
+@pytest.mark.parametrize("name", BYPASSED)
+def test_the_original_runs_where_kernels_would_bypass_something(name, plans, caplog):
+    reason, change = BYPASSED[name]
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+    outs = []
+    for is_applied in (False, True):
+        model = tiny.make_model()
+        mlp = layers_of(model)[0]
+        if is_applied:
+            csfast.apply(model, plans(), density=0.1)
+        with caplog.at_level(logging.WARNING, logger="csfast"):
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                change(mlp, stack)
+                outs.append([mlp(x), mlp(x)])
+    for wanted, found in zip(*outs, strict=True):
+        assert torch.equal(wanted, found) and wanted.requires_grad == found.requires_grad
+    counted = csfast.stats(model)
+    assert counted.tokens == (0, 0) and counted.dense == {reason: 2}
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("[ffn] ") and ("the original runs" in said or "runs dense" in said)
+    if name not in ("pruned", "parametrised", "training"):  # which stay
+        with torch.no_grad():
+            mlp(x)
+        assert csfast.stats(model).tokens == (1, 0)
+
+
+def test_backward_hooks_see_every_gradient(plans):
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.1)
+    mlp, x = layers_of(model)[0], torch.randn(1, 1, 64)
+    seen = []
+    mlp.gate_proj.register_full_backward_hook(lambda *arguments: seen.append("full"))
+    mlp.up_proj.register_full_backward_pre_hook(lambda *arguments: seen.append("pre"))
+    mlp(x).sum().backward()
+    assert sorted(seen) == ["full", "pre"]
+    assert csfast.stats(model).dense == {"gradients": 1}
+
+
+def test_another_activation_is_noticed(plans):
+    for replacement in (torch.nn.ReLU(), torch.nn.SiLU()):
+        model = tiny.make_model()
+        csfast.apply(model, plans(), density=0.1)
+        layers_of(model)[1].act_fn = replacement
+        with torch.no_grad(), pytest.raises(csfast.StaleWeightsError, match="1: act_fn was repla"):
+            model(torch.tensor([[3]]))
+        csfast.remove(model)
+
+
+def test_an_activation_that_is_a_function_is_noticed_too(plans):
+    model = tiny.make_model()
+    for mlp in layers_of(model):
+        del mlp.act_fn
+        mlp.act_fn = torch.nn.functional.silu
+    csfast.apply(model, plans(), density=0.1)
+    with torch.no_grad():
+        model(torch.tensor([[3]]))
+        layers_of(model)[0].act_fn = torch.relu
+        with pytest.raises(csfast.StaleWeightsError, match="0: act_fn was replaced"):
+            model(torch.tensor([[3]]))
+    assert csfast.stats(model).tokens == (1, 1)
+
+
+def test_autocast_to_the_dtype_of_the_weights_changes_nothing(plans):
+    model = tiny.make_model(dtype=torch.bfloat16)
+    csfast.apply(model, plans(dtype=torch.bfloat16), density=0.25)
+    mlp, x = layers_of(model)[0], torch.randn(1, 1, 64).bfloat16()
+    with torch.no_grad():
+        wanted = mlp(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(mlp(x), wanted)
+            assert mlp(x.float()).dtype == torch.bfloat16
+    assert csfast.stats(model).tokens == (2, 0)
+    assert csfast.stats(model).dense == {"autocast": 1}
+
+
+def test_a_default_device_is_no_reason(plans):
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.25)
+    with torch.no_grad(), torch.device("cpu"):
+        model(torch.tensor([[3]]))
+    assert csfast.stats(model).tokens == (1, 1)
+
+
+def test_transforms_and_traces_see_the_original(plans):
+    model = tiny.make_model()
+    mlp = layers_of(model)[0]
+    x = torch.randn(4, 1, 1, 64)
+    with torch.no_grad():
+        wanted = mlp(x[:, 0])
+        csfast.apply(model, plans(), density=0.1)
+        torch.testing.assert_close(torch.func.vmap(mlp)(x)[:, 0], wanted)
+        _, slope = torch.func.jvp(mlp, (x[0],), (torch.ones_like(x[0]),))
+        assert slope.ne(0).any()
+        for trace in (
+            torch.jit.trace(mlp, x[0], check_trace=False),
+            torch.fx.symbolic_trace(mlp),
+            make_fx(mlp)(x[0]),
+        ):
+            torch.testing.assert_close(trace(x[1]), wanted[1:2])
+    steep = torch.func.grad(lambda v: mlp(v).sum())(x[0])
+    assert steep.ne(0).any()
+    assert csfast.stats(model).tokens == (0, 0)
+    assert set(csfast.stats(model).dense) >= {"transform", "tracing", "gradients"}
+
+
+def test_frozen_weights_want_no_gradient(plans):
+    model = tiny.make_model().requires_grad_(False)
+    csfast.apply(model, plans(), density=0.25)
+    mlp, x = layers_of(model)[0], torch.randn(1, 1, 64)
+    mlp(x)
+    assert csfast.stats(model).tokens == (1, 0)
+    mlp(x.clone().requires_grad_()).sum().backward()
+    mlp.down_proj.weight.requires_grad_(True)
+    mlp(x).sum().backward()
+    assert mlp.down_proj.weight.grad is not None
+    assert csfast.stats(model).tokens == (1, 0)
+
+
+@pytest.mark.parametrize("adapted", ["forward", "child"])
+def test_weights_called_by_others_are_the_users(adapted, plans):
+    """`functional_call` with other weights, and children that share the weights they replace."""
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.1)
+    mlp, x = layers_of(model)[0], torch.randn(1, 1, 64)
+    if adapted == "child":
+        new = torch.nn.Linear(64, 160, bias=False)
+        new.weight = mlp.up_proj.weight
+        mlp.up_proj = new
+    with torch.no_grad(), pytest.raises(csfast.StaleWeightsError, match="up_proj was"):
+        if adapted == "child":
+            mlp(x)
+        else:
+            weight = torch.zeros_like(mlp.up_proj.weight)
+            torch.func.functional_call(mlp, {"up_proj.weight": weight}, (x,))
+    assert csfast.stats(model).tokens == (0, 0)
+
+
+def test_arguments_of_another_form_are_the_originals(plans):
+    model = tiny.make_model()
+    mlp, x = layers_of(model)[0], torch.randn(1, 1, 64)
+    csfast.apply(model, plans(), density=0.1)
+    with csfast.dense(model), torch.no_grad():
+        wanted = mlp(x)
+    with torch.no_grad():
+        assert torch.equal(mlp(x=x), wanted)
+        assert torch.equal(mlp(torch.nn.Parameter(x)), wanted)
+        with pytest.raises(TypeError):
+            mlp(x, x)
+    assert csfast.stats(model).dense == {"dense()": 1, "layout": 3}
+
+
+def wrapped_twice(mlp):
+    """What accelerate, profilers and others do to a forward."""
+    for _ in range(2):
+        mlp.forward = functools.partial(lambda inner, *a, **k: inner(*a, **k), mlp.forward)
+
+
+def test_a_forward_wrapped_after_apply_outlives_remove(plans):
+    model, ids = tiny.make_model(), tiny.make_ids(1, 20)[0]
+    wanted = decode(model, ids, 5)
+    csfast.apply(model, plans(), density=0.25)
+    sparse = decode(model, ids, 5)
+    for mlp in layers_of(model):
+        wrapped_twice(mlp)
+    assert torch.equal(decode(model, ids, 5), sparse)
+    kept = model.model.layers[0].mlp.forward
+    csfast.remove(model)
+    assert torch.equal(decode(model, ids, 5), wanted)
+    for mlp in (layer.mlp for layer in model.model.layers):
+        del mlp.forward
+    csfast.apply(model, plans(), density=0.25)
+    model.model.layers[0].mlp.forward = kept
+    assert torch.equal(decode(model, ids, 5), sparse)
+
+
+def test_a_forward_that_was_put_back_is_no_wrapper(plans):
+    """Whoever wraps and unwraps by attribute leaves csfast's own forward on the instance."""
+    model = tiny.make_model()
+    before = state_of(model)
+    csfast.apply(model, plans(), density=0.25)
+    for mlp in layers_of(model):
+        mlp.forward = mlp.forward
+    csfast.remove(model)
+    assert state_of(model) == before
+    csfast.apply(model, plans(), density=0.25)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_hooks_are_seen_by_compiled_models(backend, plans):
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.25)
+    layers_of(model)[0].up_proj.register_forward_hook(_double)
+    step = torch.tensor([[3]])
+    try:
+        with torch.no_grad():
+            found = torch.compile(model, backend=backend, fullgraph=True)(step).logits
+            torch.testing.assert_close(found, model(step).logits)
+    finally:
+        torch.compiler.reset()
+    assert csfast.stats(model).dense == {"hooks": 1}
+
+
+def test_dense_reaches_compiled_models(plans):
+    model = tiny.make_model()
+    step = torch.tensor([[3]])
+    with torch.no_grad():
+        wanted = model(step).logits
+        csfast.apply(model, plans(), density=0.1)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        try:
+            sparse = compiled(step).logits
+            with csfast.dense(model):
+                assert torch.equal(compiled(step).logits, wanted)
+            assert torch.equal(compiled(step).logits, sparse)
+            assert not torch.equal(sparse, wanted)
+        finally:
+            torch.compiler.reset()
+
+
+def in_threads(*jobs):
+    """Run some functions at once; raises what one of them raises."""
+    with futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+
+def large_model():
+    """A model whose kernels run long enough to overlap."""
+    return tiny.make_model(hidden_size=256, intermediate_size=1024)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_threads_share_a_model(joint):
+    model = large_model()
+    csfast.apply(model, calibrated(model, joint=joint), density=0.5, joint=joint)
+    prompts = [torch.cat(tiny.make_ids(n, 6, seed=n)) for n in (1, 3)]
+
+    def generate(ids):
+        return model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+
+    wanted = [generate(ids) for ids in prompts]
+    found = in_threads(*(lambda ids=ids: [generate(ids) for _ in range(6)] for ids in prompts))
+    for one, several in zip(wanted, found, strict=True):
+        assert all(torch.equal(one, other) for other in several)
+    counted = csfast.stats(model)
+    assert counted.tokens == (7 * 19 * 4,) * 2 and counted.dense == {"prompt": 2 * 7 * 2}
+
+
+def test_dense_blocks_are_of_their_thread(plans):
+    model, ids = tiny.make_model(), tiny.make_ids(1, 10)[0]
+    wanted = decode(model, ids, 20)
+    csfast.apply(model, plans(), density=0.25)
+    sparse = decode(model, ids, 20)
+    inside, outside = threading.Event(), threading.Event()
+
+    def dense():
+        with csfast.dense(model):
+            inside.set()
+            assert outside.wait(60)
+            return decode(model, ids, 20)
+
+    def usual():
+        assert inside.wait(60)
+        found = decode(model, ids, 20)
+        outside.set()
+        return found
+
+    exact, same = in_threads(dense, usual)
+    assert torch.equal(exact, wanted) and torch.equal(same, sparse)
+    assert torch.equal(decode(model, ids, 20), sparse)
+
+
+def test_density_may_change_and_csfast_may_go_while_others_generate(plans):
+    model, ids = tiny.make_model(), tiny.make_ids(1, 10)[0]
+    step = torch.tensor([[3]])
+    with torch.no_grad():
+        outs = [model(step).logits]
+        csfast.apply(model, plans(), density=0.25)
+        outs.append(model(step).logits)
+    done = threading.Event()
+
+    def generate():
+        n = 0
+        while not done.is_set() or n < 5:
+            assert decode(model, ids, 10).isfinite().all()
+            n += 1
+
+    def change():
+        try:
+            for _ in range(30):
+                csfast.set_density(model, 0.75)
+                csfast.stats(model)
+                csfast.set_density(model, 0.25)
+            for _ in range(10):
+                csfast.remove(model)
+                csfast.apply(model, plans(), density=0.25)
+        finally:
+            done.set()
+
+    in_threads(generate, generate, change)
+    with torch.no_grad():
+        assert torch.equal(model(step).logits, outs[1])
+        csfast.remove(model)
+        assert torch.equal(model(step).logits, outs[0])
+
+
+def test_streams_take_turns(monkeypatch):
+    """Only a change of stream waits: the first time for the device, then for the call before."""
+    said = []
+
+    class Stream(str):
+        def wait_event(self, event):
+            said.append(f"{self} waits for {event.after}")
+
+    class Event:
+        after = None
+
+        def record(self, stream):
+            self.after = str(stream)
+
+    now = {"stream": Stream("a"), "captures": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["captures"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("all"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    turns = patch._Turns(torch.device("cuda"))
+    for stream in "aabCbbac":
+        now |= {"stream": Stream(stream), "captures": stream.isupper()}
+        turns.begin()
+        turns.end()
+    assert said == ["all", "a waits for b", "c waits for a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype, plans):
+    model, ids = tiny.make_model(), torch.cat(tiny.make_ids(3, 10))
+    outs = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            for joint in (False, True):
+                csfast.apply(model, plans(), density=0.5, joint=joint)
+                if joint:
+                    csfast.set_votes(model, [True, False, True])
+                outs.append(decode(model, ids, 5))
+                csfast.set_density(model, 0.25)
+                outs.append(decode(model, ids, 5))
+                outs.append(torch.tensor(csfast.stats(model).neurons))
+                assert torch.get_default_dtype() == default
+                csfast.remove(model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for wanted, found in zip(outs[:6], outs[6:], strict=True):
+        assert torch.equal(wanted, found) and wanted.dtype == found.dtype
+
+
+def test_the_default_device_changes_nothing(plans):
+    model = tiny.make_model()
+    with torch.device("meta"):
+        csfast.apply(model, plans(), density=0.5, joint=True)
+        csfast.set_density(model, 0.25)
+        csfast.set_votes(model, [True, False])
+        csfast.set_votes(model, None)
+    assert decode(model, tiny.make_ids(1, 10)[0], 5).isfinite().all()
+    assert csfast.stats(model).tokens == (5, 5)
+
+
+def test_dense_calls_are_counted_by_reason_and_told_once(plans, caplog):
+    model = tiny.make_model()
+    csfast.apply(model, plans(), density=0.25)
+    prompt, name = torch.cat(tiny.make_ids(2, 10)), models.cache_argument(model)
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="csfast"):
+        for _ in range(2):
+            model(prompt)
+            cache = model(prompt, use_cache=True)[name]
+            model(prompt[:, :3], **{name: cache})
+            model(prompt[:, :1], **{name: cache})
+            model(torch.full((17, 1), 3))
+            with csfast.dense(model):
+                model(prompt[:, :1])
+            csfast.set_density(model, 1)
+            model(prompt[:, :1])
+            csfast.set_density(model, 0.25)
+            model.train()(prompt[:, :1])
+            model.eval()
+            layers_of(model)[1](torch.zeros(1, 64))
+            layers_of(model)[1](torch.zeros(0, 1, 64))
+            layers_of(model)[1](torch.zeros(2, 1, 128)[..., ::2])
+        model.model(prompt)
+    assert csfast.stats(model).dense == {
+        "prompt": 10,
+        "several tokens": 4,
+        "batch above 16": 4,
+        "dense()": 4,
+        "density 1": 4,
+        "training": 4,
+        "layout": 6,
+    }
+    assert csfast.stats(model).tokens == (4, 4) and sum(csfast.stats(model).fallbacks) == 0
+    assert len(caplog.records) == 7
+    loud = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(loud) == 4 and any("a batch of more than 16 sequences" in text for text in loud)
+
+
+def test_assisted_generation_is_told(plans, caplog):
+    model, ids = tiny.make_model(), tiny.make_ids(1, 20)[0]
+    csfast.apply(model, plans(), density=0.25)
+    with caplog.at_level(logging.WARNING, logger="csfast"):
+        model.generate(
+            ids.repeat(1, 3), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    counted = csfast.stats(model)
+    assert counted.dense["several tokens"] > 0 and counted.dense["prompt"] == 2
+    assert caplog.text.count("assisted generation") == 1
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_caches_of_other_kinds_are_told_apart(cache, plans):
+    model, ids = tiny.make_model(), tiny.make_ids(1, 10)[0]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    csfast.apply(model, plans(), density=0.25)
+    wanted = model.generate(ids, **options)
+    found = model.generate(ids, cache_implementation=cache, disable_compile=True, **options)
+    assert torch.equal(found, wanted)
+    assert csfast.stats(model).dense == {"prompt": 4} and csfast.stats(model).tokens == (10, 10)
+
+
+def test_sequences_in_one_row_run_dense_alone_or_in_company(plans, caplog):
+    """As `generate_batch` calls a model: it says where in the row the requests end."""
+    model = tiny.make_model()
+    rows = torch.tensor([[3, 4]])
+    position = torch.zeros_like(rows)
+    apart = torch.eye(2, dtype=torch.bool)[None, None]
+    with torch.no_grad():
+        wanted = model(rows, attention_mask=apart, position_ids=position).logits
+        csfast.apply(model, plans(), density=0.1)
+        with caplog.at_level(logging.WARNING, logger="csfast"):
+            ends = torch.tensor([0, 1, 2])
+            found = model(
+                rows, attention_mask=apart, position_ids=position, cu_seq_lens_q=ends
+            ).logits
+            alone = model(rows[:, :1], cu_seq_lens_q=ends[:2]).logits
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(alone, wanted[:, :1])
+    assert csfast.stats(model).dense == {"continuous batching": 4}
+    assert caplog.text.count("continuous batching") == 1
+    with torch.no_grad():
+        model(rows[:, :1])
+    assert csfast.stats(model).tokens == (1, 1)
 
 
 def test_input_of_another_dtype_is_refused(plans):
@@ -571,6 +1139,7 @@ def joint_output(model, plan, number, x, votes, *, density, block=1):
 
 @inside(is_joint=[False, True])
 @pytest.mark.parametrize(("block", "most"), [(1, 40), (16, 2)])
+@torch.no_grad()
 def test_a_cap_keeps_the_largest_usages(block, most, is_joint, plans):
     """A quarter of 160 neurons, or of their ten blocks, where the threshold alone keeps half."""
     model, x = tiny.make_model(), torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -596,6 +1165,7 @@ def test_a_cap_keeps_the_largest_usages(block, most, is_joint, plans):
         assert torch.equal(ops.ffn(capped, x[:, 0]), out[:, 0])
 
 
+@torch.no_grad()
 def test_a_cap_holds_in_a_compiled_model(plans):
     model, x = tiny.make_model(), torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
     csfast.apply(model, plans(), density=0.5, cap=0.1)

@@ -14,6 +14,7 @@ if importlib.util.find_spec(f"{__name__}._native") is None:
     )
 
 from ._version import __version__
+from .bypass import StaleWeightsError
 from .calibration import calibrate
 from .documents import read as read_documents
 from .models import stream_text
@@ -21,7 +22,6 @@ from .ops import BackendError
 from .patch import (
     Applied,
     ResourceLimitError,
-    StaleWeightsError,
     Stats,
     apply,
     dense,

@@ -1,25 +1,28 @@
 """The first front door: patch a loaded model in place so that decoding runs sparsely.
 
-A patched layer decides by shape alone: one token a sequence goes through the kernels, anything
-longer through the original module. The user's weights are read where they are and never written;
-csfast owns the codes and one transposed copy of the down projection, for blocks also a copy of gate
-and up in the order of the plan, and `remove` frees all of it.
+In a patched layer one token a sequence goes through the kernels; anything longer, and whatever else
+`bypass` gives a reason for, through the original module. The user's weights are read where they are
+and never written; csfast owns the codes and one transposed copy of the down projection, for blocks
+also a copy of gate and up in the order of the plan, and `remove` frees all of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
+import functools
 import logging
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from . import models, ops
+from . import bypass, models, ops
+from .bypass import Bypassed
 from .codes import planes
 from .layer import Decision, Layer, Weights
 from .models import PATCH, Ffn
@@ -31,12 +34,7 @@ from .votes import BATCH_MAX, Votes
 _MEMORY_SHARE = 0.8  # of the free memory: the cache of keys and values needs some too
 _log = logging.getLogger("csfast")
 
-Seen = list[int]  # of every watched tensor its address, 0 if there is none, and its version
 Criterion = Callable[..., Tensor]  # what `generate` asks after every step
-
-
-class StaleWeightsError(RuntimeError):
-    """Weights of a patched model were changed, moved or replaced since `apply`."""
 
 
 class ResourceLimitError(ValueError):
@@ -78,18 +76,61 @@ class Stats:
         neurons: Neurons executed for them, in all.
         fallbacks: Calls that the kernels failed and the original module answered.
         n_neurons: Neurons of the layer.
+        dense: Calls that ran the original module, those of all layers together, by the reason:
+            ``"prompt"``, ``"fallback"`` and so on; `docs/api.md` has them all.
     """
 
     tokens: tuple[int, ...]
     neurons: tuple[int, ...]
     fallbacks: tuple[int, ...]
     n_neurons: tuple[int, ...]
+    dense: Mapping[str, int]
 
     @property
     def density(self) -> float:
         """Fraction of neurons executed over all tokens and layers; 1 if there were none."""
         possible = sum(t * n for t, n in zip(self.tokens, self.n_neurons, strict=True))
         return sum(self.neurons) / possible if possible else 1.0
+
+
+class _Here(threading.local):
+    """What holds for the calls of one thread."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # nesting of `dense`
+        self.why: str | None = None  # the present call of the model runs the original, if it does
+        self.goes_on = False  # it has tokens in its cache already
+
+
+class _Turns:
+    """Lets the streams of a device use one workspace in turn.
+
+    Asks nothing of the device as long as there is one stream. Calls that a graph captures are left
+    alone: whoever replays it says after what.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Stream | None = None  # of the last call
+        self._event: torch.cuda.Event | None = None  # behind the last call, of several streams
+
+    def begin(self) -> None:
+        """Let the current stream wait for the call before, if that was on another."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream == self._last or torch.cuda.is_current_stream_capturing():
+            return
+        if self._event is not None:
+            stream.wait_event(self._event)
+        elif self._last is not None:
+            # The other stream's call has no event behind it, and may be gone.
+            torch.cuda.synchronize(self._device)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._last = stream
+
+    def end(self) -> None:
+        """Mark where the call ends, once there have been several streams."""
+        if self._event is not None and not torch.cuda.is_current_stream_capturing():
+            self._event.record(self._last)
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,8 +147,40 @@ class _Shared:
     counts: Tensor  # (n_layers, 2), int64: tokens, neurons; written by the kernels
     votes: Votes | None  # of joint supports
     full: bool  # density 1: original modules
-    dense_depth: int = 0  # nesting of `dense`
-    has_warned: bool = False
+    # Held while thresholds, votes, counts or the workspace are in use, never while modules run.
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    here: _Here = dataclasses.field(default_factory=_Here)
+    turns: _Turns | None = None  # of the streams of a CUDA device
+    dense: dict[str, int] = dataclasses.field(default_factory=dict)  # calls by reason
+    handles: tuple[RemovableHandle, ...] = ()  # of the hooks on the model
+
+
+class _Listener:
+    """Hears of every call of a model what its layers cannot see: whose tokens they are given."""
+
+    def __init__(self, model: nn.Module, shared: _Shared) -> None:
+        self._shared = shared
+        self._caches = {models.cache_argument(model), "past_key_values"}  # new name and old
+        self.handles = (
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_hook(self.end),
+        )
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        here = self._shared.here
+        # It is said where sequences end only if they stand behind one another in a row.
+        here.why = None if kwargs.get("cu_seq_lens_q") is None else bypass.CONTINUOUS
+        here.goes_on = any(models.cached_tokens(kwargs.get(name)) for name in self._caches)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], out: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._shared.here.why, self._shared.here.goes_on = None, False
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        _refuse_copy()
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,9 +190,7 @@ class _Layer:
     shared: _Shared
     number: int  # in the session
     bound: Layer  # gate and up are the model's; for blocks copies in their order
-    watched: tuple[tuple[str, str], ...]  # children of the module and their parameters
-    seen: Seen
-    has_versions: bool  # tensors made in inference mode keep no count of writes
+    bypassed: Bypassed
     dtype: torch.dtype
     device: torch.device
     fallbacks: int = 0
@@ -158,9 +229,10 @@ def apply(
     """Patch the feed-forward layers of a model in place, so that decoding runs sparsely.
 
     From then on a call with one token a sequence, for up to 16 sequences, runs through the kernels
-    if the model is in evaluation mode and no gradient is asked for; every other call runs the
-    original module. The choice of neurons is each token's own, unless a joint one is asked for.
-    `docs/api.md` has the details.
+    if the model is in evaluation mode, no gradient is asked for, and nothing that the kernels
+    bypass is hooked, wrapped or recorded; every other call runs the original module, and `stats`
+    counts it by the reason. The choice of neurons is each token's own, unless a joint one is asked
+    for. Threads may share the model. `docs/api.md` has the details.
 
     Args:
         model: As `models.find_ffns` wants it; its weights are not changed.
@@ -199,7 +271,7 @@ def apply(
     if limit_bytes is not None and type(limit_bytes) is not int:
         raise TypeError(f"[apply] limit_bytes = {limit_bytes!r}: want a whole number.")
     ffns = models.find_ffns(model)
-    if any(_layer_of(ffn.module) for ffn in ffns):
+    if any(models.is_patched(ffn.module) for ffn in ffns):
         raise ValueError("[apply] csfast is applied to this model: call csfast.remove first.")
     plan.check(model)
     if joint and plan.batches == (1,):
@@ -225,15 +297,17 @@ def apply(
             block=block,
             activation=ffns[0].activation,
             cap=cap,
-            threshold=torch.empty(len(ffns), BATCH_MAX, device=device),
+            threshold=torch.empty(len(ffns), BATCH_MAX, dtype=torch.float32, device=device),
             counts=torch.zeros(len(ffns), 2, dtype=torch.int64, device=device),
             votes=Votes.none(len(ffns), device) if joint else None,
             full=density == 1,
+            turns=_Turns(device) if device.type == "cuda" else None,
         )
     _write_thresholds(shared, table)
     layers = [_bind(shared, i, ffn, plan.layers[i]) for i, ffn in enumerate(ffns)]
     patched = {original: _patched(original) for original in {type(f.module) for f in ffns}}
     # Nothing above touched the model; nothing below can fail.
+    shared.handles = _Listener(model, shared).handles
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.module.__dict__[PATCH] = layer
         ffn.module.__class__ = patched[type(ffn.module)]
@@ -247,7 +321,13 @@ def remove(model: nn.Module) -> None:
         ValueError: csfast is not applied to the model.
     """
     for module in _patched_modules(model, "remove"):
-        module.__class__ = type(module).__mro__[1]
+        layer: _Layer = module.__dict__[PATCH]
+        for handle in layer.shared.handles:
+            handle.remove()
+        # Who wrapped the layer and unwrapped it again has left the forward that he found.
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.__dict__["forward"]
+        module.__class__ = layer.bypassed.kind
         del module.__dict__[PATCH]
 
 
@@ -255,15 +335,18 @@ def remove(model: nn.Module) -> None:
 def dense(model: nn.Module) -> Iterator[None]:
     """Run the original modules while the block lasts; blocks may be nested.
 
+    The block holds for the thread that opens it: what other threads generate meanwhile runs sparse
+    as before, threads that are started within it included.
+
     Raises:
         ValueError: csfast is not applied to the model.
     """
-    shared = _shared(model, "dense")
-    shared.dense_depth += 1
+    here = _shared(model, "dense").here
+    here.depth += 1
     try:
         yield
     finally:
-        shared.dense_depth -= 1
+        here.depth -= 1
 
 
 def set_density(model: nn.Module, density: float, task: str = POOLED) -> None:
@@ -281,8 +364,9 @@ def set_density(model: nn.Module, density: float, task: str = POOLED) -> None:
         density=density,
         task=task,
     )
-    _write_thresholds(shared, table)
-    shared.full = density == 1
+    with shared.lock:
+        _write_thresholds(shared, table)
+        shared.full = density == 1
 
 
 def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
@@ -305,7 +389,8 @@ def set_votes(model: nn.Module, votes: Sequence[bool] | Tensor | None) -> None:
     of = shared.votes
     if of is None:
         raise ValueError("[set_votes] a model with joint = False: want apply(..., joint=True).")
-    of.give(votes, shared.threshold)
+    with shared.lock:
+        of.give(votes, shared.threshold)
 
 
 @contextlib.contextmanager
@@ -334,7 +419,7 @@ def unfinished_votes(
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if eos_token_id is None:
         raise ValueError("[unfinished_votes] a model without eos_token_id: want one given.")
-    ends = torch.tensor(eos_token_id).flatten()
+    ends = torch.tensor(eos_token_id, device="cpu").flatten()
     ended: list[Tensor] = []
 
     def criterion(ids: Tensor, scores: object, **_: object) -> Tensor:
@@ -357,12 +442,15 @@ def stats(model: nn.Module) -> Stats:
         ValueError: csfast is not applied to the model.
     """
     layers = [m.__dict__[PATCH] for m in _patched_modules(model, "stats")]
-    counts = layers[0].shared.counts.tolist()
+    shared = layers[0].shared
+    with shared.lock:
+        counts, dense_calls = shared.counts.tolist(), dict(shared.dense)
     return Stats(
         tokens=tuple(c[0] for c in counts),
         neurons=tuple(c[1] for c in counts),
         fallbacks=tuple(layer.fallbacks for layer in layers),
         n_neurons=tuple(len(layer.bound.sensor.row_scale) for layer in layers),
+        dense=dense_calls,
     )
 
 
@@ -372,57 +460,116 @@ def _patched(original: type[nn.Module]) -> type[nn.Module]:
     class Patched(original):  # type: ignore[valid-type, misc]
         dense_forward = original.forward
 
-        def forward(self, x: Tensor) -> Tensor:
-            layer: _Layer = self.__dict__[PATCH]
-            shared = layer.shared
-            runs_sparse = (
-                x.ndim == 3
-                and x.shape[1] == 1
-                and 0 < x.shape[0] <= BATCH_MAX
-                and not (shared.full or shared.dense_depth or self.training)
-                and not (x.requires_grad and torch.is_grad_enabled())
-                and x.is_contiguous()
-            )
-            if not runs_sparse:
-                out: Tensor = original.forward(self, x)
-                return out
-            if torch.compiler.is_compiling():
-                return _run_traced(self, layer, x)
-            return _run(self, layer, x)
+        @functools.wraps(original.forward)  # for those who look at its parameters
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            layer: _Layer | None = self.__dict__.get(PATCH)
+            if layer is not None:
+                is_traced = torch.compiler.is_compiling()
+                why = _why_dense(self, layer, args, kwargs, is_traced)
+                if why is None:
+                    return _run_traced(layer, args[0]) if is_traced else _run(self, layer, args[0])
+                if not is_traced:
+                    if why is bypass.STALE:
+                        layer.bypassed.refuse(layer.number, self)
+                    _count(layer.shared, why)
+            # Without a layer it is a bound method that somebody kept, and csfast was removed.
+            out: Tensor = original.forward(self, *args, **kwargs)
+            return out
 
         def __reduce_ex__(self, protocol: object) -> NoReturn:
-            raise TypeError(
-                "[apply] a copy or pickle of a patched model: its layers read the original's "
-                "weights by address; call csfast.remove first."
-            )
+            _refuse_copy()
 
     Patched.__name__ = Patched.__qualname__ = f"Csfast{original.__name__}"
     Patched.__module__ = original.__module__
     return Patched
 
 
+def _why_dense(
+    module: nn.Module,
+    layer: _Layer,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    is_traced: bool,
+) -> str | None:
+    """The reason for which a call runs the original module, if it does."""
+    shared, here = layer.shared, layer.shared.here
+    if not is_traced and torch._C._is_tracing():  # which would record the questions below
+        return bypass.TRACING
+    if here.depth:
+        return bypass.ASKED
+    if shared.full:
+        return bypass.FULL
+    if module.training:
+        return bypass.TRAINING
+    if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+        return bypass.LAYOUT
+    x = args[0]
+    if torch.is_grad_enabled() and layer.bypassed.wants_gradients(x):
+        return bypass.GRADIENTS
+    if here.why is not None:
+        return here.why
+    shape = x.shape
+    if len(shape) != 3 or not shape[0] or not shape[1]:
+        return bypass.LAYOUT
+    if shape[1] != 1:
+        return bypass.SEVERAL if here.goes_on else bypass.PROMPT
+    if shape[0] > BATCH_MAX:
+        return bypass.BATCH
+    if not x.is_contiguous():
+        return bypass.LAYOUT
+    why = layer.bypassed.changed(module, is_traced=is_traced)
+    if why is not None or is_traced:  # modes and transforms are the affair of torch.compile
+        return why
+    return layer.bypassed.recorded(x)
+
+
+def _count(shared: _Shared, why: str, detail: object = None) -> None:
+    """Count a call that runs the original, and log the first for each reason."""
+    with shared.lock:
+        n = shared.dense[why] = shared.dense.get(why, 0) + 1
+    if n == 1:
+        level, text = bypass.TOLD[why]
+        _log.log(level, "[ffn] %s%s", text, "." if detail is None else f": {detail}")
+
+
+def _refuse_copy() -> NoReturn:
+    raise TypeError(
+        "[apply] a copy or pickle of a patched model: its layers read the original's weights by "
+        "address; call csfast.remove first."
+    )
+
+
 def _run(module: Any, layer: _Layer, x: Tensor) -> Tensor:
     """One token a sequence through the kernels."""
-    now = _seen(module._modules, layer.watched, layer.has_versions)
-    if now != layer.seen or x.dtype != layer.dtype or x.device != layer.device:
-        _refuse_stale(layer, x, now)
-    if layer.shared.votes is not None:
-        layer.shared.votes.expect(x.shape[0], layer.shared.threshold)
+    shared = layer.shared
     out = torch.empty_like(x)
+    rows = x.view(-1, x.shape[2]), out.view(-1, x.shape[2])
     try:
-        layer.shared.session.ffn(layer.number, x.view(-1, x.shape[2]), out.view(-1, x.shape[2]))
+        with shared.lock:
+            if shared.turns is not None:
+                shared.turns.begin()
+            if shared.votes is not None:
+                shared.votes.expect(x.shape[0], shared.threshold)
+            shared.session.ffn(layer.number, *rows)
+            if shared.turns is not None:
+                shared.turns.end()
+    except (TypeError, ValueError):
+        if x.dtype == layer.dtype and x.device == layer.device:
+            raise
+        raise bypass.StaleWeightsError(
+            f"[ffn] layer {layer.number}: x is {x.dtype} on {x.device}: want {layer.dtype} on "
+            f"{layer.device}, as at apply; call csfast.remove, and apply again."
+        ) from None
     except RuntimeError as error:  # a BackendError, or what torch makes of a failing device
         # The decision guard: a token is answered densely rather than not at all.
         layer.fallbacks += 1
-        if not layer.shared.has_warned:
-            layer.shared.has_warned = True
-            _log.warning("[ffn] kernels failed, running dense: %s", error)
+        _count(shared, bypass.FALLBACK, error)
         answer: Tensor = module.dense_forward(x)
         return answer
     return out
 
 
-def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
+def _run_traced(layer: _Layer, x: Tensor) -> Tensor:
     """The same through the registered operator, which torch.compile can see."""
     shared, batch = layer.shared, x.shape[0]
     bound, threshold, votes = layer.bound, shared.threshold[layer.number, :batch], None
@@ -432,49 +579,11 @@ def _run_traced(module: Any, layer: _Layer, x: Tensor) -> Tensor:
             threshold, votes = threshold[:1], shared.votes.weight[:batch]
         else:
             threshold = shared.votes.table[batch, layer.number : layer.number + 1]
-            votes = torch.full((batch,), 1 / batch, device=x.device)
+            votes = torch.full((batch,), 1 / batch, dtype=torch.float32, device=x.device)
     cap = None if bound.decision.cap is None else bound.decision.cap[: len(threshold)]
     decision = Decision(threshold, bound.decision.tile_rows, votes, cap)
     now = Layer(bound.sensor, bound.weights, decision, bound.activation)
     return ops.ffn(now, x[:, 0])[:, None]
-
-
-def _seen(
-    modules: Mapping[str, Any], watched: tuple[tuple[str, str], ...], has_versions: bool
-) -> Seen:
-    """Address and version of the weights that a module has now, by the shortest way to them."""
-    seen = []
-    try:
-        for child, name in watched:
-            tensor = modules[child]._parameters[name]
-            if tensor is None:
-                seen += [0, 0]
-            else:
-                seen += [tensor.data_ptr(), tensor._version if has_versions else 0]
-    except KeyError:  # an adapter took the place of a projection
-        return []
-    return seen
-
-
-def _refuse_stale(layer: _Layer, x: Tensor, now: Seen) -> NoReturn:
-    if not now:
-        raise StaleWeightsError(
-            f"[ffn] layer {layer.number}: a projection was replaced since apply: want plain ones; "
-            "call csfast.remove."
-        )
-    for i, (seen, found) in enumerate(zip(layer.seen, now, strict=True)):
-        if seen != found:
-            child, parameter = layer.watched[i // 2]
-            name = child if parameter == "weight" else f"{child}.{parameter}"
-            how = "written to" if i % 2 else "moved or replaced"
-            raise StaleWeightsError(
-                f"[ffn] layer {layer.number}: {name} was {how} since apply: want the weights that "
-                "the plan was made for; call csfast.remove, calibrate, and apply again."
-            )
-    raise StaleWeightsError(
-        f"[ffn] layer {layer.number}: x is {x.dtype} on {x.device}: want {layer.dtype} on "
-        f"{layer.device}, as at apply; call csfast.remove, and apply again."
-    )
 
 
 def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Layer:
@@ -502,16 +611,11 @@ def _bind(shared: _Shared, number: int, ffn: Ffn, layer_plan: LayerPlan) -> _Lay
         ),
         shared.activation,
     )
-    names = models.FUSED if ffn.gate.linear is ffn.up.linear else models.APART
-    watched = tuple(itertools.product(names, ("weight", "bias")))
-    has_versions = not any(p.is_inference() for m in ffn.linears for p in m.parameters())
     layer = _Layer(
         shared=shared,
         number=number,
         bound=bound,
-        watched=watched,
-        seen=_seen(ffn.module._modules, watched, has_versions),
-        has_versions=has_versions,
+        bypassed=Bypassed.of(ffn),
         dtype=gate.dtype,
         device=device,
     )
@@ -535,7 +639,7 @@ def _thresholds(
         ]
         for n in sizes
     ]
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def _write_thresholds(shared: _Shared, table: Tensor) -> None:

@@ -37,11 +37,11 @@ class Votes:
     def none(cls, n_layers: int, device: torch.device) -> Votes:
         """Give the votes of nobody, for thresholds that are still to be written."""
         return cls(
-            weight=torch.zeros(BATCH_MAX, device=device),
-            table=torch.zeros(1 + BATCH_MAX, n_layers, device=device),
-            n_votes=torch.zeros(1, device=device),
+            weight=torch.zeros(BATCH_MAX, dtype=torch.float32, device=device),
+            table=torch.zeros(1 + BATCH_MAX, n_layers, dtype=torch.float32, device=device),
+            n_votes=torch.zeros(1, dtype=torch.float32, device=device),
             index=torch.zeros(1, dtype=torch.int64, device=device),
-            row=torch.zeros(1, n_layers, device=device),
+            row=torch.zeros(1, n_layers, dtype=torch.float32, device=device),
         )
 
     def write(self, votes: Tensor, threshold: Tensor) -> None:
@@ -78,13 +78,14 @@ class Votes:
             self.are_given = False
             if self.n_rows:
                 # At once: a captured graph of this batch does not come by to see to it.
-                self.write(torch.ones(self.n_rows, dtype=torch.bool), threshold)
+                everyone = torch.ones(self.n_rows, dtype=torch.bool, device=self.weight.device)
+                self.write(everyone, threshold)
             return
         if not isinstance(votes, Tensor):
             booleans = isinstance(votes, Sequence) and all(isinstance(v, bool) for v in votes)
             if not booleans or isinstance(votes, str):
                 raise TypeError(f"[set_votes] votes = {votes!r}: want booleans.")
-            votes = torch.tensor(votes, dtype=torch.bool)
+            votes = torch.tensor(votes, dtype=torch.bool, device="cpu")
         if votes.dtype != torch.bool:
             raise TypeError(f"[set_votes] votes of {votes.dtype}: want torch.bool.")
         if votes.ndim != 1 or not 1 <= len(votes) <= BATCH_MAX:

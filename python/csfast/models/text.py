@@ -256,6 +256,27 @@ def hidden_states(model: nn.Module, ids: Tensor) -> None:
     body(input_ids=ids, use_cache=False)
 
 
+def cached_tokens(cache: object) -> int:
+    """Give how many tokens a model's cache holds, as far as that is known without waiting for it.
+
+    Args:
+        cache: What `cache_argument` names; None is an empty one.
+
+    Returns:
+        Tokens; 0 where the cache does not say, or says it on a GPU.
+    """
+    ask = getattr(cache, "get_seq_length", None)
+    if ask is None:
+        return 0
+    try:
+        length = ask()
+    except ValueError:  # recurrent states alone, which have no length
+        return 0
+    if isinstance(length, Tensor):
+        return int(length) if length.device.type == "cpu" else 0
+    return int(length)
+
+
 def cache_argument(model: nn.Module) -> str:
     """Give the name of the argument, and of the output, that holds a model's keys and values."""
     parameters = inspect.signature(type(model).forward).parameters
