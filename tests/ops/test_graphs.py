@@ -195,8 +195,8 @@ def test_a_replayed_joint_decision_follows_its_weights(layer, dtype, tile_rows):
     graph, out = capture(run)
     y, scale = sense(layer, x)
     kept = []
-    for votes in ([1, 1, 1, 1, 1], [0, 2, 0, 0.5, 0], [0, 0, 0, 0, 0]):
-        votes.copy_(torch.tensor(votes))
+    for cast in ([1, 1, 1, 1, 1], [0, 2, 0, 0.5, 0], [0, 0, 0, 0, 0]):
+        votes.copy_(torch.tensor(cast))
         usage = ops.recover(y, scale, layer.sensor.row_scale, threshold=threshold, **recovery).usage
         for wanted in (0.0, float(usage.quantile(0.7)), float("inf"), float("nan")):
             threshold.fill_(wanted)
