@@ -215,9 +215,10 @@ def test_text_ends_where_generate_ends_it(kind):
     model.generation_config.eos_token_id = None
     free = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
     end = free[7]
+    model.generation_config.eos_token_id = [end]
+    made = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert len(made) <= 8 and made == free[: free.index(end) + 1] and not {3, 4} & set(made)
     model.generation_config.eos_token_id = ends_of(kind)(end)
-    made = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
-    assert len(made) <= 8 and made[-1] == end
     text = "".join(models.stream_text(model, tokenizer, "hello", max_new_tokens=20))
     assert text == tokenizer.decode(made[:-1], skip_special_tokens=True)
     steps = []

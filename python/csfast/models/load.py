@@ -198,7 +198,9 @@ def _weights(source: _Source, options: dict[str, Any], dtype: torch.dtype | str)
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     whole = "a whole model folder" if source.file is None else "a whole GGUF file"
     with _one_error(source, whole):
-        if dtype == "auto" and source.file is not None and _is_coded(source.folder / source.file):
+        if source.file is None:
+            _want_floats(source)
+        elif dtype == "auto" and _is_coded(source.folder / source.file):
             more["dtype"] = torch.bfloat16
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder, **more, **options
@@ -206,8 +208,6 @@ def _weights(source: _Source, options: dict[str, Any], dtype: torch.dtype | str)
     model, told = loaded
     _want_all(source, told)
     _want_used(source, model, sorted(told["unexpected_keys"]))
-    with _one_error(source, whole):
-        _want_floats(source, model)
     return cast("PreTrainedModel", model)
 
 
@@ -245,15 +245,14 @@ def _want_used(source: _Source, model: PreTrainedModel, left_out: list[str]) -> 
         )
 
 
-def _want_floats(source: _Source, model: PreTrainedModel) -> None:
-    """Refuse tensors of integers or of fewer than 16 bits, which need scales to mean something."""
+def _want_floats(source: _Source) -> None:
+    """Refuse weights of integers or of fewer than 16 bits, which need scales to mean something."""
     import safetensors
 
-    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    for file in sorted(source.folder.glob("*.safetensors")) if source.file is None else []:
+    for file in sorted(source.folder.glob("*.safetensors")):
         with safetensors.safe_open(str(file), framework="pt") as opened:
-            for name in sorted(floats.intersection(opened.keys())):
-                kind = opened.get_slice(name).get_dtype()
+            for name in sorted(opened.keys()):
+                kind = opened.get_slice(name).get_dtype() if name.endswith(".weight") else "F32"
                 if kind not in _FLOATS:
                     raise source.refused(f"weights that are not quantised, not {name} of {kind}")
 
