@@ -5,16 +5,8 @@
 
 namespace nb = nanobind;
 
-void bind_sense(nb::module_& m);
-void bind_nested(nb::module_& m);
-void bind_recover(nb::module_& m);
-void bind_tile(nb::module_& m);
-void bind_omp(nb::module_& m);
-void bind_project(nb::module_& m);
-void bind_read(nb::module_& m);
-void bind_execute(nb::module_& m);
-void bind_select(nb::module_& m);
-void bind_ffn(nb::module_& m);
+#include "declarations.inc"  // of bind_<op> for every operation, from CMakeLists.txt
+
 void bind_session(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -22,15 +14,6 @@ NB_MODULE(_native, m) {
   nb::exception<csfast::BackendError>(m, "BackendError", PyExc_RuntimeError);
   m.def("cuda_available", &csfast::cuda::available);
   m.def("isa", &csfast::isa);
-  bind_sense(m);
-  bind_nested(m);
-  bind_recover(m);
-  bind_tile(m);
-  bind_omp(m);
-  bind_project(m);
-  bind_read(m);
-  bind_execute(m);
-  bind_select(m);
-  bind_ffn(m);
+#include "calls.inc"  // of each
   bind_session(m);
 }

@@ -14,6 +14,7 @@ from csfast import _native, ops
 from csfast.bench.cases import Case
 from csfast.codes.levels import Packed
 from csfast.layer import Decision, Layer, Sensor, Weights
+from csfast.ops import table
 from csfast.session import Session
 
 BATCH, D, N = 2, 200, 77
@@ -299,6 +300,65 @@ def test_refuses(good, op, name, change, error, message):
     assert text.startswith(f"[{op.split()[0]}] ")
     assert text.endswith(".")
     assert re.search(message, text), text
+
+
+def arguments_of(op, good):
+    """Good arguments of an operation, in the order of its row."""
+    n = 4
+    values = {
+        **good,
+        **{"code": 2, "top": False, "design": "", "cap": None, "dropped": None},
+        **{"tile_rows": 1, "limit": good["threshold"], "votes": None},
+        **{"gram": torch.eye(n), "correlation": torch.ones(2, n), "energy": torch.ones(2) * n},
+        **{"budget_max": 2, "start": torch.zeros(2, 1, dtype=torch.int32), "dictionary": None},
+        **{
+            "start_count": torch.ones(2, dtype=torch.int32),
+            "coef": True,
+            "per_step": 1,
+            "group": 1,
+        },
+        **dict.fromkeys(("tolerance", "residual_max", "correlation_min", "gain_min"), 0.0),
+    }
+    if op.name == "omp":
+        values["budget"] = torch.ones(2, dtype=torch.int32)
+    if op.name == "nested":
+        values.update({name: [good[f"level_{name}"]] for name in ("codes", "exponent", "top")})
+        values["bits"] = [good["level_bits"]]
+    if op.name in ("select", "ffn"):
+        values["cap"] = torch.full((BATCH,), 5, dtype=torch.int32)
+        values["dropped"] = torch.zeros(1, dtype=torch.int64)
+    return [values[arg.name] for arg in op.args]
+
+
+# What no tensor of any operation may be.
+NEVER = (
+    (lambda t: t.tolist(), TypeError, "is a list|is a int|is a float"),
+    (lambda t: t.to("meta"), ValueError, "is on meta: want cpu or cuda"),
+    (lambda t: t.float().to_sparse(), TypeError, "is torch.sparse_coo: want a strided"),
+    (lambda t: t.to(torch.complex64), TypeError, "is complex64: want"),
+    (lambda t: torch.stack([t, t], dim=-1)[..., 0], TypeError, "has other strides: want a"),
+    (lambda t: t[None], ValueError, "axes|has shape"),
+)
+
+
+@pytest.mark.parametrize("op", table.OPS, ids=lambda op: op.name)
+def test_refuses_of_every_tensor_what_no_tensor_may_be(good, op):
+    """By the table, so that an argument that is added to it is among them."""
+    given = arguments_of(op, good)
+    table.CALL[op.name](*given)
+    for place, arg in enumerate(op.args):
+        if not arg.shape or given[place] is None:
+            continue
+        tensor = given[place][0] if arg.many else given[place]
+        changes = [*NEVER, *[(lambda t: None, TypeError, "is a NoneType")] * (not arg.optional)]
+        for change, error, message in changes:
+            if "strides" in message and tensor.numel() == 1:
+                continue  # it has none
+            bad = list(given)
+            bad[place] = [change(tensor)] if arg.many else change(tensor)
+            with pytest.raises(error, match=rf"\[{op.name}\] .*({message})"):
+                table.CALL[op.name](*bad)
+                pytest.fail(f"{arg.name}: {message}")
 
 
 OPS = (
