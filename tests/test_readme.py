@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import pytest
+import typer
 
 import csfast
 from csfast.bench import layers, timed
@@ -33,14 +34,27 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_exist(page):
     known = {c.name or c.callback.__name__ for c in app.app.registered_commands}
-    named = set(re.findall(r"(?m)^(?:    |\| `)csfast (\w+)", page.read_text(encoding="utf-8")))
+    named = set(re.findall(r"(?m)^(?:    |\| `|- `)csfast (\w+)", page.read_text(encoding="utf-8")))
     assert named <= known
 
 
 def test_every_command_has_its_line():
     known = {c.name or c.callback.__name__ for c in app.app.registered_commands}
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"(?m)^\| `csfast (\w+)", text)) == known
+    assert sorted(re.findall(r"(?m)^- `csfast (\w+)", text)) == sorted(known)
+
+
+def test_every_option_stands_on_the_page_of_commands_and_no_other():
+    whole = typer.main.get_command(app.app)
+    known = {
+        option
+        for command in (whole, *whole.commands.values())
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+        if option.startswith("--")
+    }
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) == known | {"--help"}
 
 
 def test_python_names_of_the_readme_exist():

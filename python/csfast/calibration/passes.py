@@ -91,7 +91,7 @@ def calibrate(
 
     Every task gets the same share of ``max_tokens`` and the same weight in the pooled thresholds.
     The model is left as it was. Equal arguments on one machine give equal plans, byte for byte.
-    `docs/api.md` says what memory that takes besides the model.
+    `docs/advanced.md` says what memory that takes besides the model.
 
     Args:
         model: A causal language model as `models.find_ffns` wants it, without csfast applied.
