@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 
 import tiny
 from csfast import calibrate, documents, judge, models, patch
 from csfast.judge import Judge, Rule, Setting, evaluate
 from csfast.judge.rules import Fit, catalogue
+from csfast.types import Document, UnsupportedModelError
 from texts import TASKS, make_pieces
 
 
@@ -484,3 +486,54 @@ def test_a_model_with_csfast_applied_is_refused(model, plan):
             pass
     finally:
         patch.remove(model)
+
+
+HYBRIDS = ("Qwen3_5TextConfig", "OlmoHybridConfig")
+
+
+@pytest.fixture(params=HYBRIDS)
+def hybrid(request):
+    """A model that keeps recurrent states beside keys and values."""
+    if not hasattr(transformers, request.param):
+        pytest.skip(f"needs transformers with {request.param}")
+    sizes = {**tiny.SIZES, "num_hidden_layers": 4, "head_dim": 16, "pad_token_id": 0}
+    defaults = getattr(transformers, request.param)()
+    config = type(defaults)(**{k: v for k, v in sizes.items() if hasattr(defaults, k)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def pieces_of_ids(*sizes):
+    """Pieces of random tokens: how many stand before, and how many after."""
+    document = Document("text", "", "a text")
+    return [
+        judge.Piece(document, tiny.make_ids(1, before + after, seed=before)[0], before)
+        for before, after in sizes
+    ]
+
+
+@torch.no_grad()
+def test_recurrent_states_go_on_after_padded_prompts(hybrid):
+    pieces = pieces_of_ids((20, 9), (33, 12), (27, 5))
+    of = Judge(hybrid, models.find_ffns(hybrid), pieces)
+    (batch,) = of.batches
+    cache = of.cache(0)
+    first = judge.follow(hybrid, cache, batch)
+    assert torch.equal(judge.follow(hybrid, cache, batch), first)
+    for row, i in enumerate(batch.members):
+        piece = pieces[i]
+        whole = hybrid(piece.ids).logits[0, piece.n_prompt : -1]
+        torch.testing.assert_close(first[row, : piece.n_sparse], whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_loses_its_states_is_refused_by_name(hybrid):
+    of = Judge(hybrid, models.find_ffns(hybrid), pieces_of_ids((20, 9), (33, 12)))
+    (batch,) = of.batches
+    cache = of.cache(0)
+    for layer in cache.layers:
+        if hasattr(layer, "recurrent_states"):
+            layer.reset()
+    with pytest.raises(UnsupportedModelError, match=r"\[judge\] a cache with LinearAttention"):
+        judge.check_parts(hybrid, cache, batch)

@@ -5,6 +5,7 @@ The pass itself is `judge/run.py`; see docs/quality.md for what is counted.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -359,7 +360,9 @@ def _greedy(model: nn.Module, tokenizer: Any, cache: Any, piece: Piece) -> str:
     ends = models.end_tokens(model) | {tokenizer.eos_token_id}
     found: list[int] = []
     for _ in range(piece.n_tokens + 2):
-        out = model(input_ids=ids, use_cache=True, **{name: cache})
+        # Two positions are the end of the prompt.
+        with patch.dense(model) if ids.shape[1] > 1 else contextlib.nullcontext():
+            out = model(input_ids=ids, use_cache=True, **{name: cache})
         cache = out[name]
         ids = out.logits[:, -1:].argmax(dim=-1)
         token = int(ids)

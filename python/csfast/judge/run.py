@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from .. import models
 from ..models import Ffn
+from ..types import UnsupportedModelError
 from .batch import CHUNK, NONE, Batch, Piece, Where, batches, by_group, task_names
 from .rule import Recovery, Rule, Sample, Setting, replaced
 
 LOGITS = 1 << 26  # of one forward: 256 MiB in float32
 CACHE_BYTES = 1 << 31  # of prompts that are kept; what is beyond runs again for every rule
+# Layers of a cache that grow by making new tensors, so that a shallow copy keeps the old ones.
+# Others are written to in place: recurrent states, static and quantised keys and values.
+GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 Progress = Callable[[int, int], None]  # (done, total)
 Done = Callable[[int], None]  # done so far
@@ -82,9 +86,13 @@ def copied(cache: Any) -> Any:
     """Give a cache that may grow and leave this one as it is; None, an empty one, stays None."""
     if cache is None:
         return None
-    # Layers of a cache grow by making new tensors, so a shallow copy keeps the old ones.
+    if not hasattr(cache, "layers"):
+        return copy.deepcopy(cache)
     found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found.layers = [
+        copy.copy(layer) if type(layer).__name__ in GROWING else copy.deepcopy(layer)
+        for layer in cache.layers
+    ]
     return found
 
 
@@ -104,6 +112,36 @@ def follow(model: nn.Module, cache: Any, batch: Batch) -> Tensor:
         **{models.cache_argument(model): copied(cache)},
     ).logits
     return logits
+
+
+@torch.no_grad()
+def check_parts(model: nn.Module, cache: Any, batch: Batch) -> None:
+    """Refuse a model that does not go on from its cache as if it had run everything at once.
+
+    Keys and values do, padded or not. What other layers of a cache keep is tried, on the document
+    whose prompt is padded most.
+
+    Raises:
+        UnsupportedModelError: The logits differ by more than rounding.
+    """
+    layers = getattr(cache, "layers", [cache])
+    kinds = sorted({type(layer).__name__ for layer in layers} - set(GROWING))
+    if not kinds:
+        return
+    row = int(batch.prompt_mask.sum(dim=1).argmin())
+    n = int((batch.target[row] != NONE).sum())
+    prompt = batch.prompt[row][batch.prompt_mask[row].bool()]
+    ids = torch.cat([prompt, batch.ids[row, :n]])[None]
+    whole = model(input_ids=ids, use_cache=False).logits[0, len(prompt) :]
+    parts = follow(model, cache, batch)[row, :n]
+    gap = float((whole - parts).double().norm() / whole.double().norm())
+    # Between rounding, a few times eps, and states that are lost, a good part of 1.
+    limit = torch.finfo(whole.dtype).eps ** (2 / 3)
+    if not gap <= limit:
+        raise UnsupportedModelError(
+            f"[judge] a cache with {', '.join(kinds)}: logits after padded prompts are {gap:.2g} "
+            f"from those of one pass: want at most {limit:.2g}."
+        )
 
 
 def follow_dense(model: nn.Module, ffns: Sequence[Ffn], cache: Any, batch: Batch) -> Tensor:
@@ -182,6 +220,7 @@ class Judge:
         )
         self._cache_bytes = cache_bytes
         self._caches: dict[int, Any] = {}
+        self._is_checked = False  # that the model goes on from its cache
 
     def cache(self, number: int, *, observer: Rule | None = None) -> Any:
         """Give the cache of one batch's prompts, with or without a rule that looks at them."""
@@ -197,7 +236,10 @@ class Judge:
         if number in self._caches:
             return self._caches[number]
         cache = prefill(self.model, batch)
-        n_bytes = sum(_cache_bytes(layer) for layer in cache.layers)
+        if not self._is_checked:
+            check_parts(self.model, cache, batch)
+            self._is_checked = True
+        n_bytes = _cache_bytes(cache)
         if n_bytes <= self._cache_bytes:
             self._cache_bytes -= n_bytes
             self._caches[number] = cache
@@ -367,6 +409,15 @@ def _row_sums(logits: Tensor, batch: Batch) -> Tensor:
     return losses(logits, batch).double().sum(dim=1)
 
 
-def _cache_bytes(layer: Any) -> int:
-    """Bytes of the keys and values of one layer of a cache."""
-    return sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+def _cache_bytes(part: Any) -> int:
+    """Bytes of a cache, whatever its layers keep: keys, values, recurrent states."""
+    if isinstance(part, Tensor):
+        return part.numel() * part.element_size()
+    if isinstance(part, Mapping):
+        return sum(_cache_bytes(value) for value in part.values())
+    if isinstance(part, (list, tuple)):
+        return sum(_cache_bytes(value) for value in part)
+    layers = getattr(part, "layers", None)
+    if layers is not None:
+        return _cache_bytes(layers)
+    return _cache_bytes(vars(part)) if hasattr(part, "__dict__") else 0
