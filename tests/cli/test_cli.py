@@ -113,6 +113,7 @@ def test_generate_streams_text(plan):
     assert done.exit_code == 0, done.output
     assert done.stdout.strip()
     assert "bytes beside the model" in done.stderr
+    assert "calls of layers dense" not in done.stderr
 
 
 def test_generate_at_density_one_is_dense(plan):
@@ -121,6 +122,7 @@ def test_generate_at_density_one_is_dense(plan):
     dense = call("generate", "demo", "--dense", *options)
     assert full.exit_code == dense.exit_code == 0
     assert full.stdout == dense.stdout
+    assert "calls of layers dense (density 1)" in full.stderr
 
 
 def test_eval_writes_the_agreed_json(plan, data, folder):

@@ -183,8 +183,13 @@ def generate(
         seed=seed,
     )
     say(pieces, stoppable=False)
-    share = 1.0 if plan is None or dense else patch.stats(net).density
-    typer.echo(f"csfast: {clock.seconds():.1f} s, {share:.2f} of the neurons executed.", err=True)
+    counted = None if plan is None or dense else patch.stats(net)
+    share = 1.0 if counted is None else counted.density
+    calls = {} if counted is None else {k: n for k, n in counted.dense.items() if k != "prompt"}
+    others = "".join(f", {n} calls of layers dense ({reason})" for reason, n in calls.items())
+    typer.echo(
+        f"csfast: {clock.seconds():.1f} s, {share:.2f} of the neurons executed{others}.", err=True
+    )
 
 
 @app.command()
