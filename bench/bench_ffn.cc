@@ -155,7 +155,7 @@ void set_density(const Case& s, Layer& layer, void* workspace) {
                    .scale = &scale,
                    .row_scale = layer.row_scale.data(),
                    .offset = nullptr,
-                   .weight = nullptr,
+                   .votes = nullptr,
                    .threshold = nullptr,
                    .budget = &budget,
                    .usage = usage.data(),

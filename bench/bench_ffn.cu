@@ -362,7 +362,7 @@ class Operations {
     recover.y = y_.data();
     recover.scale = scale_.data();
     recover.row_scale = layer.row_scale.data();
-    recover.weight = vote(c);
+    recover.votes = vote(c);
     recover.budget = budget_.data();
     recover.usage = usage_.data();
     recover.index = index_.data();
@@ -444,7 +444,7 @@ class Operations {
     p.layer.weights.up = layer.up.data();
     p.layer.weights.down_t = layer.down_t.data();
     p.layer.decision.threshold = layer.threshold.data();
-    p.layer.decision.weight = vote(c);
+    p.layer.decision.votes = vote(c);
     p.layer.decision.tile_rows = 1;
     p.x = layer.x.data();
     p.workspace = ffn_space_.data();

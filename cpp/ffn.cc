@@ -15,7 +15,7 @@ void check(const FfnParams& p, Device device) {
   check_width("ffn", form.d);
   check_code("ffn", form.d, sensor.code);
   check_group_rows("ffn", "tile_rows", decision.tile_rows);
-  if (device == Device::kCpu && p.is_joint()) check_weights("ffn", decision.weight, p.batch);
+  if (device == Device::kCpu && p.is_joint()) check_weights("ffn", decision.votes, p.batch);
 }
 
 void ffn_on_cpu(const FfnParams& p) {

@@ -21,10 +21,10 @@ void check(const RecoverParams& p, Device device) {
                                 " columns: want 1, or 2 for gate and up.");
   }
   if (device != Device::kCpu) return;
-  if (p.weight != nullptr) check_weights("recover", p.weight, p.batch);
+  if (p.votes != nullptr) check_weights("recover", p.votes, p.batch);
   if (p.rule != Rule::kTopK) return;
   const int64_t n = n_groups(p.n_neurons, p.group_rows);
-  for (int64_t b = 0; b < (p.weight == nullptr ? p.batch : 1); ++b) {
+  for (int64_t b = 0; b < (p.votes == nullptr ? p.batch : 1); ++b) {
     if (p.budget[b] < 0 || p.budget[b] > n) {
       throw std::invalid_argument("[recover] budget[" + std::to_string(b) +
                                   "] = " + std::to_string(p.budget[b]) + ": want 0 to " +
@@ -99,15 +99,15 @@ void decide(const RecoverParams& p, Votes votes, int64_t list) {
 
 void recover_on_cpu(const RecoverParams& p) {
   const int64_t n = n_groups(p.n_neurons, p.group_rows);
-  if (p.weight != nullptr) {
+  if (p.votes != nullptr) {
     std::fill(p.usage, p.usage + n, 0.0f);
     for (int64_t b = 0; b < p.batch; ++b) {
-      if (p.weight[b] == 0.0f) continue;
+      if (p.votes[b] == 0.0f) continue;
       for_groups(p, b, [&](int64_t first, int64_t size, const float* usage) {
-        add_usage(usage, size, p.weight[b], p.usage + first);
+        add_usage(usage, size, p.votes[b], p.usage + first);
       });
     }
-    return decide(p, votes_of(p.weight, p.scale, p.batch), 0);
+    return decide(p, votes_of(p.votes, p.scale, p.batch), 0);
   }
   for (int64_t b = 0; b < p.batch; ++b) {
     for_groups(p, b, [&](int64_t first, int64_t size, const float* usage) {
@@ -121,7 +121,7 @@ void recover_on_cpu(const RecoverParams& p) {
 
 void recover(const RecoverParams& p, Device device, Stream stream) {
   check(p, device);
-  if (p.batch == 0 && p.weight == nullptr) return;
+  if (p.batch == 0 && p.votes == nullptr) return;
   device == Device::kCuda ? cuda::recover(p, stream) : recover_on_cpu(p);
 }
 

@@ -21,8 +21,8 @@ void check(const SelectParams& p, Device device) {
   check_width("select", p.form.d);
   check_code("select", p.form.d, p.sensor.code);
   check_group_rows("select", "tile_rows", p.decision.tile_rows);
-  if (device == Device::kCpu && p.decision.weight != nullptr)
-    check_weights("select", p.decision.weight, p.batch);
+  if (device == Device::kCpu && p.decision.votes != nullptr)
+    check_weights("select", p.decision.votes, p.batch);
 }
 
 // The parts of the workspace.
@@ -60,7 +60,7 @@ Parts cut(void* workspace, int64_t batch, int64_t d, int64_t n_neurons) {
 
 // Whether a decision needs more than the usage of one neuron of one row.
 bool is_pooled(const SelectParams& p) {
-  return p.decision.tile_rows > 1 || p.decision.weight != nullptr;
+  return p.decision.tile_rows > 1 || p.decision.votes != nullptr;
 }
 
 // Sense and recover one block of neurons for every row of the batch, as far as the block goes.
@@ -112,14 +112,14 @@ void keep_block(const SelectParams& p, const Parts& parts, Votes votes, int64_t 
       group_usage(neurons, n_neurons, p.decision.tile_rows, group);
     }
   };
-  if (p.decision.weight == nullptr) {
+  if (p.decision.votes == nullptr) {
     of_row(list, usage);
   } else {
     float row[kBlock];
     for (int64_t b = 0; b < p.batch; ++b) {
-      if (p.decision.weight[b] == 0.0f) continue;
+      if (p.decision.votes[b] == 0.0f) continue;
       of_row(b, row);
-      add_usage(row, n, p.decision.weight[b], usage);
+      add_usage(row, n, p.decision.votes[b], usage);
     }
   }
   if (p.decision.cap != nullptr)
@@ -188,9 +188,9 @@ void host::select(const SelectParams& p) {
         dynamic) if (p.form.n_neurons * 2 * row_bytes(p.form.d, p.sensor.code) > kBytesAlone)
   for (int64_t block = 0; block < n_blocks; ++block) select_block(p, parts, block);
 
-  const int64_t lists = p.decision.weight == nullptr ? p.batch : 1;
+  const int64_t lists = p.decision.votes == nullptr ? p.batch : 1;
   const auto votes = [&](int64_t list) {
-    if (p.decision.weight != nullptr) return votes_of(p.decision.weight, parts.scale, p.batch);
+    if (p.decision.votes != nullptr) return votes_of(p.decision.votes, parts.scale, p.batch);
     return Votes{.none = false, .all = !std::isfinite(parts.scale[list])};
   };
   if (is_pooled(p)) {
@@ -213,7 +213,7 @@ int64_t select_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device dev
 
 void select(const SelectParams& p, Device device, Stream stream) {
   check(p, device);
-  if (p.batch == 0 && p.decision.weight == nullptr) return;
+  if (p.batch == 0 && p.decision.votes == nullptr) return;
   device == Device::kCuda ? cuda::select(p, stream) : host::select(p);
 }
 

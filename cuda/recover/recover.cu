@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) recover_kernel(const RecoverParam
   const auto* y = static_cast<const Columns<Y, kColumns>*>(measured);  // (batch, n_neurons)
   float* usage = p.usage + list * n;                                   // (n)
   int32_t* index = p.index + list * n;                                 // (n)
-  const Votes votes = votes_of(p.weight, p.scale, p.batch, list);
+  const Votes votes = votes_of(p.votes, p.scale, p.batch, list);
 
   // Usage
   for (int64_t group = threadIdx.x; group < n; group += kThreads) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1) recover_kernel(const RecoverParam
       return group_usage(group, p.n_neurons, p.group_rows,
                          [&](int64_t j) { return neuron_usage<Y, kColumns>(p, y, b, j); });
     };
-    usage[group] = p.weight == nullptr ? of_row(list) : joint_usage(p.weight, p.batch, of_row);
+    usage[group] = p.votes == nullptr ? of_row(list) : joint_usage(p.votes, p.batch, of_row);
   }
   __syncthreads();
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 1) recover_kernel(const RecoverParam
 
 template <typename Y, int kColumns>
 void launch_lists(const RecoverParams& p, Stream stream) {
-  const auto lists = static_cast<unsigned>(p.weight == nullptr ? p.batch : 1);
+  const auto lists = static_cast<unsigned>(p.votes == nullptr ? p.batch : 1);
   launch("recover", "recover", recover_kernel<Y, kColumns>, dim3(lists), dim3(kThreads), stream, p);
 }
 

@@ -61,7 +61,7 @@ constexpr Layout layout_of(int64_t batch, int64_t d, int64_t n_neurons) {
 
 // Whether a decision needs more than the usage of one neuron of one row.
 __host__ __device__ __forceinline__ bool is_pooled(const SelectParams& p) {
-  return p.decision.tile_rows > 1 || p.decision.weight != nullptr;
+  return p.decision.tile_rows > 1 || p.decision.votes != nullptr;
 }
 
 struct RunParams {
@@ -116,7 +116,7 @@ __global__ void __maxnreg__(kOverlapRegisters) run_kernel(const RunParams params
     params.segments.count[list * blocks + block] = kept.count;
     params.missed[list * blocks + block] = kept.missed;
   };
-  const int lists = p.decision.weight == nullptr ? batch : 1;
+  const int lists = p.decision.votes == nullptr ? batch : 1;
   if (lists == 1) {
     const Kept kept = keep_list(p, shared, run, keep_to(0));
     if (threadIdx.x < kWarp) write(0, kept);
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const SelectParams p
                        [&](int64_t j) { return usage[b * p.form.n_neurons + j]; });
   };
   at<float>(p.workspace, layout.pooled)[list * n_tiles + t] =
-      p.decision.weight == nullptr ? of_row(list) : joint_usage(p.decision.weight, p.batch, of_row);
+      p.decision.votes == nullptr ? of_row(list) : joint_usage(p.decision.votes, p.batch, of_row);
 }
 
 struct ListParams {
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
   const int64_t list = blockIdx.x;
   const int64_t n_tiles = n_tiles_max(p.form.n_neurons, p.decision.tile_rows);
   const float* usage = params.usage + list * n_tiles;
-  const Votes votes = votes_of(p.decision.weight, params.scale, p.batch, list);
+  const Votes votes = votes_of(p.decision.votes, params.scale, p.batch, list);
   const float threshold = p.decision.threshold[list];
   int32_t* tile = p.tile + list * n_tiles;  // (n_tiles)
 
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kListThreads) list_kernel(const ListParams par
 }
 
 int lists_of(const SelectParams& p) {
-  return static_cast<int>(p.decision.weight == nullptr ? p.batch : 1);
+  return static_cast<int>(p.decision.votes == nullptr ? p.batch : 1);
 }
 
 void quantize_all(const SelectParams& p, const Layout& layout, bool overlaps, const Queue& queue) {

@@ -28,11 +28,11 @@ __device__ __forceinline__ void vote(const SelectParams& p, RunShared& shared) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const float scale = lane < p.batch ? shared.sense.scale[lane] : 0.0f;
   const bool broken = !isfinite(scale);
-  if (p.decision.weight == nullptr) {
+  if (p.decision.votes == nullptr) {
     if (lane < p.batch) shared.votes[lane] = {.none = false, .all = broken};
     return;
   }
-  const bool votes = lane < p.batch && p.decision.weight[lane] != 0.0f;
+  const bool votes = lane < p.batch && p.decision.votes[lane] != 0.0f;
   const bool any = __any_sync(kFull, votes);
   const bool all = __any_sync(kFull, votes && broken);
   if (lane == 0) shared.votes[0] = {.none = !any, .all = all};
@@ -109,7 +109,7 @@ __device__ __forceinline__ SensedRun sense_tiles(const SelectParams& p, const Ru
     const auto load_scales = [&] {
       for (int i = thread; i < n; i += kSenseThreads) row_scale[i] = row_scales[i];
       const int list = kSenseThreads - 1 - thread;  // by threads without a scale, mostly
-      if (list < (p.decision.weight == nullptr ? batch : 1))
+      if (list < (p.decision.votes == nullptr ? batch : 1))
         shared.threshold[list] = p.decision.threshold[list];
     };
     bring(q, load_scales);
@@ -139,7 +139,7 @@ struct Kept {
 // Of tile t of the run, for `list`.
 __device__ __forceinline__ float usage_of_tile(const SelectParams& p, const SensedRun& run,
                                                int list, int64_t t) {
-  if (p.decision.weight == nullptr && p.decision.tile_rows == 1) {
+  if (p.decision.votes == nullptr && p.decision.tile_rows == 1) {
     return run.usage[list * run.run_neurons + static_cast<int>(t - run.first)];
   }
   const auto of_row = [&](int64_t b) {
@@ -147,8 +147,8 @@ __device__ __forceinline__ float usage_of_tile(const SelectParams& p, const Sens
     return group_usage(t, p.form.n_neurons, p.decision.tile_rows,
                        [&](int64_t j) { return row[j]; });
   };
-  return p.decision.weight == nullptr ? of_row(list)
-                                      : joint_usage(p.decision.weight, p.batch, of_row);
+  return p.decision.votes == nullptr ? of_row(list)
+                                     : joint_usage(p.decision.votes, p.batch, of_row);
 }
 
 // Calls keep(t, rank, usage) for every tile of the run; rank counts those that `list` keeps, and is

@@ -56,7 +56,7 @@ inline csfast::Decision unpack(Call& call, LayerSizes& sizes, Size& lists,
                                const DecisionArgs& args) {
   csfast::Decision decision{};
   decision.threshold = call.in<float>(args.threshold, "threshold", {&lists});
-  decision.weight = call.in_or_null<float>(args.votes, "votes", {&sizes.batch});
+  decision.votes = call.in_or_null<float>(args.votes, "votes", {&sizes.batch});
   decision.cap = call.in_or_null<int32_t>(args.cap, "cap", {&lists});
   decision.tile_rows = args.tile_rows;
   return decision;

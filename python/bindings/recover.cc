@@ -22,8 +22,8 @@ void recover(nb::handle y, nb::handle scale, nb::handle row_scale, nb::handle li
   p.scale = call.in<float>(scale, "scale", {&batch});
   p.row_scale = call.in<float>(row_scale, "row_scale", {&n, &columns});
   p.offset = call.in_or_null<float>(offset, "offset", {&n, &columns});
-  p.weight = call.in_or_null<float>(votes, "votes", {&batch});
-  Size& lists = p.weight == nullptr ? batch : one;
+  p.votes = call.in_or_null<float>(votes, "votes", {&batch});
+  Size& lists = p.votes == nullptr ? batch : one;
   Size width{"n_tiles_max", tile_rows > 0 ? csfast::n_groups(n, tile_rows) : -1};
   p.rule = top ? csfast::Rule::kTopK : csfast::Rule::kThreshold;
   if (top) {

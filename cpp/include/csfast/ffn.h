@@ -51,7 +51,7 @@ struct FfnParams {
             .design = design};
   }
   // One list, which every row of the batch executes.
-  bool is_joint() const { return layer.decision.weight != nullptr; }
+  bool is_joint() const { return layer.decision.votes != nullptr; }
 };
 
 int64_t ffn_workspace(int64_t batch, int64_t d, int64_t n_neurons, Device device);

@@ -35,10 +35,10 @@ struct Weights {
   const void* down_bias;  // (d), T, or null
 };
 
-// Which of its tiles are executed: recover.h, select.h. `lists` is 1 with weights, otherwise batch.
+// Which of its tiles are executed: recover.h, select.h. `lists` is 1 with votes, otherwise batch.
 struct Decision {
   const float* threshold;        // (lists): the usage from which a tile is kept
-  const float* weight;           // (batch): votes, or null: every row has a list of its own
+  const float* votes;            // (batch): what each counts, or null: each has a list of its own
   const int32_t* cap = nullptr;  // (lists): the most tiles that each keeps, or null; below 0 is 0
   int tile_rows;                 // neurons of a tile, >= 1
 };

@@ -15,9 +15,9 @@
 //              lower index.
 // A scale that is not finite keeps everything.
 //
-// With weights the rows decide together: one list, of the joint usage
-//   usage[0, j] = sum_b weight[b] * usage[b, j]          over rows of weight other than 0, in order
-// A row of weight 0 has no vote, whatever it holds. A voting row whose scale is not finite keeps
+// With votes the rows decide together: one list, of the joint usage
+//   usage[0, j] = sum_b votes[b] * usage[b, j]           over rows of votes other than 0, in order
+// A row of 0 votes has no say, whatever it holds. A voting row whose scale is not finite keeps
 // everything; if no row votes, nothing is kept.
 #pragma once
 
@@ -36,7 +36,7 @@ struct RecoverParams {
   const float* scale;      // (batch)
   const float* row_scale;  // (n_neurons, columns)
   const float* offset;     // (n_neurons, columns), or null
-  const float* weight;     // (batch), none negative, or null: every row decides for itself
+  const float* votes;      // (batch), none negative, or null: every row decides for itself
   const float* threshold;  // (lists), for kThreshold
   const int32_t* budget;   // (lists), each in [0, n_groups], for kTopK
   float* usage;            // (lists, n_groups), written
