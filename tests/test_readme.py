@@ -105,14 +105,21 @@ def test_findings_come_from_results(tool):
     whole = {"method": "rtn-int4", "target": None, "delta": 0.03, "ci95": [0.02, 0.04]}
     whole |= {"bytes_fraction": 0.281}
     found = {"about": "a model", "best": [{"target": 0.25}, {"target": 0.5}], "rows": [row, whole]}
+    more = {**row, "method": "cats", "target": 0.55}
+    found["rows"].append(more)
     text = tool.rules([found, {"best": [], "rows": [row]}])
-    assert "| a model | teal | +0.5000 [+0.4000, +0.6000] | - |" in text
-    assert "| a model | rtn-int4 | +0.0300 [+0.0200, +0.0400] at 0.281 | - |" in text
+    assert text.startswith("a model, .25 and .55 of the bytes:\n\n| rule | .25 | .55 |")
+    assert "\n| teal | +0.5000 [+0.4000, +0.6000] | - |\n" in text
+    assert "\n| cats | - | +0.5000 [+0.4000, +0.6000] |\n" in text
+    assert "a model, weights that are read whole:\n\n| code | bytes |" in text
+    assert text.endswith("\n| rtn-int4 | 0.281 | +0.0300 [+0.0200, +0.0400] |")
     assert text.count("teal") == 1
     code = {"name": "mixed-3+3", "kind": "nested", "bits_stored": 6.35, "ci95": [0, 1]}
     rows = [{**code, "target": 0.2, "delta": 0.02}, {**code, "target": 0.3, "delta": 0.01}]
     text = tool.storage([{"about": "a model", "rows": rows[::-1]}, {"rows": []}])
-    assert "| a model | nested | mixed-3+3 | 6.35 | +0.0200 | +0.0100 |" in text
+    assert text.startswith("a model, loss over dense by the bits that are read for a weight:\n\n")
+    assert "| kind | code | bits stored | 3.2 | 4.8 |" in text
+    assert text.endswith("\n| nested | mixed-3+3 | 6.35 | +0.0200 | +0.0100 |")
 
 
 def test_pretrained_models_stand_before_our_own(tool):
@@ -120,7 +127,8 @@ def test_pretrained_models_stand_before_our_own(tool):
     tasks = {"math": task | {"top1_agreement": 0.5}, "code": task | {"top1_agreement": 1.0}}
     found = {"mean_delta": 0.5, "mean_ci95": [0.4, 0.6], "tasks": tasks}
     found |= {"bits": 3, "density": 0.5, "bytes_fraction": 0.64}
-    lines = tool.quality([found, {**found, "about": tool.PRETRAINED[0]}]).splitlines()
+    of = tool.PRETRAINED[0]
+    lines = tool.quality([found, {**found, "about": of}]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         *["| SmolLM2-135M-Instruct"] * 3,
         *["| demo model"] * 3,
@@ -128,11 +136,16 @@ def test_pretrained_models_stand_before_our_own(tool):
     assert lines[2].endswith(
         "| mean | 2.000 | 2.500 | +0.5000 [+0.4000, +0.6000] | 0.250 | 0.750 |"
     )
+    text = tool.costs([found, {**found, "about": tool.PRETRAINED[0]}])
+    first, second = (f"{name}, 3 bits, 0.50 of the neurons run" for name in (of, "demo model"))
+    assert text.startswith(first) and 0 < text.index("| mean |") < text.index(second)
+    assert "\n| mean | 2.000 | 2.500 | +0.5000 [+0.4000, +0.6000] | 0.250 | 0.750 |\n" in text
+    assert "0.640 of the feed-forward bytes read:\n\n| task |" in text
     row = {"method": "teal", "target": 0.35, "delta": 0.5, "ci95": [0.4, 0.6]}
     found = [{"about": name, "best": [], "rows": [row]} for name in ("ours", tool.PRETRAINED[1])]
-    lines = tool.rules(found).splitlines()
-    assert lines[2] == "| Gemma 3 270M | teal | - | +0.5000 [+0.4000, +0.6000] | - | - |"
-    assert lines[3].startswith("| ours | teal | - | +0.5000")
+    text = tool.rules(found)
+    assert text.startswith("Gemma 3 270M, .35 of the bytes:\n\n| rule | .35 |\n| --- | --- |\n")
+    assert "\n\nours, .35 of the bytes:\n\n" in text
 
 
 LAYER = {
@@ -162,11 +175,12 @@ def test_layers_on_a_gpu_stand_beside_the_best_that_was_measured(tool):
     results = of_gpu(LAYER)
     said = tool.layers([*results, {**results[0], "commit": "def"}])
     assert (
-        "| 4096 x 14336, .10 | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 | 88.0, 8.00x "
+        "| .10 | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 | 88.0, 8.00x "
         "| gather 60.0, 5.45x |"
     ) in said
-    titles = [line for line in said.splitlines() if line.startswith("NVIDIA")]
-    assert titles == [f"NVIDIA H200, commit {commit}, 2026-01-31:" for commit in ("abc", "def")]
+    titles = [line for line in said.splitlines() if line.startswith("4096")]
+    where = "4096 x 14336, NVIDIA H200, commit"
+    assert titles == [f"{where} {commit}, 2026-01-31:" for commit in ("abc", "def")]
     assert "| 60 (gather) | 11 | 5.45x | 0.75 | 0.80 |" in tool.speed(results)
     assert tool.native(results) == tool.pursuits(results) == tool.MISSING
 
@@ -186,7 +200,7 @@ def test_layers_without_python_have_a_table_of_the_same_form(tool):
     row |= {"ratio_vs_best": 90 / 11, "ratio_vs_dense": 90 / 11}
     results = of_gpu(row | {"case": f"{LAYER['case']} batch=4 joint"})
     said = tool.native(results)
-    assert "| 4096 x 14336, .10, 4 rows | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 " in said
+    assert "| .10, 4 rows | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 " in said
     assert "| 90.0, 8.18x | all neurons 90.0, 8.18x |" in said
     assert said.splitlines()[2] == tool.layers(of_gpu(LAYER)).splitlines()[2]
     assert tool.layers(results) == tool.speed(results) == tool.MISSING
@@ -209,9 +223,12 @@ def test_pursuits_have_a_table_of_their_own(tool):
     }
     results = of_gpu(row)
     said = tool.pursuits(results)
-    assert "| 5,000,000 | 31.25 | 0.9995 | 6.0x orthogonal" in said and said.endswith("| 6.0x |")
+    assert said.startswith("omp (256, 1024, 32) x 5000, NVIDIA H200, commit abc, 2026-01-31:\n\n")
+    assert said.endswith(
+        "| support | 1000 (990 .. 1010) | 5 | 31.25 | 0.9995 | 6.0x package | 6.0x |"
+    )
     assert tool.speed(results) == tool.layers(results) == tool.native(results) == tool.MISSING
-    start = "| omp m=256 n=1024 k=32 batch=5000 | support | "
+    start = "| omp (256, 1024, 32) x 5000 | support | "
     assert f"{start}times the package | >= 5 | 6 | yes | NVIDIA H200 |" in tool.targets(results)
     alone = of_gpu(row | {"baselines": {"torch f32": 9000.0}})
     assert f"{start}times the package | >= 5 | {tool.MISSING} | - | - |" in tool.targets(alone)

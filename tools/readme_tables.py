@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/speed.md from the files in bench/results.
+"""Write the figures of README.md, docs/speed.md and docs/findings.md from bench/results.
 
     python tools/readme_tables.py [--check | --targets FOLDER]
 
@@ -205,14 +205,22 @@ def titled(
     wanted: Callable[[dict[str, Any], dict[str, Any]], bool],
     make: Callable[[dict[str, Any]], tuple[str, ...]],
     head: tuple[str, ...],
+    subject: Callable[[dict[str, Any]], str] = lambda row: "",
 ) -> str:
-    """Lay the wanted rows of every file out as a table, below a line that says what it is of."""
+    """Lay the wanted rows of every file out, a table for each subject.
+
+    A line above each table says what all its rows share: where, from what and when they were
+    measured, and their subject, if they have one.
+    """
     found = []
     for result in results:
-        rows = [make(row) for _, row in pick([result], wanted)]
-        if rows:
+        groups: dict[str, list[tuple[str, ...]]] = {}
+        for _, row in pick([result], wanted):
+            groups.setdefault(subject(row), []).append(make(row))
+        for name, rows in groups.items():
             said = (place(result["machine"]), f"commit {result['commit']}", result["date"])
-            found.append(f"{', '.join(said)}:\n\n{table(head, rows)}")
+            title = ", ".join((name, *said) if name else said)
+            found.append(f"{title}:\n\n{table(head, rows)}")
     return "\n\n".join(found) or MISSING
 
 
@@ -220,7 +228,13 @@ def short(case: str) -> str:
     """Give the name of a case as a table has it, such as ``4096 x 14336, .25, 4 rows``."""
     said = re.sub(r"^ffn d=(\d+) F=(\d+) density=(\S+)", r"\1 x \2, \3", case)
     said = re.sub(r" blocks=(\d+)", r", blocks of \1", said)
-    return re.sub(r" batch=(\d+) joint$", r", \1 rows", said)
+    said = re.sub(r" batch=(\d+) joint$", r", \1 rows", said)
+    return re.sub(r"^omp m=(\d+) n=(\d+) k=(\d+) batch=(\d+)$", r"omp (\1, \2, \3) x \4", said)
+
+
+def _shape(row: dict[str, Any]) -> str:
+    """The channels and neurons of a layer."""
+    return short(row["case"]).partition(", ")[0]
 
 
 def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -228,7 +242,7 @@ def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
     best = best_of(row)
     dense = row["ratio_vs_dense"] * row["median_us"]
     return (
-        short(row["case"]),
+        short(row["case"]).partition(", ")[2],
         row["variant"],
         spread(row, 1 if row["median_us"] >= 100 else 2),
         fraction_of(row),
@@ -238,27 +252,32 @@ def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-LAYER_HEAD = ("case", "variant", "us", "reads", "sigma", "dense", "best other")
+LAYER_HEAD = ("density", "variant", "us", "reads", "sigma", "dense", "best other")
 OTHERS = {
     "torch bf16": "cuBLAS",
     "torch.compile max-autotune bf16": "compiled",
     "triton TEAL rule": "TEAL",
     "gather + cuBLAS": "gathered",
     "csfast all neurons": "all neurons",
+    PACKAGE: "package",
 }
 
 
 def layers(results: list[dict[str, Any]]) -> str:
     """Layers on a GPU, beside the best of what was measured with them."""
     return titled(
-        results, lambda m, row: on_gpu(m, row) and beside_torch(row), layer_line, LAYER_HEAD
+        results, lambda m, row: on_gpu(m, row) and beside_torch(row), layer_line, LAYER_HEAD, _shape
     )
 
 
 def native(results: list[dict[str, Any]]) -> str:
     """The same without Python, with more batches."""
     return titled(
-        results, lambda m, row: on_gpu(m, row) and not beside_torch(row), layer_line, LAYER_HEAD
+        results,
+        lambda m, row: on_gpu(m, row) and not beside_torch(row),
+        layer_line,
+        LAYER_HEAD,
+        _shape,
     )
 
 
@@ -267,22 +286,25 @@ def pursuit_line(row: dict[str, Any]) -> tuple[str, ...]:
     best = best_of(row)
     package = _value(row, "vs_package")
     return (
-        row["case"].removeprefix("omp "),
         row["variant"],
-        spread(row),
-        f"{row['problems_per_second']:,.0f}",
+        spread(row, 0 if row["median_us"] >= 1000 else 1),
+        f"{row['problems_per_second'] / 1e6:.3g}",
         f"{row['us_per_atom']:.2f}",
         f"{row['agreement']:.4f}",
-        f"{row['ratio_vs_best']:.1f}x {best}",
+        f"{row['ratio_vs_best']:.1f}x {OTHERS.get(best, best)}",
         "-" if package is None else f"{package:.1f}x",
     )
 
 
 def pursuits(results: list[dict[str, Any]]) -> str:
     """Orthogonal matching pursuit, beside other ways to run it."""
-    head = ("case", "variant", "us", "problems/s", "us an atom", "agreement", "best other")
+    head = ("variant", "us", "M problems/s", "us an atom", "agreement", "best other")
     return titled(
-        results, lambda _, row: "problems_per_second" in row, pursuit_line, (*head, "package")
+        results,
+        lambda _, row: "problems_per_second" in row,
+        pursuit_line,
+        (*head, "package"),
+        lambda row: short(row["case"]),
     )
 
 
@@ -348,41 +370,55 @@ def _pretrained_first(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rules(results: list[dict[str, Any]]) -> str:
-    """All rules of every ablation at equal bytes."""
-    rows = []
+    """All rules of every ablation at equal bytes: tables for every model."""
+    found = []
     for result in _pretrained_first(results):
         if "best" not in result or "about" not in result:
             continue
-        methods = dict.fromkeys(row["method"] for row in result["rows"])
-        for method in methods:
-            found = {r["target"]: r for r in result["rows"] if r["method"] == method}
-            whole = found.get(None)
-            cells = [_loss(found[t]) if t in found else "-" for t in FRACTIONS]
-            if whole is not None:
-                cells = [
-                    f"{_loss(whole)} at {whole['bytes_fraction']:.3f}",
-                    *["-"] * (len(FRACTIONS) - 1),
-                ]
-            rows.append((result["about"], method, *cells))
-    return table(("model", "rule", "at .25 of the bytes", ".35", ".55", ".75"), rows)
+        lines: dict[str, dict[float | None, dict[str, Any]]] = {}
+        for row in result["rows"]:
+            lines.setdefault(row["method"], {})[row["target"]] = row
+        targets = [t for t in FRACTIONS if any(t in line for line in lines.values())]
+        for pair in (targets[i : i + 2] for i in range(0, len(targets), 2)):
+            shares = [f"{target:.2f}".lstrip("0") for target in pair]
+            rows = [
+                (method, *(_loss(line[t]) if t in line else "-" for t in pair))
+                for method, line in lines.items()
+                if any(t in line for t in pair)
+            ]
+            title = f"{result['about']}, {' and '.join(shares)} of the bytes"
+            found.append(f"{title}:\n\n{table(('rule', *shares), rows)}")
+        whole = [
+            (method, f"{line[None]['bytes_fraction']:.3f}", _loss(line[None]))
+            for method, line in lines.items()
+            if None in line
+        ]
+        if whole:
+            title = f"{result['about']}, weights that are read whole"
+            found.append(f"{title}:\n\n{table(('code', 'bytes', 'loss over dense'), whole)}")
+    return "\n\n".join(found) or MISSING
 
 
 def storage(results: list[dict[str, Any]]) -> str:
-    """Ways to store few-bit weights, at equal bits read."""
-    rows = []
+    """Ways to store few-bit weights, at equal bits read: a table for every model."""
+    found = []
     for result in results:
         stored = [row for row in result.get("rows", ()) if "bits_stored" in row]
+        if not stored:
+            continue
         targets = sorted({row["target"] for row in stored if row["target"] is not None})
+        rows = []
         for name in dict.fromkeys(row["name"] for row in stored):
             members = [row for row in stored if row["name"] == name]
-            found = {row["target"]: row for row in members}
-            cells = [f"{found[t]['delta']:+.4f}" if t in found else "-" for t in targets]
-            if None in found:
-                cells = [f"{_loss(found[None])}", *["-"] * (len(targets) - 1)]
-            bits = f"{members[0]['bits_stored']:.2f}"
-            rows.append((result["about"], members[0]["kind"], name, bits, *cells))
-    head = ("model", "kind", "code", "bits stored", "loss at 2.6 bits read", "3.0", "3.35", "3.6")
-    return table((*head, "4.1", "5.0"), rows)
+            line = {row["target"]: row for row in members}
+            cells = [f"{line[t]['delta']:+.4f}" if t in line else "-" for t in targets]
+            if None in line:
+                cells = [_loss(line[None]), *["-"] * (len(targets) - 1)]
+            rows.append((members[0]["kind"], name, f"{members[0]['bits_stored']:.2f}", *cells))
+        head = ("kind", "code", "bits stored", *(f"{16 * target:.3g}" for target in targets))
+        title = f"{result['about']}, loss over dense by the bits that are read for a weight"
+        found.append(f"{title}:\n\n{table(head, rows)}")
+    return "\n\n".join(found) or MISSING
 
 
 def curve(results: list[dict[str, Any]]) -> str:
@@ -393,13 +429,13 @@ def curve(results: list[dict[str, Any]]) -> str:
         if "models" not in result:
             continue
         models = [(model["parameters"], model["tokens"]) for model in result["models"]]
-        head += tuple(f"{p / 1e6:.0f} M, {t / 1e6:.0f}" for p, t in models)
+        head += tuple(f"{p / 1e6:.0f}/{t / 1e6:.0f}" for p, t in models)
         of_model: dict[tuple[str, float | None], dict[tuple[int, int], float]] = {}
         for row in result["rows"]:
             found = of_model.setdefault((row["method"], row["density"]), {})
             found[row["params"], row["tokens"]] = row["delta"]
         for (method, density), found in sorted(of_model.items(), key=str):
-            cells = [f"{found[m]:+.4f}" if m in found else "-" for m in models]
+            cells = [f"{found[m]:.4f}" if m in found else "-" for m in models]
             rows.append((method, "-" if density is None else f"{density:g}", *cells))
     return table(head, rows)
 
@@ -433,9 +469,38 @@ def quality(results: list[dict[str, Any]]) -> str:
     return table((*head, "difference, 95 %", "KL", "same top-1"), rows)
 
 
+def costs(results: list[dict[str, Any]]) -> str:
+    """The same, a table for every plan."""
+    found = []
+    for result in _pretrained_first(results):
+        if "mean_delta" not in result:
+            continue
+        tasks = result["tasks"]
+        whole = {"delta": result["mean_delta"], "ci95": result["mean_ci95"]}
+        for key in ("dense_loss", "loss", "kl", "top1_agreement"):
+            whole[key] = sum(row[key] for row in tasks.values()) / len(tasks)
+        rows = [
+            (
+                task,
+                f"{row['dense_loss']:.3f}",
+                f"{row['loss']:.3f}",
+                _loss(row),
+                f"{row['kl']:.3f}",
+                f"{row['top1_agreement']:.3f}",
+            )
+            for task, row in {"mean": whole, **tasks}.items()
+        ]
+        about = result.get("about", "demo model")
+        title = f"{about}, {result['bits']} bits, {result['density']:.2f} of the neurons run"
+        title += f", {result['bytes_fraction']:.3f} of the feed-forward bytes read"
+        head = ("task", "dense loss", "csfast loss", "difference, 95 %", "KL", "same top-1")
+        found.append(f"{title}:\n\n{table(head, rows)}")
+    return "\n\n".join(found) or MISSING
+
+
 TABLES = {"speed": speed, "selection": selection, "quantised": quantised, "quality": quality}
 SPEED_TABLES = {"targets": targets, "layers": layers, "native": native, "pursuits": pursuits}
-FOUND_TABLES = {"quality": quality, "rules": rules, "storage": storage, "curve": curve}
+FOUND_TABLES = {"quality": costs, "rules": rules, "storage": storage, "curve": curve}
 PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES, "docs/findings.md": FOUND_TABLES}
 
 
