@@ -45,11 +45,13 @@ const Chip& chip(const char* op) {
 OnDevice::OnDevice(const char* op, const void* address) : before_(current_device(op)) {
   cudaPointerAttributes attributes{};
   check(cudaPointerGetAttributes(&attributes, address), op, "chip", "cudaPointerGetAttributes");
-  check(cudaSetDevice(attributes.device), op, "chip", "cudaSetDevice");
+  there_ = attributes.device;
+  if (there_ != before_) check(cudaSetDevice(there_), op, "chip", "cudaSetDevice");
 }
 
 OnDevice::~OnDevice() {
-  static_cast<void>(cudaSetDevice(before_));  // it was the current one, so that this cannot fail
+  // It was the current one before, so that this cannot fail.
+  if (there_ != before_) static_cast<void>(cudaSetDevice(before_));
 }
 
 }  // namespace csfast::cuda

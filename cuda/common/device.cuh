@@ -36,7 +36,7 @@ class OnDevice {
   ~OnDevice();
 
  private:
-  int before_;
+  int before_, there_;
 };
 
 }  // namespace csfast::cuda
