@@ -18,6 +18,7 @@ DOCS = sorted(
 )
 CODE = ("python", "cpp", "cuda", "bench", "tools", "tests", ".ci")
 SUFFIXES = {".py", ".pyi", ".h", ".cc", ".cuh", ".cu", ".inc", ".txt", ".sh", ".toml", ".html"}
+LINE = 110  # characters
 # Of other projects and their files.
 FOREIGN = {"ptxas", "nvdisasm", "hex", "dp4a", "sha256sum", "manifest.json"}
 PLACES = ("", "python/csfast", "cpp", "cpp/include", "cuda", "bench/results")
@@ -107,3 +108,13 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in DOCS if path != ROOT / "README.md"],  # its tables of figures are wider
+    ids=lambda path: path.stem,
+)
+def test_lines_are_short(path):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= LINE, f"{path.name}:{number} has {len(line)} characters"
