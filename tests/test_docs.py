@@ -110,6 +110,20 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
+def anchors_of(path):
+    """What links may lead to within a page: its headings, as GitHub writes them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    heads = (head.lower() for head in re.findall(r"^#+ (.*)$", text, flags=re.M))
+    return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_anchors_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text("utf-8")):
+        if "://" not in target:
+            assert anchor in anchors_of(path.parent / target if target else path), anchor
+
+
 @pytest.mark.parametrize(
     "path",
     # The README's tables of figures are wider.

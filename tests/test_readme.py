@@ -62,6 +62,21 @@ def test_python_names_of_the_readme_exist():
         assert name in csfast.__all__, name
 
 
+def test_pages_describe_every_public_name():
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("api.md", "advanced.md"))
+    code = " ".join(re.findall(r"`([^`\n]+)`", text))
+    assert set(csfast.__all__) <= set(re.findall(r"\w+", code))
+
+
+def test_examples_of_the_python_interface_are_python():
+    for page in ("api.md", "advanced.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert blocks
+        for block in blocks:
+            compile(block, page, "exec")
+
+
 def test_the_example_is_python():
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         compile(block, "README.md", "exec")
