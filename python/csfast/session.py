@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ class Session:
         self._cuda = self._device.type == "cuda"
         self._native = native.Session(self._cuda)
         self._bound: list[tuple[Layer, Tensor | None]] = []
-        self._rows: list[tuple[torch.dtype, int]] = []  # of each layer: T and d
+        # Of each layer: T, d, and where it is as `Tensor.get_device` says it.
+        self._rows: list[tuple[torch.dtype, int, int]] = []
         self._workspaces: dict[int, Tensor] = {}
         self._place: torch.device | None = None  # of what is bound
-        # Made once: a step of decoding enters it for every layer.
+        # Made once; entered where another device is current.
         self._current: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
     def bind(self, layer: Layer, *, max_batch: int, stats: Tensor | None = None) -> int:
@@ -92,7 +94,7 @@ class Session:
         if self._cuda:
             self._current = torch.cuda.device(gate.device)
         self._bound.append((layer, stats))
-        self._rows.append((gate.dtype, gate.shape[1]))
+        self._rows.append((gate.dtype, gate.shape[1], gate.get_device()))
         return number
 
     def ffn(self, layer: int, x: Tensor, out: Tensor) -> None:
@@ -105,9 +107,33 @@ class Session:
         """
         if not 0 <= layer < len(self._rows):
             raise ValueError(f"[session] layer = {layer}: want one of {len(self._rows)} bound.")
-        dtype, d = self._rows[layer]
-        batch = x.shape[0]
-        if x.shape != (batch, d) or out.shape != x.shape:
+        dtype, d, place = self._rows[layer]
+        # Whatever is asked here is asked for every layer of every token.
+        fits = (
+            x.dtype is dtype
+            and out.dtype is dtype
+            and x.dim() == 2
+            and x.size(1) == d
+            and out.shape == x.shape
+            and x.is_contiguous()
+            and out.is_contiguous()
+            and x.get_device() == out.get_device() == place
+            and (x.is_cuda and out.is_cuda if self._cuda else x.is_cpu and out.is_cpu)
+        )
+        if not fits:
+            self._refuse(layer, x, out)
+        if not self._cuda:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), x.size(0), 0)
+        elif torch.cuda.current_device() == place:
+            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), x.size(0), stream(x))
+        else:
+            with self._current:
+                self._native.ffn(layer, x.data_ptr(), out.data_ptr(), x.size(0), stream(x))
+
+    def _refuse(self, layer: int, x: Tensor, out: Tensor) -> NoReturn:
+        """Say what of a call does not fit the layer."""
+        dtype, d, _ = self._rows[layer]
+        if x.dim() != 2 or x.size(1) != d or out.shape != x.shape:
             raise ValueError(
                 f"[session] x {tuple(x.shape)}, out {tuple(out.shape)}: want (batch, d = {d})."
             )
@@ -115,13 +141,7 @@ class Session:
             raise TypeError(f"[session] x {x.dtype}, out {out.dtype}: want {dtype}.")
         if not (x.is_contiguous() and out.is_contiguous()):
             raise TypeError("[session] x or out has other strides: want contiguous tensors.")
-        if x.device != self._place or out.device != x.device:
-            raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
-        if not self._cuda:
-            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, 0)
-            return
-        with self._current:
-            self._native.ffn(layer, x.data_ptr(), out.data_ptr(), batch, stream(x))
+        raise ValueError(f"[session] x on {x.device}, out on {out.device}: want {self._place}.")
 
 
 def ffn_workspace(max_batch: int, d: int, n_neurons: int, device: torch.device) -> int:
