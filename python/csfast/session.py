@@ -117,8 +117,11 @@ class Session:
             and out.shape == x.shape
             and x.is_contiguous()
             and out.is_contiguous()
-            and x.get_device() == out.get_device() == place
-            and (x.is_cuda and out.is_cuda if self._cuda else x.is_cpu and out.is_cpu)
+            and (
+                x.is_cuda and out.is_cuda and x.get_device() == out.get_device() == place
+                if self._cuda
+                else x.is_cpu and out.is_cpu
+            )
         )
         if not fits:
             self._refuse(layer, x, out)
