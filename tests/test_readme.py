@@ -3,11 +3,14 @@
 import importlib.util
 import pathlib
 import re
+from xml.etree import ElementTree
 
 import pytest
+import torch
 import typer
 
 import csfast
+from csfast import models
 from csfast.bench import layers, timed
 from csfast.cli import app
 
@@ -77,13 +80,67 @@ def test_examples_of_the_python_interface_are_python():
             compile(block, page, "exec")
 
 
-def test_the_example_is_python():
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        compile(block, "README.md", "exec")
+def test_the_readme_is_short(tool):
+    assert len(README.splitlines()) <= 120
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    assert 2 < len(rows) <= 14
+    # So it stays when every row that it may have is there.
+    found = tool.load(ROOT / "bench" / "results")
+    runs = [{**GENERATED, "machine": GPU | {"gpu": f"NVIDIA {n}"}} for n in range(tool.MOST)]
+    most = tool.render(README, [*found, *runs]).splitlines()
+    assert len(most) <= 120
+    assert sum(line.startswith("|") for line in most) == tool.MOST + 2
+
+
+def test_the_pretrained_model_stands_first(tool):
+    rows = [line for line in README.splitlines() if line.startswith("|")][2:]
+    first = tool.PRETRAINED[0].removesuffix("-Instruct")
+    assert [row.split(" | ")[0] for row in rows[:3]] == [
+        f"| {first}, csfast",
+        f"| {first}, int8",
+        "| demo model, csfast",
+    ]
+    # What is said in words is what the first row has.
+    _, _, _, loss, also = rows[0].strip("| ").split(" | ")
+    assert f"costs {float(loss.split()[0]):.3f} nats".replace("0.", ".") in README
+    assert also.endswith("top-1 0.85") and "another for one in seven" in README
+
+
+def example():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return block
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    code = example()
+    assert len(code.splitlines()) <= 25
+    (name,) = re.findall(r'name = "(\w+/[\w.-]+)"', code)  # one that is to be had
+    shipped = pathlib.Path(models.demo_folder())
+    (tmp_path / "model").mkdir()
+    for path in shipped.iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    lines = (shipped / "sample.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    texts = [line for line in lines if '"task": "code/' in line][:2]
+    (tmp_path / "texts.jsonl").write_text("".join(texts), encoding="utf-8")
+    ran = []
+    monkeypatch.setattr(csfast, "remove", lambda model: ran.append(csfast.stats(model)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace(name, "model").replace("max_new_tokens=200", "max_new_tokens=8")
+    exec(compile(code, "README.md", "exec"), {})
+    sparse, dense = capsys.readouterr().out.split("Why is the sky blue?")[1:]
+    assert sparse and dense
+    (stats,) = ran
+    # The first of eight tokens is the prompt's, in either mode.
+    assert stats.tokens[0] == 7 and 0 < stats.density < 1
+    assert stats.dense["dense()"] == 8 * len(stats.tokens)
+    assert (tmp_path / "mistral.plan.safetensors").is_file()
 
 
 def test_the_test_command_is_what_ci_runs():
-    assert "    ./csfast.sh test\n" in README
+    assert re.search(r"(?m)^    \./csfast\.sh test( |$)", README)
     assert "\n./csfast.sh test\n" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -97,22 +154,93 @@ def test_every_page_with_figures_is_checked(tool):
     assert set(tool.PAGES) == {"README.md", "docs/speed.md", "docs/findings.md"}
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_picture_is_up_to_date(tool):
+    drawn = tool.picture(tool.load(ROOT / "bench" / "results"))
+    assert (ROOT / tool.PICTURE).read_text(encoding="utf-8") == drawn
+    assert f"]({tool.PICTURE})" in README
+
+
+def test_the_picture_has_four_lines_and_a_style_of_its_own(tool):
+    drawn = tool.picture(tool.load(ROOT / "bench" / "results"))
+    root = ElementTree.fromstring(drawn)
+    lines = [node.get("class") for node in root.iter(f"{SVG}polyline")]
+    assert lines == [
+        "line oracle dashed",
+        "line selection",
+        "line quantised dashed",
+        "line few-bit",
+    ]
+    said = {node.text for node in root.iter(f"{SVG}text")}
+    assert {"csfast", "TEAL", "quantised, read whole", "perfect choice", "int8"} <= said
+    (style,) = (node.text for node in root.iter(f"{SVG}style"))
+    assert "prefers-color-scheme: dark" in style and "{%" not in style
+    for name in ("few-bit", "selection", "quantised", "oracle"):
+        assert f".{name} {{ --c: var(--{name}); }}" in style
+    used = {name for node in root.iter() for name in (node.get("class") or "").split()}
+    assert used <= set(re.findall(r"\.([a-z][\w-]*)", style)), "what no rule says is black"
+
+
 def test_without_results_the_pages_say_so(tool):
     bare = tool.render(README, [])
-    assert bare.count(tool.MISSING) == len(tool.TABLES)
+    assert bare.count(tool.MISSING) == 1
     text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     bare = tool.render(text, [], tool.SPEED_TABLES)
     assert bare.count(tool.MISSING) == len(tool.SPEED_TABLES) - 1 + len(tool.TARGETS)
 
 
-def test_figures_come_from_results(tool):
-    row = {"case": "ffn d=64 F=64 density=.25", "variant": "complete", "median_us": 2.0}
-    row |= {"baselines": {"slow": 9.0, "quick": 6.0}, "ratio_vs_best": 3.0}
-    row |= {"fraction_of_read_bandwidth": 0.5}
-    text = tool.speed([{"machine": {"cpu": "box", "threads": 2}, "rows": [row]}])
-    assert (
-        "| box, 2 threads | ffn d=64 F=64 density=.25 | complete | 6 (quick) | 2 | 3.00x |" in text
+GENERATED = {
+    "about": "generate 8b",
+    "command": ["python", "bench/generate.py", "8b", "--density=0.25", "--compiled"],
+    "machine": {"device": "cuda", "gpu": "NVIDIA H200"},
+    "ratio": 1.2,
+    "costs": {"calibrate_seconds": 28.1, "apply_seconds": 22.9, "apply_bytes": 4.7e9},
+    "rows": [
+        {"case": "dense", "tokens_per_second": 125.0},
+        {"case": "csfast", "tokens_per_second": 150.0},
+    ],
+}
+GENERATED["costs"]["plan_bytes"] = 939e6
+
+
+def test_whole_models_come_from_what_generate_wrote(tool):
+    small = {**GENERATED, "about": "generate 1b"}
+    small["costs"] = {k: v / 10 for k, v in GENERATED["costs"].items() if k != "calibrate_seconds"}
+    said = tool.generate([small, GENERATED]).splitlines()
+    assert said[2] == (
+        "| 1B shape, compiled | NVIDIA H200 | .25 | 125.0 | 150.0 | 1.20x | - | 2 | 0.47 | 0.09 |"
     )
+    assert said[3].endswith("| 1.20x | 28 | 23 | 4.70 | 0.94 |")
+    slow = {"device": "cpu", "cpu": "box", "threads": 2}
+    quick = {**small, "machine": slow, "command": ["--density=0.5"]}
+    quick["costs"] = {**small["costs"], "apply_seconds": 0.51}
+    runs = [small, GENERATED, quick]
+    assert tool.figures(runs).splitlines()[2:] == [
+        "| 8B shape, compiled, H200, .25, tokens/s | 125 | 150 | 1.20x "
+        "| calibrate 28 s, apply 23 s |",
+        "| 1B shape, 2 CPU cores, .50, tokens/s | 125 | 150 | 1.20x | apply 0.5 s |",
+    ]
+
+
+def test_figures_come_from_results(tool):
+    row = LAYER | {"case": "ffn d=2048 F=8192 density=.50", "variant": "complete"}
+    row |= {"median_us": 2000.0, "baselines": {"torch f32": 9000.0, "torch bf16": 6000.0}}
+    row |= {"ratio_vs_best": 3.0, "ratio_vs_dense": 3.0, "fraction_of_read_bandwidth": None}
+    of = {"commit": "abc", "date": "2026-01-31", "rows": [row]}
+    results = [{**of, "machine": {"device": "cpu", "cpu": "box", "threads": 2}}]
+    assert tool.figures(results).splitlines()[2:] == [
+        "| layer, 2 CPU cores, .50, ms | 6 | 2 | 3.00x | dense: torch |"
+    ]
+    said = tool.cpu(results)
+    assert said.startswith("2048 x 8192, box, 2 threads, commit abc, 2026-01-31:")
+    assert said.endswith("| - | 0.80 | 6000.0, 3.00x | torch 6000.0, 3.00x |")
+    row = LAYER | {"case": "ffn d=4096 F=14336 density=.25", "variant": "complete"}
+    assert tool.figures(of_gpu(row)).splitlines()[2:] == [
+        "| layer, H200, .25, ms | 0.088 | 0.011 | 8.00x | dense: compiled, in a CUDA graph |"
+    ]
+    assert tool.cpu(of_gpu(row)) == tool.MISSING
 
 
 def test_findings_come_from_results(tool):
@@ -143,14 +271,17 @@ def test_pretrained_models_stand_before_our_own(tool):
     found = {"mean_delta": 0.5, "mean_ci95": [0.4, 0.6], "tasks": tasks}
     found |= {"bits": 3, "density": 0.5, "bytes_fraction": 0.64}
     of = tool.PRETRAINED[0]
-    lines = tool.quality([found, {**found, "about": of}]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        *["| SmolLM2-135M-Instruct"] * 3,
-        *["| demo model"] * 3,
+    int8 = {"method": "rtn-int8", "bytes_fraction": 0.53, "delta": 0.25, "ci95": [0.2, 0.3]}
+    of = tool.PRETRAINED[0]
+    whole = {"about": of, "best": [], "dense": {"math": 1.0, "code": 2.0}, "rows": [int8]}
+    others = [{**found, "bits": 2}, {**found, "density": 0.25}, {**whole, "about": "demo model"}]
+    lines = tool.figures([found, *others, whole, {**found, "about": of}]).splitlines()
+    also = "2.000 | 2.500 | +0.5000 [+0.4000, +0.6000] | 0.64 of bytes, KL 0.25, top-1 0.75 |"
+    assert lines[2:] == [
+        f"| SmolLM2-135M, csfast | {also}",
+        "| SmolLM2-135M, int8 | 1.500 | 1.750 | +0.2500 [+0.2000, +0.3000] | 0.53 of bytes |",
+        f"| demo model, csfast | {also}",
     ]
-    assert lines[2].endswith(
-        "| mean | 2.000 | 2.500 | +0.5000 [+0.4000, +0.6000] | 0.250 | 0.750 |"
-    )
     text = tool.costs([found, {**found, "about": tool.PRETRAINED[0]}])
     first, second = (f"{name}, 3 bits, 0.50 of the neurons run" for name in (of, "demo model"))
     assert text.startswith(first) and 0 < text.index("| mean |") < text.index(second)
@@ -196,7 +327,6 @@ def test_layers_on_a_gpu_stand_beside_the_best_that_was_measured(tool):
     titles = [line for line in said.splitlines() if line.startswith("4096")]
     where = "4096 x 14336, NVIDIA H200, commit"
     assert titles == [f"{where} {commit}, 2026-01-31:" for commit in ("abc", "def")]
-    assert "| 60 (gather) | 11 | 5.45x | 0.75 | 0.80 |" in tool.speed(results)
     assert tool.native(results) == tool.pursuits(results) == tool.MISSING
 
 
@@ -218,7 +348,7 @@ def test_layers_without_python_have_a_table_of_the_same_form(tool):
     assert "| .10, 4 rows | execute | 11.00 (10.50 .. 11.75) | 0.75 | 0.80 " in said
     assert "| 90.0, 8.18x | all neurons 90.0, 8.18x |" in said
     assert said.splitlines()[2] == tool.layers(of_gpu(LAYER)).splitlines()[2]
-    assert tool.layers(results) == tool.speed(results) == tool.MISSING
+    assert tool.layers(results) == tool.cpu(results) == tool.MISSING
     assert tool.targets(results).count(tool.MISSING) == len(tool.TARGETS)
 
 
@@ -242,7 +372,7 @@ def test_pursuits_have_a_table_of_their_own(tool):
     assert said.endswith(
         "| support | 1000 (990 .. 1010) | 5 | 31.25 | 0.9995 | 6.0x package | 6.0x |"
     )
-    assert tool.speed(results) == tool.layers(results) == tool.native(results) == tool.MISSING
+    assert tool.cpu(results) == tool.layers(results) == tool.native(results) == tool.MISSING
     start = "| omp (256, 1024, 32) x 5000 | support | "
     assert f"{start}times the package | >= 5 | 6 | yes | NVIDIA H200 |" in tool.targets(results)
     alone = of_gpu(row | {"baselines": {"torch f32": 9000.0}})
@@ -257,5 +387,5 @@ def test_targets_are_of_cases_that_are_measured(tool):
 
 
 def test_a_lost_marker_is_an_error(tool):
-    with pytest.raises(ValueError, match=r"^\[readme_tables\] marker 'speed' stands 0 times"):
-        tool.render(README.replace("<!-- speed -->", ""), [])
+    with pytest.raises(ValueError, match=r"^\[readme_tables\] marker 'figures' stands 0 times"):
+        tool.render(README.replace("<!-- figures -->", ""), [])

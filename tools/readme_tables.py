@@ -4,8 +4,9 @@
 
 Every table of figures stands between two markers and is made here, from results that
 `csfast bench|ablate|eval --json` and the benchmarks in C++ wrote, so that no figure is typed by
-hand. `--check` only says whether the pages are up to date, `--targets` shows what is to be reached
-beside what the files of one folder say.
+hand. So is docs/loss.svg, the picture of README.md, which is the first one of `csfast report`.
+`--check` only says whether pages and picture are up to date, `--targets` shows what is to be
+reached beside what the files of one folder say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = "not measured yet"
-SHOWN = "ablate-demo"  # the ablation that README.md shows; docs/findings.md has all
+MOST = 10  # rows of README.md
+BITS, DENSITY = 3, 0.5  # of the plans that README.md shows
 PACKAGE = "orthogonal_matching_pursuit_gpu f32"
 PRETRAINED = ("SmolLM2-135M-Instruct", "Gemma 3 270M")  # stand before models of our own
 FRACTIONS = (0.25, 0.35, 0.55, 0.75)  # of the dense bytes, for which docs/findings.md has columns
@@ -141,35 +143,6 @@ def sigma_of(row: dict[str, Any]) -> str:
     return "-" if row.get("sigma") is None else f"{row['sigma']:.2f}"
 
 
-def speed(results: list[dict[str, Any]]) -> str:
-    """Times of a layer, dense beside ours: what a decode step calls, and execution alone."""
-
-    def wanted(machine: dict[str, Any], row: dict[str, Any]) -> bool:
-        here = is_layer(row) and row["variant"] in ("complete", "execute")
-        # What a GPU takes without torch is in docs/speed.md.
-        return here and (machine.get("device") != "cuda" or beside_torch(row))
-
-    picked = list(pick(results, wanted))
-    has_sigma = any("sigma" in row for _, row in picked)
-    rows = []
-    for machine, row in picked:
-        best = best_of(row)
-        line = (
-            place(machine),
-            row["case"],
-            row["variant"],
-            f"{row['baselines'][best]:.0f} ({best})",
-            f"{row['median_us']:.0f}",
-            f"{row['ratio_vs_best']:.2f}x",
-            fraction_of(row),
-        )
-        rows.append((*line, sigma_of(row)) if has_sigma else line)
-    best = "best other, us" if has_sigma else "best dense, us"
-    against = "against it" if has_sigma else "against dense"
-    head = ("machine", "case", "variant", best, "csfast, us", against, "of read bandwidth")
-    return table((*head, "sigma") if has_sigma else head, rows)
-
-
 def targets(results: list[dict[str, Any]]) -> str:
     """What is to be reached, and what is."""
     rows = []
@@ -237,9 +210,10 @@ def _shape(row: dict[str, Any]) -> str:
     return short(row["case"]).partition(", ")[0]
 
 
-def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
+def layer_line(row: dict[str, Any], names: dict[str, str] | None = None) -> tuple[str, ...]:
     """Give the line of a row of a layer, whichever benchmark wrote it."""
     best = best_of(row)
+    names = OTHERS if names is None else names
     dense = row["ratio_vs_dense"] * row["median_us"]
     return (
         short(row["case"]).partition(", ")[2],
@@ -248,7 +222,7 @@ def layer_line(row: dict[str, Any]) -> tuple[str, ...]:
         fraction_of(row),
         sigma_of(row),
         f"{dense:.1f}, {row['ratio_vs_dense']:.2f}x",
-        f"{OTHERS.get(best, best)} {row['baselines'][best]:.1f}, {row['ratio_vs_best']:.2f}x",
+        f"{names.get(best, best)} {row['baselines'][best]:.1f}, {row['ratio_vs_best']:.2f}x",
     )
 
 
@@ -261,6 +235,7 @@ OTHERS = {
     "csfast all neurons": "all neurons",
     PACKAGE: "package",
 }
+ON_A_CPU = {"torch bf16": "torch", "torch.compile bf16": "compiled", "csfast all neurons": "own"}
 
 
 def layers(results: list[dict[str, Any]]) -> str:
@@ -279,6 +254,67 @@ def native(results: list[dict[str, Any]]) -> str:
         LAYER_HEAD,
         _shape,
     )
+
+
+def cpu(results: list[dict[str, Any]]) -> str:
+    """Layers on a CPU, those of the benchmark in C++ too: what a decode step calls, and a part."""
+
+    def wanted(machine: dict[str, Any], row: dict[str, Any]) -> bool:
+        here = machine.get("device") != "cuda" and is_layer(row)
+        return here and row["variant"] in ("complete", "execute")
+
+    return titled(results, wanted, lambda row: layer_line(row, ON_A_CPU), LAYER_HEAD, _shape)
+
+
+def _generated(results: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float, float]]:
+    """What bench/generate.py wrote, with tokens a second of dense and of csfast."""
+    found = []
+    for result in results:
+        if str(result.get("about", "")).startswith("generate "):
+            rates = {row["case"]: float(row["tokens_per_second"]) for row in result["rows"]}
+            found.append((result, rates["dense"], rates["csfast"]))
+    return found
+
+
+def _decoder(result: dict[str, Any]) -> str:
+    """Name the model of a run of bench/generate.py and how it decodes."""
+    name = result["about"].removeprefix("generate ")
+    random = f"{name.upper()} shape" if name in ("8b", "1b", ".5b") else name
+    return f"{random}, compiled" if "--compiled" in result["command"] else random
+
+
+def _density(result: dict[str, Any]) -> str:
+    """The density that a command asked for."""
+    (asked,) = (word[10:] for word in result["command"] if word.startswith("--density="))
+    return f"{float(asked):.2f}".lstrip("0")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 1 else f"{value:.1f}"
+
+
+def generate(results: list[dict[str, Any]]) -> str:
+    """Whole models: tokens a second, dense beside csfast, and what csfast costs."""
+    rows = []
+    for result, dense, ours in _generated(results):
+        costs = result["costs"]
+        made = costs.get("calibrate_seconds")
+        rows.append(
+            (
+                _decoder(result),
+                place(result["machine"]),
+                _density(result),
+                f"{dense:.1f}",
+                f"{ours:.1f}",
+                f"{result['ratio']:.2f}x",
+                "-" if made is None else _seconds(made),
+                _seconds(costs["apply_seconds"]),
+                f"{costs['apply_bytes'] / 1e9:.2f}",
+                f"{costs['plan_bytes'] / 1e9:.2f}",
+            )
+        )
+    head = ("model", "machine", "density", "dense", "csfast", "ratio")
+    return table((*head, "calibrate, s", "apply, s", "apply, GB", "plan, GB"), rows)
 
 
 def pursuit_line(row: dict[str, Any]) -> tuple[str, ...]:
@@ -306,57 +342,6 @@ def pursuits(results: list[dict[str, Any]]) -> str:
         (*head, "package"),
         lambda row: short(row["case"]),
     )
-
-
-def selection(results: list[dict[str, Any]]) -> str:
-    """Loss over dense at equal bytes: few-bit selection beside the best other rule."""
-    rows = []
-    for result in results:
-        if result.get("file", SHOWN) != SHOWN:
-            continue
-        for best in result.get("best", ()):
-            if best["other"] is None:
-                continue
-            for row in result["rows"]:
-                if row["family"] != "few-bit" or row["target"] != best["target"]:
-                    continue
-                low, high = row["ci95"]
-                rows.append(
-                    (
-                        f"{best['target']:g}",
-                        row["method"] + (" (chosen)" if row["method"] == best["few_bit"] else ""),
-                        f"{row['delta']:+.4f} [{low:+.4f}, {high:+.4f}]",
-                        f"{best['other_delta']:+.4f} ({best['other']})",
-                        f"{row['delta'] / best['other_delta']:.2f}",
-                    )
-                )
-    head = ("FFN bytes, of dense", "few-bit selection", "loss over dense, 95 %")
-    return table((*head, "best other selection", "ratio"), rows)
-
-
-def quantised(results: list[dict[str, Any]]) -> str:
-    """Quantised weights, read whole or as the support says, on the axes of the selection rules."""
-    rows = [
-        (row["method"], f"{row['bytes_fraction']:.3f}", f"{row['delta']:+.4f}")
-        for result in results
-        if result.get("file", SHOWN) == SHOWN
-        for row in result.get("rows", ())
-        if row.get("family") in ("quantised", "mixed") and _is_first(result, row)
-    ]
-    return table(
-        ("method", "FFN bytes, of dense", "loss over dense"), sorted(rows, key=lambda r: r[1])
-    )
-
-
-def _is_first(result: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether no row before has the method and as many bytes."""
-    same = [
-        other
-        for other in result["rows"]
-        if other["method"] == row["method"]
-        and round(other["bytes_fraction"], 3) == round(row["bytes_fraction"], 3)
-    ]
-    return same[0] is row
 
 
 def _loss(row: dict[str, Any]) -> str:
@@ -440,35 +425,6 @@ def curve(results: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def quality(results: list[dict[str, Any]]) -> str:
-    """The evaluation of a plan: the mean over tasks, then each task."""
-    rows = []
-    for result in _pretrained_first(results):
-        if "mean_delta" not in result:
-            continue
-        tasks = result["tasks"]
-        whole = {"delta": result["mean_delta"], "ci95": result["mean_ci95"]}
-        for key in ("dense_loss", "loss", "kl", "top1_agreement"):
-            whole[key] = sum(row[key] for row in tasks.values()) / len(tasks)
-        for task, row in {"mean": whole, **tasks}.items():
-            rows.append(
-                (
-                    result.get("about", "demo model"),
-                    f"{result['bits']}",
-                    f"{result['density']:.2f}",
-                    f"{result['bytes_fraction']:.3f}",
-                    task,
-                    f"{row['dense_loss']:.3f}",
-                    f"{row['loss']:.3f}",
-                    _loss(row),
-                    f"{row['kl']:.3f}",
-                    f"{row['top1_agreement']:.3f}",
-                )
-            )
-    head = ("model", "bits", "density", "FFN bytes", "task", "dense loss", "csfast loss")
-    return table((*head, "difference, 95 %", "KL", "same top-1"), rows)
-
-
 def costs(results: list[dict[str, Any]]) -> str:
     """The same, a table for every plan."""
     found = []
@@ -498,9 +454,141 @@ def costs(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(found) or MISSING
 
 
-TABLES = {"speed": speed, "selection": selection, "quantised": quantised, "quality": quality}
-SPEED_TABLES = {"targets": targets, "layers": layers, "native": native, "pursuits": pursuits}
+def _plans(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """What the plans cost that README.md shows, int8 beside them where it was measured."""
+    for result in _pretrained_first(results):
+        if "mean_delta" not in result or result["bits"] != BITS:
+            continue
+        if round(result["density"], 1) != DENSITY:  # what ran, beside what was asked for
+            continue
+        tasks, about = result["tasks"], result.get("about", "demo model")
+        dense, ours, divergence, same = (
+            sum(row[key] for row in tasks.values()) / len(tasks)
+            for key in ("dense_loss", "loss", "kl", "top1_agreement")
+        )
+        whole = {"delta": result["mean_delta"], "ci95": result["mean_ci95"]}
+        also = f"{result['bytes_fraction']:.2f} of bytes, KL {divergence:.2f}, top-1 {same:.2f}"
+        name = about.removesuffix("-Instruct")
+        yield f"{name}, csfast", f"{dense:.3f}", f"{ours:.3f}", _loss(whole), also
+        for other in results if about in PRETRAINED else ():
+            if "best" not in other or other.get("about") != about:
+                continue
+            dense = sum(other["dense"].values()) / len(other["dense"])
+            for row in other["rows"]:
+                if row["method"] == "rtn-int8":
+                    also = f"{row['bytes_fraction']:.2f} of bytes"
+                    loss = f"{dense + row['delta']:.3f}"
+                    yield f"{name}, int8", f"{dense:.3f}", loss, _loss(row), also
+
+
+def _briefly(machine: dict[str, Any]) -> str:
+    """Name the machine in a row of README.md."""
+    if machine.get("device") == "cuda":
+        return str(machine["gpu"]).removeprefix("NVIDIA ")
+    return f"{machine['threads']} CPU cores"
+
+
+def _layer_times(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The times of a layer that README.md shows."""
+    for device, case, has_torch in (
+        ("cpu", "ffn d=2048 F=8192 density=.50", True),
+        ("cpu", "ffn d=2048 F=8192 density=.25", False),
+        ("cuda", "ffn d=4096 F=14336 density=.50", True),
+        ("cuda", "ffn d=4096 F=14336 density=.25", True),
+    ):
+        for machine, row in pick(results, lambda machine, _: machine.get("isa") != "avx2"):
+            if (machine.get("device"), row["case"], row["variant"]) != (device, case, "complete"):
+                continue
+            if beside_torch(row) != has_torch:
+                continue
+            best = min((n for n in row["baselines"] if n in DENSE), key=row["baselines"].get)
+            dense = row["baselines"][best]
+            times = (f"{1e-3 * us:.3g}" for us in (dense, row["median_us"]))
+            name = f"layer, {_briefly(machine)}, {case.rpartition('=')[2]}, ms"
+            yield name, *times, f"{dense / row['median_us']:.2f}x", f"dense: {DENSE[best]}"
+
+
+DENSE = {
+    "torch bf16": "torch",
+    "torch f32": "torch, float32",
+    "torch.compile bf16": "compiled",
+    "torch.compile max-autotune bf16": "compiled, in a CUDA graph",
+    "csfast all neurons": "csfast, all neurons",
+}
+
+
+def _whole_models(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Tokens a second of the largest model of every machine."""
+    found = sorted(_generated(results), key=lambda run: -run[0]["costs"]["apply_bytes"])
+    largest: dict[str, str] = {}
+    for result, dense, ours in found:
+        where = place(result["machine"])
+        if largest.setdefault(where, result["about"]) != result["about"]:
+            continue
+        costs = result["costs"]
+        made = costs.get("calibrate_seconds")
+        also = f"apply {_seconds(costs['apply_seconds'])} s"
+        if made is not None:
+            also = f"calibrate {_seconds(made)} s, {also}"
+        where = _briefly(result["machine"])
+        name = f"{_decoder(result)}, {where}, {_density(result)}, tokens/s"
+        yield name, f"{dense:.3g}", f"{ours:.3g}", f"{result['ratio']:.2f}x", also
+
+
+def figures(results: list[dict[str, Any]]) -> str:
+    """The few figures of README.md: what plans cost, times of a layer, of whole models."""
+    rows = [*_plans(results), *_layer_times(results), *_whole_models(results)]
+    return table(("", "dense", "instead", "difference", "beside it"), rows[:MOST])
+
+
+def picture(results: list[dict[str, Any]]) -> str:
+    """Loss against bytes on a pretrained model, as a file of its own."""
+    # Only this needs the package.
+    from csfast.report import fronts
+
+    (found,) = (r for r in results if "best" in r and r.get("about") == PRETRAINED[0])
+    drawn = str(fronts.overview(found))
+    used = set(re.findall(r"[\w-]+", " ".join(re.findall(r'class="([^"]*)"', drawn))))
+    width, height = re.findall(r'^<svg viewBox="0 0 (\d+) (\d+)"', drawn)[0]
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+    ground = f'<rect width="{width}" height="{height}" fill="var(--card)"/>'
+    start, rest = drawn.split(">", 1)
+    style = f"<style>\n{_style(used)}</style>"
+    drawn = f"{start.replace('<svg', head, 1)}>\n{style}\n{ground}{rest}\n"
+    return re.sub(r"(?<=>)(?=<(?:line|text|path|poly|circle))", "\n", drawn)
+
+
+def _style(used: set[str]) -> str:
+    """The style of the report's page, as far as classes of a plot use it."""
+    page = (ROOT / "python/csfast/report/page.html").read_text(encoding="utf-8")
+    light, dark, rest = re.split(
+        r"(@media \(prefers-color-scheme: dark\) \{\n.*?\n\}\n)",
+        page[page.index(":root {") : page.index("@media (min-width")],
+        flags=re.DOTALL,
+    )
+    rules = [
+        f"{selectors.strip()} {{{body}}}\n"
+        for selectors, body in re.findall(r"([^{}\n]+)\{([^{}]*)\}", rest)
+        for names in [[re.findall(r"\w[\w-]*", one) for one in selectors.split(",")]]
+        if selectors.strip() == "text"
+        or ("." in selectors and any(set(one) <= used for one in names))
+    ]
+    known = set(re.findall(r"--([\w-]+):", light))
+    colours = [f".{name} {{ --c: var(--{name}); }}\n" for name in sorted(used & known - {"grid"})]
+    return "".join((light, dark, *rules, *colours))
+
+
+TABLES = {"figures": figures}
+SPEED_TABLES = {
+    "targets": targets,
+    "generate": generate,
+    "layers": layers,
+    "native": native,
+    "cpu": cpu,
+    "pursuits": pursuits,
+}
 FOUND_TABLES = {"quality": costs, "rules": rules, "storage": storage, "curve": curve}
+PICTURE = "docs/loss.svg"
 PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES, "docs/findings.md": FOUND_TABLES}
 
 
@@ -530,10 +618,10 @@ def main() -> int:
         return 0
     results = load(ROOT / "bench" / "results")
     behind = False
-    for name, tables in PAGES.items():
+    for name in (*PAGES, PICTURE):
         path = ROOT / name
-        old = path.read_text(encoding="utf-8")
-        new = render(old, results, tables)
+        old = path.read_text(encoding="utf-8") if path.exists() else ""
+        new = render(old, results, PAGES[name]) if name in PAGES else picture(results)
         if check and old != new:
             sys.stderr.write(f"{name} is behind bench/results: run python tools/readme_tables.py\n")
             behind = True

@@ -96,6 +96,19 @@ def ablation(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def overview(found: Mapping[str, Any]) -> Markup:
+    """Give the first plot of an ablation by itself, as wide as on a desk.
+
+    Args:
+        found: The ablation, of feed-forward layers.
+    """
+    rows = [row for row in found["rows"] if row.get("structure", "ffn") != "attention"]
+    shown = main_families(rows)
+    few = [row for row in rows if family(row) in shown]
+    lines = _named_once(family_lines(few, None, front(rows, None)))
+    return _loss_chart(lines, _loss_axes(few, None), MAIN_WIDTH, MAIN_HEIGHT)(MAIN_WIDTH, True)
+
+
 def main_families(rows: Sequence[Row]) -> list[str]:
     """Give the families that the first plot shows: at most `MAIN_LINES`, by the order of `MAIN`."""
     there = list(_by_family(rows))
