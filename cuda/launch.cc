@@ -9,9 +9,7 @@
 #include "common/device.cuh"
 
 namespace csfast::cuda {
-namespace {
 
-// Whether CSFAST_SYNC=1 was set when the process first launched a kernel.
 bool is_synchronous() {
   static const bool asked = [] {
     const char* value = std::getenv("CSFAST_SYNC");
@@ -20,6 +18,8 @@ bool is_synchronous() {
   return asked;
 }
 
+namespace {
+
 void wait_for(const Step& step, cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), step.op, step.name, "cudaStreamIsCapturing");
@@ -27,7 +27,9 @@ void wait_for(const Step& step, cudaStream_t stream) {
   check(cudaStreamSynchronize(stream), step.op, step.name, "run");
 }
 
-void launch_now(const Step& step, void* params, Stream stream) {
+}  // namespace
+
+void launch_step(const Step& step, void* params, Stream stream) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -42,6 +44,8 @@ void launch_now(const Step& step, void* params, Stream stream) {
   check(cudaLaunchKernelExC(&config, step.kernel, arguments), step.op, step.name, "launch");
   if (is_synchronous()) wait_for(step, config.stream);
 }
+
+namespace {
 
 // Loads the kernel, and lets a block of it have as much shared memory as the machine gives one, if
 // it wants more than it has unasked: always the same, so that it does not matter who asks first.
@@ -59,27 +63,32 @@ void make_ready(const Step& step) {
 
 void Queue::put(const Step& step, const void* params, size_t bytes) const {
   if (prepared != nullptr || step.shared_bytes > kSharedUnasked) make_ready(step);
-  if (prepared == nullptr) return launch_now(step, const_cast<void*>(params), stream);
+  if (prepared == nullptr) return launch_step(step, const_cast<void*>(params), stream);
   const size_t begin = prepared->params.size();
   prepared->parts.push_back({.step = step, .begin = begin, .bytes = bytes});
   prepared->params.resize(begin + bytes);
   std::memcpy(prepared->params.data() + begin, params, bytes);
 }
 
-void run(const Prepared& prepared, const void* x, void* out, Stream stream) {
-  alignas(16) std::byte params[kParamsMax];
+void copy_params(const Prepared& prepared, const Prepared::Part& part, const void* x, void* out,
+                 std::byte* to) {
+  std::memcpy(to, prepared.params.data() + part.begin, part.bytes);
   const auto move = [&](int at, const void* by) {
     if (at < 0) return;
     uintptr_t address;
-    std::memcpy(&address, params + at, sizeof address);
+    std::memcpy(&address, to + at, sizeof address);
     address += reinterpret_cast<uintptr_t>(by);
-    std::memcpy(params + at, &address, sizeof address);
+    std::memcpy(to + at, &address, sizeof address);
   };
+  move(part.step.x_at, x);
+  move(part.step.out_at, out);
+}
+
+void run(const Prepared& prepared, const void* x, void* out, Stream stream) {
+  alignas(16) std::byte params[kParamsMax];
   for (const Prepared::Part& part : prepared.parts) {
-    std::memcpy(params, prepared.params.data() + part.begin, part.bytes);
-    move(part.step.x_at, x);
-    move(part.step.out_at, out);
-    launch_now(part.step, params, stream);
+    copy_params(prepared, part, x, out, params);
+    launch_step(part.step, params, stream);
   }
 }
 

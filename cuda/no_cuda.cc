@@ -70,7 +70,19 @@ void ffn(const FfnParams&, Stream) {
 Prepared prepare(const FfnParams&) {
   missing("ffn");
 }
+Replay replay(const FfnParams&) {
+  missing("ffn");
+}
 void run(const Prepared&, const void*, void*, Stream) {
+  missing("ffn");
+}
+struct Replay::State {};
+Replay::Replay(Prepared) {
+  missing("ffn");
+}
+Replay::Replay(Replay&&) noexcept = default;
+Replay::~Replay() = default;
+void Replay::run(const void*, void*, Stream) {
   missing("ffn");
 }
 

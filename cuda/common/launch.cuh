@@ -69,6 +69,14 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
             &params, sizeof(Params));
 }
 
+// What the rest is made of. Whether CSFAST_SYNC=1 was set when a process first launched a kernel;
+bool is_synchronous();
+// one launch, of parameters where they are;
+void launch_step(const Step& step, void* params, Stream stream);
+// and parameters of a part at `to`, with the addresses of x and out in them.
+void copy_params(const Prepared& prepared, const Prepared::Part& part, const void* x, void* out,
+                 std::byte* to);
+
 inline bool is_aligned(const void* address, int bytes = 16) {
   return reinterpret_cast<uintptr_t>(address) % static_cast<unsigned>(bytes) == 0;
 }

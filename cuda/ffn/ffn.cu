@@ -212,4 +212,9 @@ Prepared prepare(const FfnParams& p) {
   return prepared;
 }
 
+Replay replay(const FfnParams& p) {
+  const OnDevice there("ffn", p.layer.weights.gate);
+  return Replay(prepare(p));
+}
+
 }  // namespace csfast::cuda

@@ -29,7 +29,7 @@ int64_t bind(csfast::Session& session, nb::handle layer, int code, nb::handle st
   return session.bind(p);
 }
 
-void ffn(const csfast::Session& session, int64_t layer, uintptr_t x, uintptr_t out, int64_t batch,
+void ffn(csfast::Session& session, int64_t layer, uintptr_t x, uintptr_t out, int64_t batch,
          uintptr_t stream) {
   unlocked([&] {
     session.ffn(layer, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), batch,

@@ -116,6 +116,15 @@ def test_every_batch_runs_as_prepared_whatever_ran_before(device):
         assert torch.equal(out[-batch:], expected), batch
 
 
+def test_calls_on_their_way_keep_what_they_were_given(device):
+    session, layer, p, threshold = opened(device)
+    rows = [(p.x[i : i + 1].clone(), torch.empty_like(p.x[:1])) for i in range(16)]
+    for x, out in (*rows, *rows[::-1]):
+        session.ffn(layer, x, out)
+    for x, out in rows:
+        assert torch.equal(out, want(p, threshold, x))
+
+
 def test_a_small_layer_leaves_a_large_one_its_shared_memory(device):
     """Kernels are told at binding how much shared memory a block may have; layers share kernels."""
     votes, threshold = torch.ones(4, device=device), torch.zeros(4, device=device)

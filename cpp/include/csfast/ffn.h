@@ -80,6 +80,7 @@ void ffn(const FfnParams& p, Stream stream);
 // The same for any x, at a multiple of 16 bytes, and any out, on the device where the layer lies;
 // those of p are of no account.
 Prepared prepare(const FfnParams& p);
+Replay replay(const FfnParams& p);
 }  // namespace cuda
 
 }  // namespace csfast

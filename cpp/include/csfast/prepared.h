@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -38,8 +39,26 @@ struct Prepared {
 std::string to_string(const Prepared& prepared);
 
 namespace cuda {
+
 // Throws BackendError if the device fails. Asynchronous. x is a multiple of 16 bytes.
 void run(const Prepared& prepared, const void* x, void* out, Stream stream);
+
+// A Prepared made a graph of, on the device that is current then: one launch, which costs the host
+// less than those of its kernels. Calls must not overlap.
+class Replay {
+ public:
+  explicit Replay(Prepared prepared);
+  Replay(Replay&&) noexcept;
+  ~Replay();
+
+  // The same as the other. A stream under capture is given the kernels.
+  void run(const void* x, void* out, Stream stream);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
 }  // namespace cuda
 
 }  // namespace csfast
