@@ -8,13 +8,14 @@ import shutil
 import sys
 import zipfile
 
-import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import tiny
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf")
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "bench" / "pretrained.py"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
