@@ -99,6 +99,7 @@ case $verb in
   test)
     # Tensors of tests are small: threads that wait for each other cost more than they bring, much
     # more on a busy machine. Tests of several threads ask for them.
-    cd "$root" && OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -m pytest "$@"
+    # Two processes halve the wait; more of them load torch and models more often than they gain.
+    cd "$root" && OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$venv/bin/python" -m pytest -n 2 "$@"
     ;;
 esac

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from axes import inside
+
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted(
     path
@@ -71,7 +73,7 @@ def missing_in(span):
     ]
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+@inside(path=DOCS)
 def test_names_in_backticks_exist(path):
     text = path.read_text(encoding="utf-8")
     found = {span: missing_in(span) for span in spans(text)}
@@ -102,7 +104,7 @@ def test_names_in_backticks_of_head_comments_exist():
     assert not found
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+@inside(path=DOCS)
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
@@ -117,7 +119,7 @@ def anchors_of(path):
     return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+@inside(path=DOCS)
 def test_anchors_lead_somewhere(path):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text("utf-8")):
         if "://" not in target:

@@ -127,9 +127,10 @@ def test_full_support_agrees_with_float64(kind, dtype, size, plans):
     assert counted.density == 1
 
 
+@inside(code=[(3, 1), (2, 16), ("ternary", 1), ("ternary", 16)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bits", "block"), [(3, 1), (2, 16), ("ternary", 1), ("ternary", 16)])
-def test_runs_the_neurons_that_the_plan_chooses(kind, bits, block, plans):
+def test_runs_the_neurons_that_the_plan_chooses(kind, code, plans):
+    bits, block = code
     model, plan = tiny.make_model(kind), plans(kind)
     # Hidden states of four tokens, whose size differs between versions of transformers.
     states = {}

@@ -14,6 +14,7 @@ import safetensors
 import torch
 
 import tiny
+from axes import inside
 from csfast import container, files, models
 from csfast import plan as plan_
 from csfast.codes import feedback, planes
@@ -422,7 +423,7 @@ BAD_PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PLANS)
+@inside(name=BAD_PLANS)
 def test_bad_plan_is_refused_by_name(tmp_path, raw, name):
     change, message = BAD_PLANS[name]
     damaged = change(raw)

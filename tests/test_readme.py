@@ -10,6 +10,7 @@ import torch
 import typer
 
 import csfast
+from axes import inside
 from csfast import models
 from csfast.bench import layers, timed
 from csfast.cli import app
@@ -27,14 +28,14 @@ def tool():
     return module
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@inside(page=PAGES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@inside(page=PAGES)
 def test_commands_exist(page):
     known = {c.name or c.callback.__name__ for c in app.app.registered_commands}
     named = set(re.findall(r"(?m)^(?:    |\| `|- `)csfast (\w+)", page.read_text(encoding="utf-8")))

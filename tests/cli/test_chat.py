@@ -83,7 +83,7 @@ def test_a_chat_remembers_what_was_said(folder):
 def test_a_chat_runs_a_plan_or_says_that_it_runs_none(folder):
     done = call("chat", folder, folder / "a.plan", "--max-new-tokens", 4, said="one\n")
     assert done.exit_code == 0 and "bytes beside the model" in done.stderr
-    assert "dense" not in done.stderr
+    assert "the model runs dense" not in done.stderr
     done = call("chat", folder, "--max-new-tokens", 4, said="one\n")
     assert done.exit_code == 0 and "no plan, so the model runs dense" in done.stderr
 

@@ -4,6 +4,7 @@ import transformers
 from torch import nn
 
 import tiny
+from axes import DTYPES, inside
 from csfast import models
 from csfast.types import LayerShape, UnsupportedModelError
 
@@ -72,6 +73,7 @@ def test_biases_of_fused_layers_are_cut_apart():
     torch.testing.assert_close(ffn.up(x), both(x)[:, 160:])
 
 
+@inside(dtype=DTYPES)
 @pytest.mark.parametrize("kind", tiny.FAMILIES)
 def test_dense_is_the_module_bit_for_bit(kind, dtype):
     model = tiny.make_model(kind, dtype=dtype)
