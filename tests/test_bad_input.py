@@ -329,7 +329,7 @@ TABLE = {
     # Plan
     "truncated plan": (truncated, P, "want"),
     "flipped bit": (flipped, P, "want data that fit their SHA-256"),
-    "no plan file": (lambda s: Plan.load(s.folder / "x"), FileNotFoundError, "No such file"),
+    "no plan file": (lambda s: Plan.load(s.folder / "x"), FileNotFoundError, "no such file"),
     "folder as plan": (lambda s: Plan.load(s.folder), P, "want a regular file"),
     "plan of text": (lambda s: other_bytes(s, b"a plan, perhaps?"), P, "[plan] header of"),
     "empty plan": (lambda s: other_bytes(s, b""), P, "file of 0 bytes: want a header"),
@@ -694,7 +694,7 @@ TABLE = {
     "command for no plan": (
         lambda s: s.command("generate", "demo", "{folder}/none.plan", "--prompt", "x"),
         FileNotFoundError,
-        "No such file",
+        "no such file",
     ),
     "command without plan": (
         lambda s: s.command("generate", "demo", "--prompt", "x"),

@@ -1399,3 +1399,19 @@ def test_runs_on_the_gpu(kind, bits, block, joint):
     assert 0.2 < counted.density < 0.8
     csfast.remove(model)
     assert torch.equal(decode(model, ids, 10), wanted)
+
+
+def test_remove_undoes_all_layers_whichever_the_model_still_has(plans):
+    model, other = tiny.make_model(), tiny.make_model()
+    kinds = [type(layer) for layer in layers_of(model)]
+    csfast.apply(model, plans(), density=0.25)
+    first, second = layers_of(model)
+    other.model.layers[0].mlp = first
+    csfast.remove(other)
+    assert [type(first), type(second)] == kinds
+    with pytest.raises(ValueError, match=r"\[remove\]"):
+        csfast.remove(model)
+    csfast.apply(model, plans(), density=0.25)
+    model.model.layers[0].mlp = layers_of(tiny.make_model())[0]
+    csfast.remove(model)
+    assert type(first) is kinds[0]

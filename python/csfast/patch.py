@@ -153,6 +153,7 @@ class _Shared:
     turns: _Turns | None = None  # of the streams of a CUDA device
     dense: dict[str, int] = dataclasses.field(default_factory=dict)  # calls by reason
     handles: tuple[RemovableHandle, ...] = ()  # of the hooks on the model
+    modules: tuple[nn.Module, ...] = ()  # that were patched
 
 
 class _Listener:
@@ -308,6 +309,7 @@ def apply(
     patched = {original: _patched(original) for original in {type(f.module) for f in ffns}}
     # Nothing above touched the model; nothing below can fail.
     shared.handles = _Listener(model, shared).handles
+    shared.modules = tuple(ffn.module for ffn in ffns)
     for ffn, layer in zip(ffns, layers, strict=True):
         ffn.module.__dict__[PATCH] = layer
         ffn.module.__class__ = patched[type(ffn.module)]
@@ -317,13 +319,22 @@ def apply(
 def remove(model: nn.Module) -> None:
     """Undo `apply`: the modules are what they were, and what csfast owned is freed.
 
+    All layers that `apply` patched are undone together, whichever of them the model still has.
+
     Raises:
         ValueError: csfast is not applied to the model.
     """
-    for module in _patched_modules(model, "remove"):
+    given = [module.__dict__[PATCH].shared for module in _patched_modules(model, "remove")]
+    for shared in {id(shared): shared for shared in given}.values():
+        _undo(shared)
+
+
+def _undo(shared: _Shared) -> None:
+    """Give all modules back what they were."""
+    for handle in shared.handles:
+        handle.remove()
+    for module in shared.modules:
         layer: _Layer = module.__dict__[PATCH]
-        for handle in layer.shared.handles:
-            handle.remove()
         # Who wrapped the layer and unwrapped it again has left the forward that he found.
         if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.__dict__["forward"]

@@ -207,7 +207,10 @@ class Plan:
             FileNotFoundError: There is no such file.
             PlanError: It is not a plan, is damaged, or of another format version.
         """
-        tensors, fields = unpack(read_bounded(pathlib.Path(path)))
+        file = pathlib.Path(path)
+        if not file.exists():
+            raise FileNotFoundError(f"[plan] {str(path)!r}: no such file; want that of a plan.")
+        tensors, fields = unpack(read_bounded(file))
         return _from_content(tensors, fields)
 
     @functools.cached_property
@@ -324,7 +327,9 @@ class Plan:
             )
         else:
             return
-        raise PlanError(f"[plan] a model {difference[0]}: this plan wants {difference[1]}.")
+        raise PlanError(
+            f"[plan] a model {difference[0]}: this plan wants {difference[1]}; it is another's."
+        )
 
 
 def _between(first: float, last: float, part: float) -> float:
@@ -382,7 +387,10 @@ def layer_of(
 def _from_content(tensors: dict[str, Tensor], fields: dict[str, str]) -> Plan:
     """The plan of a file's tensors and fields."""
     if fields.get("format") != FORMAT:
-        raise PlanError(f"[plan] format = {fields.get('format')!r}: want {FORMAT!r}.")
+        raise PlanError(
+            f"[plan] format = {fields.get('format')!r}: want {FORMAT!r}, the file of a whole plan "
+            "(a name that ends in .partial is of a calibration to go on with)."
+        )
     if fields.get("version") != VERSION:
         raise PlanError(
             f"[plan] format version {fields.get('version')!r}: this csfast wants {VERSION!r}; "

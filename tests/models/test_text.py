@@ -315,3 +315,19 @@ def test_chats_that_no_template_takes_are_refused(template, messages, error, mes
     messages = [{"role": "user", "content": "a"}] if messages is None else messages
     with pytest.raises(error, match=message):
         models.render(tokenizer, messages, answered=False)
+
+
+@pytest.mark.parametrize("ends", [[257, None], "x", 1.5, True, [[1]], torch.tensor([1.5])])
+def test_ends_that_are_no_tokens_are_refused(ends):
+    model = tiny.make_model()
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(ValueError, match=r"\[generate\] eos_token_id = .*: want whole numbers"):
+        models.end_tokens(model)
+
+
+def test_logits_that_are_not_a_number_are_no_text():
+    model = tiny.make_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(ValueError, match=r"\[generate\] logits that are not a number"):
+        list(models.stream_text(model, tiny.make_tokenizer(), "ab", max_new_tokens=2))

@@ -158,7 +158,8 @@ def calibrate(
     if feedback and n_seen < _FEEDBACK_MIN * d:
         _log.warning(
             "[calibrate] %d positions for codes with feedback of %d channels: want %d or more, by "
-            "more text or max_tokens; or do without feedback.",
+            "more text or tokens (max_tokens, --tokens), or no fitting (feedback=False, "
+            "--no-feedback).",
             *(n_seen, d, _FEEDBACK_MIN * d),
         )
     above = tuple(n for n in blocks if n > 1)

@@ -299,6 +299,10 @@ def _log_on_stderr() -> Iterator[None]:
     logger = logging.getLogger("csfast")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("csfast: %(message)s"))
+    # What runs dense as it must, such as a prompt, is told by counts, not between pieces of text.
+    handler.addFilter(
+        lambda record: record.levelno > logging.INFO or not record.getMessage().startswith("[ffn]")
+    )
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

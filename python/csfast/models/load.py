@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import pathlib
 import re
 import struct
@@ -180,6 +181,9 @@ def _want_kind(source: _Source, options: dict[str, Any]) -> None:
             f"a causal language model, not one of type {config.model_type!r}, that transformers "
             "knows without code of its author"
         )
+    odd = [name for name, value in _numbers(config.to_dict()) if math.isnan(value)]
+    if odd:
+        raise source.refused(f"numbers in its configuration, not {odd[0]} = NaN")
     for part in (config, getattr(config, "text_config", None)):  # a model within the model
         quantised = getattr(part, "quantization_config", None) is not None
         if quantised and source.file is None:
@@ -322,3 +326,13 @@ def _line(error: object) -> str:
     """Text in one line of bounded length."""
     text = " ".join(str(error).split()).rstrip(".")
     return text if len(text) <= _ERROR_MAX else text[:_ERROR_MAX] + " ..."
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Floats of a configuration, as deep as they go, each with its dotted name."""
+    if isinstance(value, float):
+        yield name, value
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    for key, member in value.items() if isinstance(value, dict) else ():
+        yield from _numbers(member, f"{name}.{key}" if name else str(key))

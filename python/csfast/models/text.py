@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +139,21 @@ def check_ids(operation: str, model: nn.Module, ids: Iterable[int]) -> None:
 
 
 def end_tokens(model: nn.Module) -> frozenset[int]:
-    """Give the tokens that end a text, as ``model.generate`` takes them from its settings."""
+    """Give the tokens that end a text, as ``model.generate`` takes them from its settings.
+
+    Raises:
+        ValueError: They are no whole numbers.
+    """
     settings = getattr(model, "generation_config", None) or getattr(model, "config", None)
     ends = getattr(settings, "eos_token_id", None)
-    # A number, several in a list or tuple, or either as a tensor.
-    return frozenset() if ends is None else frozenset(torch.as_tensor(ends).flatten().tolist())
+    if ends is None:
+        return frozenset()
+    # A number, several in a list or tuple, or either as a tensor or an array.
+    several = ends.tolist() if hasattr(ends, "tolist") else ends
+    several = list(several) if isinstance(several, (list, tuple)) else [several]
+    if any(type(end) is not int for end in several):
+        raise ValueError(f"[generate] eos_token_id = {ends!r}: want whole numbers.")
+    return frozenset(several)
 
 
 def stream_text(
@@ -300,6 +311,8 @@ def _new_tokens(
             out = model(input_ids=step, use_cache=True, logits_to_keep=1, **cache)
             cache[cache_name] = out[cache_name]
             logits = out.logits[:, -1].float()
+            if math.isnan(float(logits.max())):
+                raise ValueError("[generate] logits that are not a number: want a sound model.")
             if temperature == 0:
                 step = logits.argmax(dim=-1, keepdim=True)
             else:
