@@ -157,6 +157,12 @@ def test_nothing_leaves_the_frame_whatever_the_numbers(values):
     assert all(-1 <= float(v) <= plots.WIDE + 1 for p in path for v in re.split("[ ,]", p))
 
 
+def test_numbers_that_nothing_tells_apart_stand_in_the_middle():
+    axis = plots.Axis("loss", 1e6, 1e6 * (1 + 2e-16), "bent", ())
+    assert axis.high > axis.low and axis.part(1e6) == 0.5
+    assert plots.linear("loss", 1.0, 1.0 + 1e-12).part(1.0) == pytest.approx(0.5)
+
+
 def test_more_is_higher_and_further_right():
     svg = drawn([line([point(0.1, 0.5), point(0.7, 0.01)])])
     (corners,) = re.findall(r'<polyline class="line s0" points="([^"]*)"', svg)

@@ -89,6 +89,8 @@ class Axis:
     def part(self, value: float) -> float:
         """Give the place of a number: 0 at the start, 1 at the end."""
         start, end = self._bent(self.low), self._bent(self.high)
+        if not end > start:  # nearer than numbers can tell
+            return 0.5
         return (self._bent(min(max(value, self.low), self.high)) - start) / (end - start)
 
     def _bent(self, value: float) -> float:
@@ -150,7 +152,7 @@ class Line:
 
 def linear(label: str, low: float, high: float, *, whole: bool = False) -> Axis:
     """Give an axis from a round number to a round number; at `whole`, with ticks at whole ones."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # nothing that ticks could tell apart
         low, high = low - 0.5, low + 0.5
     raw = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(raw))
