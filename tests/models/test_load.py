@@ -413,3 +413,12 @@ def test_missing_device_is_named(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device = 'cuda:0': want cpu"):
         models.load(folder, device="cuda:0")
+
+
+def test_a_configuration_with_nan_is_refused_by_its_name(tmp_path):
+    tiny.make_model().save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": float("nan")}))
+    with pytest.raises(UnsupportedModelError, match="rms_norm_eps = NaN"):
+        models.load(tmp_path)
