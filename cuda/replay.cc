@@ -1,3 +1,6 @@
+// Replay: the launches of a prepared layer as one CUDA graph, whose parameters follow x and out.
+//
+// Bound by the host: one launch of a graph takes it about a third of two launches of kernels.
 #include <cuda_runtime.h>
 
 #include <utility>
