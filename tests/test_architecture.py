@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "codes": {"types"},
     "reference": {"codes", "types"},
     "documents": {"types"},
+    "traces": {"files", "types"},
     "ops": {"_native", "codes", "layer", "types"},
     "designs": {"ops"},
     "session": {"layer", "ops"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
     "bench": {"codes", "designs", "doctor", "layer", "ops", "reference", "session", "types"},
     "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
-    | {"types"},
+    | {"traces", "types"},
     "report": {"_version", "doctor", "files", "types"},
     "demo": {"bench", "calibration", "doctor", "documents", "judge", "models", "patch", "plan"}
     | {"report", "types"},
@@ -220,6 +221,7 @@ TORCH_FREE = [
     "types",
     "files",
     "documents",
+    "traces",
     "judge.retrieval",
     *(f"report.{name}" for name in ("plots", "words", "findings", "fronts", "panels")),
     *(f"report.{name}" for name in ("results", "page")),

@@ -1,5 +1,6 @@
 """The judge: what a rule costs in loss and in bytes, on whole documents."""
 
+from ..traces import Round, Trace, expected_accepted, read_traces
 from .batch import (
     CHUNK,
     NONE,
@@ -78,10 +79,12 @@ __all__ = [
     "Piece",
     "Progress",
     "Recovery",
+    "Round",
     "Rule",
     "Sample",
     "Setting",
     "Thresholds",
+    "Trace",
     "Where",
     "batches",
     "bootstrap",
@@ -94,6 +97,7 @@ __all__ = [
     "densities",
     "effort",
     "encoded",
+    "expected_accepted",
     "follow",
     "follow_by",
     "follow_dense",
@@ -106,6 +110,7 @@ __all__ = [
     "outside",
     "prefill",
     "read_by_group",
+    "read_traces",
     "replaced",
     "spent",
     "summed",
