@@ -34,6 +34,10 @@ def row(method, family, bytes_fraction, delta, *, target=None, spread=0.001, den
         "ci95": interval,
         "per_task_ci95": dict.fromkeys(TASKS, interval),
         "select_delta": delta,
+        "kl": abs(delta) + 0.01,
+        "top1_agreement": 0.9,
+        "per_task_kl": dict.fromkeys(TASKS, abs(delta) + 0.01),
+        "per_task_top1_agreement": dict.fromkeys(TASKS, 0.9),
     }
 
 

@@ -66,6 +66,10 @@ def test_every_method_has_its_rows(ablation):
             for layer, density in enumerate(row["density_per_layer"]):
                 assert density == pytest.approx(sum(of[layer] for of in by_task.values()) / 4)
             assert row["ci95"][0] <= row["ci95"][1]
+            for key in ("kl", "top1_agreement"):
+                assert set(row[f"per_task_{key}"]) == set(row["per_task"])
+                assert row[key] == pytest.approx(sum(row[f"per_task_{key}"].values()) / 4)
+            assert row["kl"] > 0 and 0 < row["top1_agreement"] <= 1
     json.dumps(ablation, allow_nan=False)
 
 
@@ -139,10 +143,13 @@ def test_the_best_are_chosen_on_select(ablation):
 
 
 def test_the_oracle_loses_least_and_more_bytes_lose_less(ablation):
-    by_key = {(r["method"], r["target"]): r["kl"] if "kl" in r else r for r in ablation["rows"]}
+    by_key = {(r["method"], r["target"]): r for r in ablation["rows"]}
     oracle = [abs(by_key["oracle-neuron", t]["delta"]) for t in (0.25, 0.75)]
     assert oracle[1] < oracle[0] + 0.02
-    assert abs(by_key["rtn-int8", None]["delta"]) < abs(by_key["rtn-int2", None]["delta"])
+    assert by_key["oracle-neuron", 0.75]["kl"] < by_key["oracle-neuron", 0.25]["kl"]
+    eight, two = (by_key[method, None] for method in ("rtn-int8", "rtn-int2"))
+    assert abs(eight["delta"]) < abs(two["delta"]) and eight["kl"] < two["kl"]
+    assert eight["top1_agreement"] > two["top1_agreement"]
 
 
 def test_recovery_is_measured_where_neurons_are_kept(ablation):

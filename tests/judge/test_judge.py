@@ -390,6 +390,29 @@ def test_effort_adds_up_to_the_scores(model, plan, pieces):
             shown.density.sum(dim=0) * 160, found.read[i, :, 0].float(), rtol=1e-5
         )
         assert torch.equal(shown.ids, pieces[i].ids[0, pieces[i].n_prompt + 1 :])
+    (recorded,) = of.measure([setting], record=True)
+    assert recorded.loss == found.loss and found.kl is None and found.n_agree is None
+    for number, batch in enumerate(of.batches):
+        cache = of.cache(number)
+        p, q = (
+            logits.double().log_softmax(-1)
+            for logits in (
+                judge.follow_dense(model, of.ffns, cache, batch),
+                judge.follow_by(model, cache, batch, setting)[0],
+            )
+        )
+        for row, i in enumerate(batch.members):
+            n = pieces[i].n_sparse
+            each = torch.nn.functional.kl_div(
+                q[row, :n], p[row, :n], log_target=True, reduction="sum"
+            )
+            assert recorded.kl[i] == pytest.approx(float(each), rel=1e-4, abs=1e-5)
+            agree = (p[row, :n].argmax(-1) == q[row, :n].argmax(-1)).sum()
+            assert recorded.n_agree[i] == int(agree)
+    whole = evaluate.planned(model, plan, density=1.0, bits=2)
+    (same,) = of.measure([whole], record=True)
+    assert same.kl == [0.0] * len(pieces) and same.loss == dense
+    assert same.n_agree == [piece.n_sparse for piece in pieces]
 
 
 # Recovery

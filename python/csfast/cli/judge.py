@@ -149,7 +149,9 @@ def ablate(
                 resume=partial,
                 progress=advance,
             )
-        table = Table("method", "density", "sensor", "bytes", "loss over dense, nats")
+        table = Table(
+            "method", "density", "sensor", "bytes", "loss over dense, nats", "KL", "top-1"
+        )
         for row in sorted(results["rows"], key=lambda row: (row["bytes_fraction"], row["delta"])):
             table.add_row(
                 row["method"],
@@ -157,6 +159,8 @@ def ablate(
                 f"{row['sensor_fraction']:.3f}",
                 f"{row['bytes_fraction']:.3f}",
                 f"{row['delta']:+.4f}",
+                f"{row['kl']:.4f}",
+                f"{row['top1_agreement']:.3f}",
             )
         Console().print(table)
         write_json(json_file, headed(results, where))

@@ -27,7 +27,7 @@ from .rules import Fit, catalogue, oracles
 RESAMPLES = 2000  # of the bootstrap: the quantiles of .025 and .975 rest on 50 draws each
 FAR = 0.05  # of the target: a trial that misses it by more is repeated
 DENSITY_MIN = 1e-4  # below it no rule keeps anything worth a row
-FORMAT = "csfast-ablation-1"  # of a resume file
+FORMAT = "csfast-ablation-2"  # of a resume file
 
 
 def ablate(
@@ -430,6 +430,14 @@ def _rows(
             "delta": judge.mean(per_task[group] for group in in_mean),
             "per_task": per_task,
         }
+        for key, sums in (("kl", found.kl), ("top1_agreement", found.n_agree)):
+            if sums is not None:
+                of_task = {
+                    group: sum(sums[j] for j in members) / sum(pieces[j].n_sparse for j in members)
+                    for group, members in groups.items()
+                }
+                row[key] = judge.mean(of_task[group] for group in in_mean)
+                row[f"per_task_{key}"] = of_task
         if resamples:
             draws = judge.bootstrap(pairs, resamples=resamples, seed=seed)
             row["ci95"] = judge.interval(judge.mean_draws([draws[g] for g in in_mean]))

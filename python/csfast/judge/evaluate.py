@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import judge, models, ops, patch
 from ..judge import (
     BYTES,
     CHUNK,
-    NONE,
-    Batch,
     Judge,
     Piece,
     Progress,
@@ -124,7 +121,7 @@ def evaluate(
         dense = judge.follow_dense(model, ffns, cache, batch)
         sparse, counts = judge.follow_by(model, cache, batch, setting)
         rows = torch.tensor(batch.members)
-        sums[rows] = _compare(dense, sparse, batch).cpu()
+        sums[rows] = judge.compare(dense, sparse, batch).cpu()
         read[rows] = judge.summed(counts, batch.where).cpu()
         done += len(rows)
         report(done, total)
@@ -276,23 +273,6 @@ class PlanRule(Rule):
         if self._density == 1:
             return self.dense_bytes(shape)
         return rules.planes_bytes(shape, self._bits, counts[0])
-
-
-def _compare(dense: Tensor, sparse: Tensor, batch: Batch) -> Tensor:
-    """Dense loss, loss, divergence and agreement of every document, ``(n_rows, 4)`` float64."""
-    sums = []
-    for expected, found, target in zip(dense, sparse, batch.target, strict=True):
-        p, q = F.log_softmax(expected.float(), dim=-1), F.log_softmax(found.float(), dim=-1)
-        scored = (target != NONE).double()
-        wanted = target.clamp_min(0)[:, None]
-        values = [
-            -p.gather(1, wanted)[:, 0],
-            -q.gather(1, wanted)[:, 0],
-            (p.exp() * (p - q)).sum(dim=1),
-            expected.argmax(dim=1) == found.argmax(dim=1),
-        ]
-        sums.append(torch.stack([value.double() @ scored for value in values]))
-    return torch.stack(sums)
 
 
 def _mask(tiles: ops.TileList, n_neurons: int) -> Tensor:

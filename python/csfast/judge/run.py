@@ -41,11 +41,15 @@ class Measured:
         loss: Of each piece, nats.
         read: ``(n_pieces, n_layers, n_counts)`` int64, on the CPU.
         recovery: What was recorded, if the rule keeps neurons.
+        kl: Divergence from the dense model of each piece, nats, if it was recorded.
+        n_agree: Tokens of each at which both find the same token likeliest, likewise.
     """
 
     loss: list[float]
     read: Tensor
     recovery: Recovery | None
+    kl: list[float] | None
+    n_agree: list[float] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +187,33 @@ def losses(logits: Tensor, batch: Batch) -> Tensor:
     return loss.view(batch.target.shape)
 
 
+def compare(dense: Tensor, sparse: Tensor, batch: Batch) -> Tensor:
+    """Sum over the scored tokens of every document what two kinds of logits say of them.
+
+    Args:
+        dense: As of `follow`.
+        sparse: The same, by a rule.
+        batch: What was run.
+
+    Returns:
+        Dense loss, loss, ``KL(dense || sparse)`` and how often both find the same token likeliest,
+        ``(n_rows, 4)`` float64, on the device.
+    """
+    sums = []
+    for expected, found, target in zip(dense, sparse, batch.target, strict=True):
+        p, q = F.log_softmax(expected.float(), dim=-1), F.log_softmax(found.float(), dim=-1)
+        scored = (target != NONE).double()
+        wanted = target.clamp_min(0)[:, None]
+        values = [
+            -p.gather(1, wanted)[:, 0],
+            -q.gather(1, wanted)[:, 0],
+            (p.exp() * (p - q)).sum(dim=1),
+            expected.argmax(dim=1) == found.argmax(dim=1),
+        ]
+        sums.append(torch.stack([value.double() @ scored for value in values]))
+    return torch.stack(sums)
+
+
 def summed(counts: Sequence[Tensor], where: Where) -> Tensor:
     """Sum what positions read over documents, ``(n_rows, n_layers, n_counts)`` int64."""
     each = torch.stack(list(counts), dim=1)
@@ -263,7 +294,8 @@ class Judge:
         Args:
             settings: Settings of one rule.
             done: Called with batches done.
-            record: Whether to record how well the rule finds the oracle's neurons.
+            record: Whether to record how well the rule finds the oracle's neurons, and how far
+                what it predicts is from what the dense model does, which takes a dense pass more.
 
         Returns:
             What was measured under each setting.
@@ -273,13 +305,15 @@ class Judge:
             return []
         rule = settings[0].rule
         assert all(setting.rule is rule for setting in settings)
-        loss = torch.zeros(len(settings), len(self.pieces), dtype=torch.float64)
+        # Loss, divergence, agreement.
+        scored = torch.zeros(len(settings), len(self.pieces), 3, dtype=torch.float64)
         read = torch.zeros(
             len(settings), len(self.pieces), len(self.ffns), len(rule.counts), dtype=torch.int64
         )
         recoveries = [rule.recovery() if record else None for _ in settings]
         for number, batch in enumerate(self.batches):
             cache = self.cache(number, observer=rule if rule.observes else None)
+            dense = follow_dense(self.model, self.ffns, cache, batch) if record else None
             sums = []
             for setting, recovery in zip(settings, recoveries, strict=True):
                 rule.record(recovery)
@@ -287,14 +321,21 @@ class Judge:
                     logits, counts = follow_by(self.model, cache, batch, setting)
                 finally:
                     rule.record(None)
-                sums.append((_row_sums(logits, batch), summed(counts, batch.where)))
+                if dense is None:
+                    of_rows = F.pad(_row_sums(logits, batch)[:, None], (0, 2))
+                else:
+                    of_rows = compare(dense, logits, batch)[:, 1:]
+                sums.append((of_rows, summed(counts, batch.where)))
             members = torch.tensor(batch.members)
-            loss[:, members] = torch.stack([of for of, _ in sums]).cpu()
+            scored[:, members] = torch.stack([of for of, _ in sums]).cpu()
             read[:, members] = torch.stack([of for _, of in sums]).cpu()
             done(number + 1)
-        return [
-            Measured(loss[i].tolist(), read[i], recovery) for i, recovery in enumerate(recoveries)
-        ]
+        found = []
+        for i, recovery in enumerate(recoveries):
+            loss, kl, n_agree = scored[i].T.tolist()
+            more = (kl, n_agree) if record else (None, None)
+            found.append(Measured(loss, read[i], recovery, *more))
+        return found
 
     def capture(
         self, watched: Mapping[str, Sequence[nn.Module]], done: Done = lambda n: None

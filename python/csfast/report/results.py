@@ -293,6 +293,10 @@ _row = fields(
     ci95=interval,
     per_task_ci95=each(interval),
     select_delta=optional(number),
+    kl=optional(number),
+    top1_agreement=optional(_share),
+    per_task_kl=optional(each(number)),
+    per_task_top1_agreement=optional(each(_share)),
 )
 
 _ablation = all_of(
