@@ -12,6 +12,7 @@
 #include "csfast/recover.h"
 #include "csfast/sense.h"
 #include "csfast/types.h"
+#include "viterbi.h"
 
 namespace csfast {
 
@@ -77,6 +78,14 @@ struct Loops {
   // the bits of the largest |c[j] * weight[j]|, what is not a number on top.
   int32_t (*subtract)(const float* gram, int64_t n, const int32_t* row, const float* step,
                       int64_t rows, const float* weight, float* c) noexcept;
+
+  // The best path of kLanes sequences: index and u (steps, kLanes) of the least sum of weight *
+  // (target - level)^2, both (steps, kLanes). See encode.h.
+  void (*trellis)(const Trellis& t, const float* target, const float* weight, int64_t steps,
+                  TrellisWork& work, uint8_t* index, uint8_t* u) noexcept;
+
+  // y (n) -= scale * x (n), rounded twice.
+  void (*subtract_scaled)(const float* x, float scale, int64_t n, float* y) noexcept;
 
   // out (d) = the segments of sums (n_segments, d) added in order, and bias (d), T, unless that is
   // null; rounded to T once.

@@ -1,6 +1,7 @@
 // Stands in for every cuda/*.cu when csfast is built without CUDA.
 #include <string>
 
+#include "csfast/encode.h"
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
 #include "csfast/nested.h"
@@ -21,6 +22,12 @@ namespace {
 
 bool available() {
   return false;
+}
+int64_t encode_workspace(int64_t, int64_t) {
+  missing("encode");
+}
+void encode(const EncodeParams&, Stream) {
+  missing("encode");
 }
 void sense(const SenseParams&, Stream) {
   missing("sense");

@@ -76,7 +76,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "ffn": {"select", "execute", "tile"},
     "session": {"ffn"},
 }
-ALL_MAY_INCLUDE = {"design", "layer", "prepared", "types", "planes", "isa"}
+ALL_MAY_INCLUDE = {"design", "layer", "prepared", "types", "planes", "trellis", "isa"}
 # Each folder of cuda/ may include headers of the folders on its line, its own and those of common.
 ROOMS: dict[str, set[str]] = {
     **{verb: set() for verb in ["common", *OPERATIONS]},

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .codes import planes
+from .codes import planes, trellis
 from .codes.levels import GROUP, Packed, factor, unpack
 from .types import Code
 
@@ -68,6 +68,22 @@ def nested(levels: Sequence[Packed], equal: Tensor, x: Tensor) -> tuple[Tensor, 
         value = planes.levels_of(level.codes, level.bits).double() * fraction
         y += q.double() @ value.T * level.top.double() / 2
     return y.view(-1, n_neurons, 2), scale
+
+
+def encode(
+    w: Tensor, feedback: Tensor, step: Tensor, *, bits: int, nu: int = trellis.NU
+) -> tuple[Tensor, Tensor]:
+    """Give the indices of levels and the bits u, both ``(rows, cols)`` uint8, in float64."""
+    left, factor = w.double().clone(), feedback.double()
+    levels = trellis.table(bits)
+    index = torch.zeros(w.shape, dtype=torch.uint8)
+    u = torch.zeros_like(index)
+    for c in range(w.shape[1]):
+        target = torch.where(step > 0, left[:, c] / step.double(), 0.0)
+        index[:, c], u[:, c] = trellis.encode(target, levels, weight=step.double().square(), nu=nu)
+        error = left[:, c] - step.double() * levels[index[:, c].int()].double()
+        left[:, c + 1 :] -= error[:, None] / factor[c, c] * factor[c, c + 1 :]
+    return index, u
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:

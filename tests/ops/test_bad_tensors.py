@@ -12,6 +12,7 @@ import torch
 
 from csfast import _native, ops
 from csfast.bench.cases import Case
+from csfast.codes import trellis
 from csfast.codes.levels import Packed
 from csfast.layer import Decision, Layer, Sensor, Weights
 from csfast.ops import table
@@ -326,6 +327,9 @@ def arguments_of(op, good):
     if op.name == "nested":
         values.update({name: [good[f"level_{name}"]] for name in ("codes", "exponent", "top")})
         values["bits"] = [good["level_bits"]]
+    if op.name == "encode":
+        values.update(w=torch.ones(9, n), feedback=torch.eye(n), step=torch.ones(9), nu=8)
+        values["table"] = trellis.table(values["bits"])
     if op.name in ("select", "ffn"):
         values["cap"] = torch.full((BATCH,), 5, dtype=torch.int32)
         values["dropped"] = torch.zeros(1, dtype=torch.int64)

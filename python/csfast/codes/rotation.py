@@ -13,6 +13,7 @@ Source:
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Rotation:
     def inputs(self, x: Tensor) -> Tensor:
         """Rotate inputs ``(..., cols)``, in their dtype."""
         dealt: Tensor = x[..., self.perm.long()] * self.sign.to(x.dtype)
-        rotated = butterflies(dealt, self.block) * self.block**-0.5
+        rotated = butterflies(dealt, self.block) * math.sqrt(1 / self.block)
         return rotated
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -54,7 +55,11 @@ class Rotation:
 
     def undo(self, rotated: Tensor) -> Tensor:
         """Give back what `inputs` or `weight` rotated, ``(..., cols)``, but for rounding."""
-        dealt = butterflies(rotated, self.block) * self.block**-0.5 * self.sign.to(rotated.dtype)
+        dealt = (
+            butterflies(rotated, self.block)
+            * math.sqrt(1 / self.block)
+            * self.sign.to(rotated.dtype)
+        )
         back = torch.empty_like(dealt)
         back[..., self.perm.long()] = dealt
         return back

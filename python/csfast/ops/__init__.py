@@ -22,6 +22,7 @@ from .. import _native as native  # for what is no operation: `session`, `design
 from .._native import BackendError as BackendError
 from .._native import cuda_available as cuda_available
 from .._native import isa as isa
+from ..codes import trellis
 from ..codes.levels import Packed
 from ..layer import Decision, Layer, Sensor, Weights
 from ..layer import Pursuit as Pursuit
@@ -91,6 +92,57 @@ def nested(
     )
     y, scale = CALL["nested"](codes, exponents, tops, equal, x, [level.bits for level in read])
     return y, scale
+
+
+def encode(
+    w: Tensor,
+    feedback: Tensor,
+    step: Tensor,
+    *,
+    bits: int,
+    table: Tensor | None = None,
+    nu: int = trellis.NU,
+) -> tuple[Tensor, Tensor]:
+    """Code a matrix by trellises, column by column with error feedback.
+
+    What the codes of a column leave undone moves the columns after it, so that the output on inputs
+    of the given second moment changes least. Deterministic; on the CPU the same codes whatever the
+    threads and the instruction set.
+
+    Args:
+        w: Weights, ``(rows, cols)``, float32, finite: rotated ones, if they are.
+        feedback: Upper Cholesky factor of the inverse second moment of the inputs,
+            ``(cols, cols)``, float32, as `csfast.codes.feedback.spread` gives it.
+        step: What a value of 1 stands for in each row, ``(rows,)``, float32, not negative; a row of
+            0 stands for zeros.
+        bits: Of a weight, 1 to 4.
+        table: Values by index, ``(2^(bits + 1),)``, int8, rising; `csfast.codes.trellis.table`
+            where it is left out.
+        nu: Memory of the code, 3 to 8; what is not 8 is for studies, since `sketch` reads 8.
+
+    Returns:
+        Codes ``(ceil(rows / 128), ceil(cols / 4), bits, 64)``, uint8, as
+        `csfast.codes.trellis.pack` lays them out, and the values that they stand for,
+        ``(rows, cols)``, int8.
+
+    Raises:
+        ValueError: The shapes do not fit together, or something is not finite, or negative.
+
+    Source:
+        See `csfast.codes.trellis` and `csfast.codes.feedback`.
+    """
+    check.integer("encode", "bits", bits)
+    if bits not in trellis.BITS:
+        raise ValueError(f"[encode] bits = {bits}: want 1 to 4.")
+    if table is None:
+        table = trellis.table(bits).to(w.device)
+    for name, tensor in (("w", w), ("feedback", feedback), ("step", step)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"[encode] {name}: not finite; want finite numbers.")
+    if bool((step < 0).any()):
+        raise ValueError(f"[encode] step = {float(step.min())}: want none negative.")
+    codes, value = CALL["encode"](w, feedback, step, table, bits, nu)
+    return codes, value
 
 
 def recover(

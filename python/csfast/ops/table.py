@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import _native
+from ..codes import trellis
 from . import check
 from .register import Derived, register
 from .row import Op, Sizes, arguments
@@ -40,6 +41,9 @@ _DERIVED: dict[str, Derived] = {
     "n_coefs": lambda _, s: s["budget_max"] if s["coef"] else 0,
     "layer_bytes": _layer_bytes,
     "omp_bytes": _omp_bytes,
+    "encode_bytes": lambda _, s: _native.encode_workspace(s["rows"], s["cols"], s["is_cuda"]),
+    "row_tiles": lambda _, s: -(-s["rows"] // trellis.TILE_ROWS),
+    "col_tiles": lambda _, s: -(-s["cols"] // trellis.TILE_COLS),
 }
 
 
@@ -79,6 +83,12 @@ def _few_atoms(op: str, s: Sizes) -> None:
         raise ValueError(f"[{op}] start_count without start: want both or neither.")
     if not 1 <= s["budget_max"] <= n_atoms:
         raise ValueError(f"[{op}] budget_max = {s['budget_max']}: want 1 to n_atoms = {n_atoms}.")
+
+
+def _few_codes(op: str, s: Sizes) -> None:
+    bits, levels = s["bits"], len(s["table"])
+    if levels != 2 << bits:
+        raise ValueError(f"[{op}] table of {levels} levels: want {2 << bits} for {bits} bits.")
 
 
 def _row(
@@ -121,6 +131,14 @@ OPS = (
         f"bfloat16[n_neurons 2][] top, float32[d] equal, {_X}, ints bits",
         "float32[batch n_neurons 2] y, float32[batch] scale",
         scratch=_Q,
+    ),
+    _row(
+        "encode",
+        "float32[rows cols] w, float32[cols cols] feedback, float32[rows] step, int8[levels] table,"
+        f"int bits, int nu={trellis.NU}",
+        "uint8[row_tiles col_tiles bits 64] codes, int8[rows cols] value",
+        scratch="uint8[encode_bytes] workspace",
+        check=_few_codes,
     ),
     _row(
         "recover",

@@ -1,0 +1,54 @@
+// Trellis codes: their polynomials and their layout, as python/csfast/codes/trellis.py tells them.
+#pragma once
+
+#include <cstdint>
+
+namespace csfast {
+
+inline constexpr int kTrellisBitsMax = 4;
+inline constexpr int kTrellisMemoryMin = 3;
+inline constexpr int kTrellisMemoryMax = 8;  // and that of a sketch
+inline constexpr int kLanes = 16;            // rows side by side, each in a sequence of its own
+inline constexpr int kLaneSteps = 8;         // of a sequence in one byte
+inline constexpr int kTrellisRows = kLanes * kLaneSteps;  // of a tile
+inline constexpr int kTrellisCols = 4;                    // of a tile
+inline constexpr int kTileBytes = kLanes * kTrellisCols;  // for each bit of a weight
+
+// What one bit of every input counts to the second and the first bit of the subset: bit i is that
+// of i steps ago. By memory.
+struct Polynomials {
+  uint32_t h0, h1;
+};
+
+constexpr Polynomials polynomials_of(int nu) {
+  constexpr Polynomials kOf[kTrellisMemoryMax - kTrellisMemoryMin + 1] = {
+      {013, 04}, {023, 04}, {045, 010}, {0103, 024}, {0235, 0126}, {0515, 0362},
+  };
+  return kOf[nu - kTrellisMemoryMin];
+}
+
+constexpr uint32_t parity_of(uint32_t x) {
+  for (int shift = 16; shift > 0; shift /= 2) x ^= x >> shift;
+  return x & 1;
+}
+
+// The subset, an index modulo 4, by the window of inputs, the newest in bit 0.
+constexpr uint32_t subset_of(uint32_t window, Polynomials h) {
+  return 2 * parity_of(window & h.h0) + parity_of(window & h.h1);
+}
+
+constexpr int64_t trellis_row_tiles(int64_t rows) {
+  return (rows + kTrellisRows - 1) / kTrellisRows;
+}
+
+constexpr int64_t trellis_col_tiles(int64_t cols) {
+  return (cols + kTrellisCols - 1) / kTrellisCols;
+}
+
+// The bit of its byte where the raw bit of a step stands, where a weight has two bits.
+constexpr int raw_place_of(int step) {
+  constexpr int kPlace[kLaneSteps] = {2, 3, 6, 7, 0, 1, 4, 5};
+  return kPlace[step];
+}
+
+}  // namespace csfast
