@@ -30,12 +30,12 @@ def perturbed(model, *, noise=0.05, seed=0):
 
 @pytest.fixture(scope="module")
 def beginnings():
-    """Four documents of each of three tasks, one of plain texts, long enough to be prompts."""
+    """Documents of three tasks, four of each, and a prompt that is made, long enough."""
     given = [d for d in make_documents(4) if d.group != "code"]
     return [
         dataclasses.replace(d, prompt=f"{d.prompt} It is asked again.") if d.prompt else d
         for d in given
-    ]
+    ] + [Document("retrieval/needle", "The number is 48213. What is it?", " 48213", "48213")]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,8 @@ def test_figures_are_those_of_their_definitions(tokenizer, beginnings):
     results, _ = agreement.judge_weights(
         model, tokenizer, weights, [], prompts=prompts, rollouts=0, resamples=50
     )
-    assert list(results["tasks"]) == ["instruct", "math", "prose"]
+    assert list(results["tasks"]) == ["instruct", "math", "prose", "retrieval"]
+    assert results["outside"] == ["retrieval"]
     assert results["expected_accepted"] == {}
     for part, key in ((results, "own"), (results["text"], "given")):
         for task, entry in part["tasks"].items():
@@ -91,13 +92,16 @@ def test_figures_are_those_of_their_definitions(tokenizer, beginnings):
                 kl += torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
                 agree += p.argmax(1) == q.argmax(1)
                 delta += (p - q).gather(1, ids[len(prompt.ids) :, None])[:, 0]
-            assert entry["tokens"] == len(kl) and entry["documents"] == 3
+            assert entry["tokens"] == len(kl) and entry["documents"] == (
+                3 if task != "retrieval" else 1
+            )
             # Float32 sums of 260 words.
             assert entry["kl"] == pytest.approx(torch.stack(kl).mean().item(), rel=1e-4)
             assert entry["top1"] == pytest.approx(torch.stack(agree).double().mean().item())
             assert entry["delta"] == pytest.approx(torch.stack(delta).mean().item(), abs=1e-5)
             assert 0 < entry["kl_ci95"][0] <= entry["kl"] <= entry["kl_ci95"][1]
-        assert part["kl"] == pytest.approx(sum(e["kl"] for e in part["tasks"].values()) / 3)
+        mean = sum(part["tasks"][task]["kl"] for task in ("instruct", "math", "prose")) / 3
+        assert part["kl"] == pytest.approx(mean)
         assert part["kl_ci95"][0] <= part["kl"] <= part["kl_ci95"][1]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import judge, models, traces
 from ..files import check_writable, read_bounded, write_atomic
+from ..judge import Piece
 from ..traces import DRAFTS, Round, Trace
 from ..types import TASK_RULE, Document, PlanError, is_task
 
@@ -42,16 +43,21 @@ class Prompt:
     """The beginning of a document with two ways to go on.
 
     Attributes:
-        task: Of the document.
+        document: What it is the beginning of.
         ids: The prompt, ``(n_prompt,)`` int64, on the CPU.
         given: What the document goes on with, ``(n,)``, at least one token.
         own: What the dense model goes on with, ``(new_tokens,)``.
     """
 
-    task: str
+    document: Document
     ids: Tensor
     given: Tensor
     own: Tensor
+
+    @property
+    def task(self) -> str:
+        """The task that it counts for."""
+        return self.document.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,20 +180,30 @@ def judge_weights(
         if record.trace is not None
         for trace in traces.parsed(record.trace, "rollouts")
     ]
-    tasks = [prompt.task for prompt in begun]
+    pieces = [Piece(prompt.document, prompt.ids[None], len(prompt.ids)) for prompt in begun]
     results = {
-        **_summary(tasks, [r.own for r in state.records], resamples=resamples, seed=seed),
+        **_summary(pieces, [r.own for r in state.records], resamples=resamples, seed=seed),
         "expected_accepted": {
             f"{length}": traces.expected_accepted(found, length)
             for length in (range(1, DRAFTS + 1) if found else ())
         },
-        "text": _summary(tasks, [r.given for r in state.records], resamples=resamples, seed=seed),
+        "text": _summary(pieces, [r.given for r in state.records], resamples=resamples, seed=seed),
+        "outside": judge.outside(pieces),
         "new_tokens": new_tokens,
         "rollouts": len(found),
         "seed": seed,
         "model_hash": model_hash,
     }
     return results, found
+
+
+def traced(results: Mapping[str, Any], rolled: Sequence[Trace]) -> dict[str, Any]:
+    """Give the traces of `judge_weights` as ``csfast eval --sketch --traces`` writes them."""
+    return {
+        "prompts": traces.laid_out(rolled),
+        "drafts": DRAFTS,
+        **{key: results[key] for key in ("new_tokens", "seed", "model_hash")},
+    }
 
 
 def choose_prompts(
@@ -482,7 +498,7 @@ def _prompt(
         return None
     models.check_ids("eval", model, ids.tolist())
     none = torch.zeros(0, dtype=torch.int64)
-    return Prompt(document.group, ids[:n], ids[n : n + new_tokens], none)
+    return Prompt(document, ids[:n], ids[n : n + new_tokens], none)
 
 
 def _first_of_each(prompts: Sequence[Prompt], n: int) -> frozenset[int]:
@@ -516,12 +532,14 @@ def _listed(of: Compared) -> list[float]:
 
 
 def _summary(
-    tasks: Sequence[str], records: Sequence[Sequence[float]], *, resamples: int, seed: int
+    pieces: Sequence[Piece], records: Sequence[Sequence[float]], *, resamples: int, seed: int
 ) -> dict[str, Any]:
     """Means by task and over tasks, with intervals; a record is as of `_listed`."""
-    by_task: dict[str, list[Sequence[float]]] = {}
-    for task, record in zip(tasks, records, strict=True):
-        by_task.setdefault(task, []).append(record)
+    by_task = {
+        task: [records[place] for place in members]
+        for task, members in judge.by_group(pieces).items()
+    }
+    in_mean = judge.in_mean(pieces)
     results: dict[str, dict[str, Any]] = {task: {} for task in by_task}
     means: dict[str, Any] = {}
     for column, figure in enumerate(("kl", "top1", "delta")):
@@ -534,8 +552,8 @@ def _summary(
             n_tokens = sum(n for _, n in of_task)
             results[task][figure] = math.fsum(value for value, _ in of_task) / n_tokens
             results[task][f"{figure}_ci95"] = judge.interval(draws[task])
-        means[figure] = judge.mean(entry[figure] for entry in results.values())
-        means[f"{figure}_ci95"] = judge.interval(judge.mean_draws(list(draws.values())))
+        means[figure] = judge.mean(results[task][figure] for task in in_mean)
+        means[f"{figure}_ci95"] = judge.interval(judge.mean_draws([draws[t] for t in in_mean]))
     for task, members in by_task.items():
         results[task]["tokens"] = sum(int(record[3]) for record in members)
         results[task]["documents"] = len(members)
