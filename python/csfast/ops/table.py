@@ -86,9 +86,9 @@ def _few_atoms(op: str, s: Sizes) -> None:
 
 
 def _few_codes(op: str, s: Sizes) -> None:
-    bits, levels = s["bits"], len(s["table"])
-    if levels != 2 << bits:
-        raise ValueError(f"[{op}] table of {levels} levels: want {2 << bits} for {bits} bits.")
+    bits, shape = s["bits"], tuple(s["table"].shape)
+    if shape != (2 << bits,):
+        raise ValueError(f"[{op}] table has shape {shape}: want ({2 << bits},) for {bits} bits.")
 
 
 def _row(
