@@ -34,18 +34,16 @@ void check(const EncodeParams& p) {
 void pack(const EncodeParams& p, int64_t col, const uint8_t* index, const uint8_t* u) {
   const int64_t across = trellis_col_tiles(p.cols);
   for (int64_t row = 0; row < p.rows; ++row) {
-    const int step = static_cast<int>(row % kTrellisRows / kLanes);
-    uint8_t* tile =
-        p.codes +
-        (row / kTrellisRows * across + col / kTrellisCols) * p.bits * int64_t{kTileBytes} +
-        row % kLanes * kTrellisCols + col % kTrellisCols;
+    const int place = place_of(row, col);
+    const int64_t tile_at = row / kTrellisRows * across + col / kTrellisCols;
+    uint8_t* tile = p.codes + tile_at * p.bits * kTileBytes + byte_of(row, col);
     const int raw = index[row] >> 2;
-    tile[0] |= static_cast<uint8_t>(u[row] << step);
-    if (p.bits == 2) tile[kTileBytes] |= static_cast<uint8_t>(raw << raw_place_of(step));
+    tile[0] |= static_cast<uint8_t>(u[row] << place);
+    if (p.bits == 2) tile[kTileBytes] |= static_cast<uint8_t>(raw << raw_bit_of(place));
     if (p.bits >= 3) {
-      tile[(1 + step / 4) * kTileBytes] |= static_cast<uint8_t>((raw & 3) << 2 * (step % 4));
+      tile[(1 + place / 4) * kTileBytes] |= static_cast<uint8_t>((raw & 3) << 2 * (place % 4));
     }
-    if (p.bits == 4) tile[3 * kTileBytes] |= static_cast<uint8_t>(raw >> 2 << step);
+    if (p.bits == 4) tile[3 * kTileBytes] |= static_cast<uint8_t>(raw >> 2 << place);
   }
 }
 

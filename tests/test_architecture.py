@@ -42,28 +42,29 @@ MAY_IMPORT = {
     "session": {"layer", "ops"},
     "pursuit": {"ops"},
     "models": {"types"},
+    "sketches": {"codes", "container", "files", "models", "types"},
     "plan": {"codes", "container", "files", "layer", "models", "types"},
-    "calibration": {"codes", "container", "files", "models", "ops", "plan", "types"},
+    "calibration": {"codes", "container", "files", "models", "ops", "plan", "sketches", "types"},
     "votes": set(),
     "bypass": {"models", "votes"},
     "patch": {"bypass", "codes", "layer", "models", "ops", "plan", "session", "types", "votes"},
     "__init__": {"_version", "bypass", "calibration", "documents", "models", "ops", "patch", "plan"}
-    | {"types"},
+    | {"sketches", "types"},
     "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
     "bench": {"codes", "designs", "doctor", "layer", "ops", "reference", "session", "types"},
     "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
-    | {"traces", "types"},
+    | {"sketches", "traces", "types"},
     "report": {"_version", "doctor", "files", "types"},
     "demo": {"bench", "calibration", "doctor", "documents", "judge", "models", "patch", "plan"}
     | {"report", "types"},
     "cli": {"_version", "bench", "calibration", "demo", "doctor", "documents", "files", "judge"}
-    | {"models", "ops", "patch", "plan", "report", "types"},
+    | {"models", "ops", "patch", "plan", "report", "sketches", "types"},
     "__main__": {"cli"},
 }
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
     "__init__ _native _version bypass calibration codes container documents files layer models ops "
-    "patch plan session types votes"
+    "patch plan session sketches types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 OPERATIONS = re.findall(

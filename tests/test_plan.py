@@ -239,7 +239,7 @@ BAD_PLANS = {
     ),
     "pickled dtype": (
         _entry("layers.0.equal", dtype="O"),
-        "dtype = 'O': want F32, F64, I64 or U8",
+        "dtype = 'O': want one of F32, F64, BF16",
     ),
     "integers": (_entry("layers.0.equal", dtype="I64", shape=[4]), "contiguous float32"),
     "gap": (_entry("layers.0.equal", data_offsets=[4, 36]), "no gaps"),

@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const Work w) {
   const int64_t col = w.first + w.c;
   uint8_t* codes = p.codes +
                    (tile * trellis_col_tiles(p.cols) + col / kTrellisCols) * p.bits * kTileBytes +
-                   lane * kTrellisCols + col % kTrellisCols;
+                   byte_of(lane, col);
   int packed[kTrellisBitsMax] = {};
 #pragma unroll 1
   for (int step = 0; step < kLaneSteps; ++step) {
@@ -193,10 +193,11 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const Work w) {
     if (r >= p.rows) break;
     const int index = w.index[r];
     const int raw = index >> 2;
-    packed[0] |= w.u[r] << step;
-    if (p.bits == 2) packed[1] |= raw << raw_place_of(step);
-    if (p.bits >= 3) packed[step < 4 ? 1 : 2] |= (raw & 3) << 2 * (step % 4);
-    if (p.bits == 4) packed[3] |= raw >> 2 << step;
+    const int place = place_of(r, col);
+    packed[0] |= w.u[r] << place;
+    if (p.bits == 2) packed[1] |= raw << raw_bit_of(place);
+    if (p.bits >= 3) packed[place < 4 ? 1 : 2] |= (raw & 3) << 2 * (place % 4);
+    if (p.bits == 4) packed[3] |= raw >> 2 << place;
     const int8_t value = p.table[index];
     p.value[r * p.cols + col] = value;
     float* part = w.part + w.c * p.rows + r;
@@ -209,7 +210,8 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const Work w) {
   }
 #pragma unroll
   for (int b = 0; b < kTrellisBitsMax; ++b) {
-    if (b < p.bits) codes[b * kTileBytes] = static_cast<uint8_t>(packed[b]);
+    // The byte has a column before this one, too.
+    if (b < p.bits) codes[b * kTileBytes] |= static_cast<uint8_t>(packed[b]);
   }
 }
 

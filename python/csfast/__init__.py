@@ -1,6 +1,7 @@
 """Dynamic sparse inference of language models by compressive sensing.
 
-`calibrate` makes a `Plan` for a model, `apply` runs the model by it, `remove` undoes that.
+`calibrate` makes a `Plan` for a model, `apply` runs the model by it, `remove` undoes that. `sketch`
+makes few-bit codes of the whole model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if importlib.util.find_spec(f"{__name__}._native") is None:
 
 from ._version import __version__
 from .bypass import StaleWeightsError
-from .calibration import calibrate
+from .calibration import calibrate, sketch
 from .documents import read as read_documents
 from .models import stream_text
 from .ops import BackendError
@@ -33,7 +34,8 @@ from .patch import (
     unfinished_votes,
 )
 from .plan import Plan
-from .types import Document, PlanError, UnsupportedModelError
+from .sketches import Sketch
+from .types import Document, PlanError, SketchError, UnsupportedModelError
 
 __all__ = [
     "Applied",
@@ -42,6 +44,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "ResourceLimitError",
+    "Sketch",
+    "SketchError",
     "StaleWeightsError",
     "Stats",
     "UnsupportedModelError",
@@ -54,6 +58,7 @@ __all__ = [
     "remove",
     "set_density",
     "set_votes",
+    "sketch",
     "stats",
     "stream_text",
     "unfinished_votes",

@@ -20,14 +20,22 @@ from .types import PlanError
 
 HEADER_BYTES_MAX = 4 << 20  # a plan of 200 layers has 60 KB
 TENSORS_MAX = 65_536
-_DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64, "U8": torch.uint8}
+_DTYPES = {
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def laid_out(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> Iterator[memoryview]:
     """Lay tensors and text fields out as one safetensors file, always in the same way.
 
     Args:
-        tensors: Contiguous, on the CPU, float32, float64, int64 or uint8.
+        tensors: Contiguous, on the CPU, of a dtype of `_DTYPES`.
         fields: Names and values of the metadata.
 
     Yields:
@@ -115,7 +123,7 @@ def _tensor(raw: bytes, name: str, entry: Any, start: int, begin: int) -> tuple[
         raise PlanError(f"{where}: want at most four sizes and two offsets.")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want F32, F64, I64 or U8.")
+        raise PlanError(f"{where}: dtype = {entry['dtype']!r}: want one of {', '.join(_DTYPES)}.")
     n = math.prod(shape)
     end = begin + n * dtype.itemsize
     if [begin - start, end - start] != offsets or end > len(raw):
@@ -131,6 +139,11 @@ def all_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(
         type(v) is int and 0 <= v <= FILE_BYTES_MAX for v in value
     )
+
+
+def sha256_of(raw: bytes) -> str:
+    """Give the SHA-256 of bytes, hexadecimal."""
+    return hashlib.sha256(raw).hexdigest()
 
 
 def canonical(value: Any) -> str:

@@ -23,6 +23,10 @@ class PlanError(ValueError):
     """A plan file is damaged, or does not belong to this model."""
 
 
+class SketchError(ValueError):
+    """A sketch is damaged, of another format, or not of this model."""
+
+
 class ResultsError(ValueError):
     """A file of results is damaged, or is not of the kind that it was given as."""
 

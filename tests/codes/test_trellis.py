@@ -63,7 +63,7 @@ def test_unpacks_what_it_packs_at_every_size():
     ):
         index, u = _columns(rows, cols, bits)
         codes = trellis.pack(index, u, bits)
-        assert codes.shape == (-(-rows // 128), -(-cols // 4), bits, 64)
+        assert codes.shape == (-(-rows // 64), -(-cols // 8), bits, 64)
         assert torch.equal(trellis.indices(codes, rows, cols), index)
         levels = trellis.table(bits)
         assert torch.equal(levels, -levels.flip(0)) and int(levels.max()) == trellis.LARGEST

@@ -84,7 +84,7 @@ def test_rows_of_nothing_stay_nothing():
     decoded = step[:, None] * value
     assert not decoded[3].any() and bool(torch.isfinite(decoded).all())
     assert float((decoded[5] - 2.5).abs().max()) < 2.5
-    assert codes.shape == (1, 3, 2, 64)
+    assert codes.shape == (1, 2, 2, 64)
 
 
 def test_does_not_depend_on_threads_or_instruction_set():

@@ -9,10 +9,10 @@ inline constexpr int kTrellisBitsMax = 4;
 inline constexpr int kTrellisMemoryMin = 3;
 inline constexpr int kTrellisMemoryMax = 8;  // and that of a sketch
 inline constexpr int kLanes = 16;            // rows side by side, each in a sequence of its own
-inline constexpr int kLaneSteps = 8;         // of a sequence in one byte
-inline constexpr int kTrellisRows = kLanes * kLaneSteps;  // of a tile
-inline constexpr int kTrellisCols = 4;                    // of a tile
-inline constexpr int kTileBytes = kLanes * kTrellisCols;  // for each bit of a weight
+inline constexpr int kLaneSteps = 4;         // of a sequence in one byte, which has two
+inline constexpr int kTrellisRows = kLanes * kLaneSteps;      // of a tile
+inline constexpr int kTrellisCols = 8;                        // of a tile
+inline constexpr int kTileBytes = kLanes * kTrellisCols / 2;  // for each bit of a weight
 
 // What one bit of every input counts to the second and the first bit of the subset: bit i is that
 // of i steps ago. By memory.
@@ -45,10 +45,20 @@ constexpr int64_t trellis_col_tiles(int64_t cols) {
   return (cols + kTrellisCols - 1) / kTrellisCols;
 }
 
-// The bit of its byte where the raw bit of a step stands, where a weight has two bits.
-constexpr int raw_place_of(int step) {
-  constexpr int kPlace[kLaneSteps] = {2, 3, 6, 7, 0, 1, 4, 5};
-  return kPlace[step];
+// The place of a weight in its byte.
+constexpr int place_of(int64_t row, int64_t col) {
+  return static_cast<int>(col % kTrellisCols / 4 * kLaneSteps + row % kTrellisRows / kLanes);
+}
+
+// The byte of a weight among those of its tile that have one bit of each.
+constexpr int64_t byte_of(int64_t row, int64_t col) {
+  return row % kLanes * 4 + col % 4;
+}
+
+// The bit of its byte where the raw bit of a place stands, where a weight has two bits.
+constexpr int raw_bit_of(int place) {
+  constexpr int kBit[2 * kLaneSteps] = {2, 3, 6, 7, 0, 1, 4, 5};
+  return kBit[place];
 }
 
 }  // namespace csfast

@@ -26,7 +26,7 @@ from ..types import Code, Document
 
 USAGE_ERROR = 2  # exit code of a command that was given something it cannot use
 ORDER = (
-    *("demo", "doctor", "calibrate", "generate", "chat"),
+    *("demo", "doctor", "calibrate", "sketch", "generate", "chat"),
     *("eval", "tokens", "ablate", "phase", "report", "bench"),
 )  # of the commands in the help
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -399,6 +399,37 @@ def resumable(
             raise _Resumable from stop
         raise
     partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(
+    verb: str,
+    out: pathlib.Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    is_begun: Callable[[pathlib.Path], bool],
+    clear: Callable[[pathlib.Path], None],
+) -> Iterator[None]:
+    """Write a folder in parts, which an interrupted run leaves and a resumed one goes on from.
+
+    What is there is gone on with, or removed, only if that is asked for.
+    """
+    if resume and overwrite:
+        raise ValueError(f"[{verb}] --resume and --overwrite: want one of them.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"[{verb}] {str(out)!r}: want a folder, or nothing there.")
+    if is_begun(out) and not resume:
+        if not overwrite:
+            raise FileExistsError(
+                f"[{verb}] {str(out)!r} has a {verb}, whole or in parts: want --resume or "
+                "--overwrite."
+            )
+        clear(out)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise _Resumable from stop
 
 
 def write_json(path: pathlib.Path | None, results: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from .. import demo as demo_
 from .. import doctor as doctor_
 from .. import models, patch
 from ..bench import timing
-from ..calibration import TOKENS_MAX
+from ..calibration import TOKENS_MAX, sketching
 from ..calibration import calibrate as calibrate_
 from ..plan import Plan
 from ..report import tables
@@ -42,6 +42,7 @@ from .app import (
     progress,
     read_documents,
     resumable,
+    resumable_folder,
     write_json,
 )
 
@@ -129,6 +130,62 @@ def calibrate(
     Console().print(
         f"{out}: {len(plan.layers)} layers, {sum(plan.n_tokens.values())} tokens, "
         f"{out.stat().st_size:,} bytes, {clock.seconds():.1f} s"
+    )
+
+
+@app.command()
+def sketch(
+    model: Model,
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="Folder to write to.")],
+    data: Data = None,
+    bits: Annotated[
+        str,
+        typer.Option(
+            help="Levels of bits such as 3+3,head=4+2, or the average of the first, such as 2.6."
+        ),
+    ] = sketching.DEFAULT,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to use, at most.")
+    ] = sketching.TOKENS_MAX,
+    part: Annotated[Part, typer.Option(help="Half of the data to use.")] = Part.SELECT,
+    limit: Limit = None,
+    device: Where = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Code all weights of a model in few bits, fitted to sample text, into a folder."""
+    clock = timing.Clock()
+    wanted = sketching.parse(bits)
+    with resumable_folder(
+        "sketch",
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        is_begun=sketching.is_begun,
+        clear=sketching.clear,
+    ):
+        samples = read_documents(data, part, limit)
+        where = place(device, threads)
+        # Second moments in float32 on a CPU: sums of products of bfloat16 are slower there.
+        net, tokenizer = load(model, where, dtype="float32" if where.type == "cpu" else "auto")
+        with progress("sketch") as advance:
+            made = sketching.make(
+                net,
+                samples,
+                tokenizer,
+                out=out,
+                bits=wanted,
+                resume=resume,
+                progress=advance,
+                seed=seed,
+                max_tokens=tokens,
+            )
+    stored = made.bits()
+    Console().print(
+        f"{out}: {len(made.matrices)} matrices, {stored['stored']:.2f} bits a weight stored, "
+        f"{stored['read']:.2f} in the first level, {clock.seconds():.1f} s"
     )
 
 

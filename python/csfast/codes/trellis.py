@@ -10,12 +10,12 @@ Each weight stores one bit ``u`` and ``bits - 1`` bits ``raw``. With nu, the mem
     z1[t] = sum of h0[i] u[t - i],  z0[t] = sum of h1[i] u[t - i]     delays i <= nu, modulo 2
     index = 4 * raw + 2 * z1 + z0,  value = table[index]              u is 0 before the start
 
-Layout, ``uint8 (ceil(rows / 128), ceil(cols / 4), bits, 64)``: a tile is 128 rows by 4 columns.
-Byte ``4 * (row % 16) + col % 4`` belongs to one sequence and has its eight steps
-``(row % 128) // 16``. The first 64 bytes hold u, step s in bit s. What follows is raw: one bit a
-step in bit `PLACE`; of two bits a step 64 bytes with the steps 0 to 3 and 64 with 4 to 7; of three
-bits the same with the lower two, then 64 bytes with the third of step s in bit s. Rows and columns
-of padding have any code.
+Layout, ``uint8 (ceil(rows / 64), ceil(cols / 8), bits, 64)``: a tile is 64 rows by 8 columns. Byte
+``4 * (row % 16) + col % 4`` has places for eight weights: four steps ``(row % 64) // 16`` of two
+sequences, place ``4 * (col % 8 // 4) + step``. The first 64 bytes hold u, place p in bit p. What
+follows is raw: one bit a weight in bit ``PLACE[p]``; of two bits a weight 64 bytes with the places
+0 to 3 and 64 with 4 to 7; of three bits the same with the lower two, then 64 bytes with the third
+of place p in bit p. Rows and columns of padding have any code.
 
 Source:
     Ungerboeck, "Channel coding with multilevel/phase signals", IEEE Trans. Information Theory,
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 LANES = 16  # rows side by side, each in a sequence of its own
-STEPS = 8  # of a sequence in one byte
+STEPS = 4  # of a sequence in one byte
+PLACES = 2 * STEPS  # weights of a byte, of two sequences
 TILE_ROWS = LANES * STEPS
-TILE_COLS = 4
+TILE_COLS = 8
 BITS = (1, 2, 3, 4)
-NU = 8  # memory of the codes of a sketch: u reaches back over one byte
-PLACE = (2, 3, 6, 7, 0, 1, 4, 5)  # bit of the raw bit of step s, where there is one
+NU = 8  # memory of the codes of a sketch: u reaches back over two tiles
+PLACE = (2, 3, 6, 7, 0, 1, 4, 5)  # bit of the raw bit of each place, where a weight has one
 # By nu: h0 and h1, bit i is the delay i.
 POLYNOMIALS = {
     3: (0o13, 0o04),
@@ -77,7 +78,7 @@ def pack(index: Tensor, u: Tensor, bits: int) -> Tensor:
         bits: Of a weight, 1 to 4.
 
     Returns:
-        ``(ceil(rows / 128), ceil(cols / 4), bits, 64)``, uint8.
+        ``(ceil(rows / 64), ceil(cols / 8), bits, 64)``, uint8.
 
     Raises:
         ValueError: `bits` is not 1 to 4, or an index is not what its sequence of u allows.
@@ -87,7 +88,7 @@ def pack(index: Tensor, u: Tensor, bits: int) -> Tensor:
         raise ValueError("[trellis] index: want one whose lowest two bits follow from u.")
     codes = torch.zeros(*_tiles(index), bits, 64, dtype=torch.uint8, device=index.device)
     steps, raw = _in_lanes(u), _in_lanes(index >> 2)
-    for s in range(STEPS):
+    for s in range(PLACES):
         codes[:, :, 0] |= steps[s] << s
         if bits == 2:
             codes[:, :, 1] |= raw[s] << PLACE[s]
@@ -116,14 +117,14 @@ def indices(codes: Tensor, rows: int, cols: int) -> Tensor:
             f"[trellis] codes of {codes.dtype} {tuple(codes.shape)}: want uint8 "
             f"{(*tiles, 'bits', 64)} for {rows} rows of {cols}, bits 1 to 4."
         )
-    u = _in_rows([codes[:, :, 0] >> s & 1 for s in range(STEPS)])
+    u = _in_rows([codes[:, :, 0] >> s & 1 for s in range(PLACES)])
     index = _subsets(u, NU)
     if bits == 2:
-        index |= _in_rows([codes[:, :, 1] >> PLACE[s] & 1 for s in range(STEPS)]) << 2
+        index |= _in_rows([codes[:, :, 1] >> PLACE[s] & 1 for s in range(PLACES)]) << 2
     if bits >= 3:
-        index |= _in_rows([codes[:, :, 1 + s // 4] >> 2 * (s % 4) & 3 for s in range(STEPS)]) << 2
+        index |= _in_rows([codes[:, :, 1 + s // 4] >> 2 * (s % 4) & 3 for s in range(PLACES)]) << 2
     if bits == 4:
-        index |= _in_rows([codes[:, :, 3] >> s & 1 for s in range(STEPS)]) << 4
+        index |= _in_rows([codes[:, :, 3] >> s & 1 for s in range(PLACES)]) << 4
     return index[:rows, :cols].contiguous()
 
 
@@ -215,16 +216,16 @@ def _tiles(index: Tensor) -> tuple[int, int]:
 
 
 def _in_lanes(x: Tensor) -> Tensor:
-    """From ``(rows, cols)`` to ``(8, row tiles, column tiles, 64)``, padded with zeros."""
+    """From ``(rows, cols)`` to ``(places, row tiles, column tiles, 64)``, padded with zeros."""
     (down, across), (rows, cols) = _tiles(x), x.shape
     padded = torch.nn.functional.pad(x, (0, across * TILE_COLS - cols, 0, down * TILE_ROWS - rows))
-    parts = padded.reshape(down, STEPS, LANES, across, TILE_COLS)
-    return parts.permute(1, 0, 3, 2, 4).reshape(STEPS, down, across, LANES * TILE_COLS)
+    parts = padded.reshape(down, STEPS, LANES, across, 2, TILE_COLS // 2)
+    return parts.permute(4, 1, 0, 3, 2, 5).reshape(PLACES, down, across, LANES * TILE_COLS // 2)
 
 
 def _in_rows(steps: list[Tensor]) -> Tensor:
-    """From eight steps ``(row tiles, column tiles, 64)`` to ``(rows, cols)`` with padding."""
+    """From eight places ``(row tiles, column tiles, 64)`` to ``(rows, cols)`` with padding."""
     parts = torch.stack(steps)
     _, down, across, _ = parts.shape
-    parts = parts.reshape(STEPS, down, across, LANES, TILE_COLS).permute(1, 0, 3, 2, 4)
+    parts = parts.reshape(2, STEPS, down, across, LANES, TILE_COLS // 2).permute(2, 1, 4, 3, 0, 5)
     return parts.reshape(down * TILE_ROWS, across * TILE_COLS)

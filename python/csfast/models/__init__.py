@@ -5,6 +5,7 @@ The one room that imports transformers, and only where it is called: importing i
 
 from .chat import Message, has_template, render
 from .fingerprint import Fingerprint, fingerprint
+from .linears import FAMILIES, KINDS, Kind, Stacked, family_of, find_linears, hash_of
 from .load import demo_folder, load
 from .structure import (
     ACTIVATIONS,
@@ -38,15 +39,19 @@ __all__ = [
     "ACTIVATIONS",
     "APART",
     "DTYPES",
+    "FAMILIES",
     "FUSED",
+    "KINDS",
     "N_DENSE",
     "PATCH",
     "Encoded",
     "Ffn",
     "Fingerprint",
+    "Kind",
     "Message",
     "NothingLeftError",
     "Projection",
+    "Stacked",
     "cache_argument",
     "cached_tokens",
     "check_ids",
@@ -54,9 +59,12 @@ __all__ = [
     "demo_folder",
     "encode",
     "end_tokens",
+    "family_of",
     "find_ffns",
+    "find_linears",
     "fingerprint",
     "has_template",
+    "hash_of",
     "hidden_states",
     "is_patched",
     "load",

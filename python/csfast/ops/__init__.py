@@ -121,7 +121,7 @@ def encode(
         nu: Memory of the code, 3 to 8; what is not 8 is for studies, since `sketch` reads 8.
 
     Returns:
-        Codes ``(ceil(rows / 128), ceil(cols / 4), bits, 64)``, uint8, as
+        Codes ``(ceil(rows / 64), ceil(cols / 8), bits, 64)``, uint8, as
         `csfast.codes.trellis.pack` lays them out, and the values that they stand for,
         ``(rows, cols)``, int8.
 
