@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import csfast
 import pages
-from csfast import Document, documents, models
+from csfast import Document, documents, judge, models
 from csfast.cli import app
 from csfast.judge import phase
 from csfast.report import page as page_
@@ -106,6 +106,61 @@ def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
     assert done.exit_code == 0, done.output
     results = json.loads(out.read_text())
     assert (results["bits"], results["block"]) == ("ternary", 16)
+
+
+def test_eval_judges_a_sketch(folder):
+    made = folder / "demo.sketch"
+    model, tokenizer = models.load(models.demo_folder())
+    sample = documents.split(documents.read(models.demo_folder() / "sample.jsonl"), "select")
+    codes = csfast.sketch(
+        model, documents.few(sample, 2), tokenizer, out=made, bits="2+2,head=4", max_tokens=600
+    )
+    texts = [{"task": task, "text": f"{i} {TEXT}"} for task in ("tale", "b") for i in range(9)]
+    data = folder / "texts.jsonl"
+    data.write_text("\n".join(json.dumps(text) for text in texts))
+    out, left, written = (folder / name for name in ("a.json", "a.json.partial", "t.json"))
+    given = ("eval", "demo", "--sketch", made, "--data", data, "--json", out)
+    options = ("--prompts", 2, "--new-tokens", 12, "--rollouts", 1, "--seed", 3)
+    done = call(*given, *options, "--traces", written)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert found["bits"] == codes.bits(2) and set(found["bits"]) == {
+        *("stored", "read", "ffn", "attention", "head")
+    }
+    assert found["format"] == "csfast results 1" and found["levels"] == 2
+    assert list(found["tasks"]) == list(found["text"]["tasks"]) == ["b", "tale"]
+    for entry in found["tasks"].values():
+        assert {"kl", "kl_ci95", "top1", "delta", "tokens"} <= set(entry)
+        assert entry["tokens"] == 24 and entry["kl"] > 0
+    rolled = judge.read_traces(written)
+    assert len(rolled) == len(found["tasks"]) == found["rollouts"]
+    assert found["expected_accepted"] == {
+        f"{n}": judge.expected_accepted(rolled, n) for n in range(1, 16)
+    }
+    shown = " ".join(done.stdout.split())
+    assert "bits a weight read" in shown and "Drafts that a check keeps" in shown
+    done = call(*given, *options, "--levels", 1)
+    assert done.exit_code == 0, done.output
+    base = json.loads(out.read_text())
+    assert base["kl"] > found["kl"] and base["bits"]["read"] < found["bits"]["read"]
+    # Drafts are of the first level, whatever is judged.
+    assert base["expected_accepted"] == found["expected_accepted"]
+    for more, message in (
+        (("--levels", 3), "[eval] --levels 3 of a sketch of 2: want no more."),
+        (("--rollouts", 0, "--traces", written), "[eval] --traces with --rollouts 0"),
+        (("--traces", out), "is given twice: want a file for each output"),
+        (("--traces", made / "sketch.json"), "is read by this command: want another file."),
+        (("--new-tokens", 5000), "[eval] new_tokens = 5000 in a context of"),
+    ):
+        assert message in refused(*given, *more)
+    assert "[eval] --resume without --json" in refused(*given[:-2], "--resume")
+    assert "missing" in refused("eval", "demo", "--sketch", folder / "missing")
+    left.write_text("some work")
+    assert "is what an interrupted run left" in refused(*given, *options)
+    assert "want a whole JSON file" in refused(*given, *options, "--resume")
+    options = (*options[:-4], "--rollouts", 0, "--seed", 3)
+    assert call(*given, *options, "--overwrite").exit_code == 0 and not left.exists()
+    assert json.loads(out.read_text())["tasks"] == found["tasks"]
 
 
 def test_generate_streams_text(plan):
@@ -350,7 +405,13 @@ def test_a_missing_device_is_one_line(command):
 def test_wrong_options_are_refused_before_any_work():
     for arguments, message in (
         (("bench", "prefill"), "'prefill' is not one of"),
-        (("eval", "demo"), "Missing argument 'PLAN'"),
+        (("eval", "demo"), "neither PLAN nor --sketch: want one of them"),
+        (("eval", "demo", "p", "--sketch", "s"), "both PLAN and --sketch: want one of them"),
+        (("eval", "demo", "p", "--levels", 1), "Invalid value for '--levels': it has no meaning"),
+        (("eval", "demo", "p", "--resume"), "Invalid value for '--resume': it has no meaning"),
+        (("eval", "demo", "--sketch", "s", "--density", 1), "'--density': it has no meaning"),
+        (("eval", "demo", "--sketch", "s", "--html", "h"), "'--html': it has no meaning"),
+        (("eval", "demo", "--sketch", "s", "--levels", 0), "Invalid value for '--levels'"),
         (("eval", "demo", "p", "--limit", 0), "Invalid value for '--limit'"),
         (("eval", "demo", "p", "--wrong"), "No such option: --wrong"),
         (("wrong",), "No such command 'wrong'"),

@@ -48,7 +48,8 @@ def found(model, tokenizer, weights, beginnings):
     return agreement.judge_weights(model, tokenizer, weights, beginnings, **OPTIONS)
 
 
-def test_the_model_itself_agrees_with_itself(model, tokenizer, beginnings):
+def test_the_model_itself_agrees_with_itself(model, tokenizer, beginnings, device):
+    model = copy.deepcopy(model).to(device)
     results, rolled = agreement.judge_weights(
         model, tokenizer, perturbed(model, noise=0.0), beginnings, **OPTIONS
     )

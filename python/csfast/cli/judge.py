@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..judge import agreement
 from ..judge import dictionaries as dictionaries_
 from ..judge import phase as phase_
 from ..judge import tokens as tokens_
@@ -17,6 +19,7 @@ from ..judge.evaluate import evaluate
 from ..plan import Plan
 from ..report import page, panels, tables
 from ..report import results as results_
+from ..sketches import Sketch
 from ..types import POOLED
 from .app import (
     Bits,
@@ -49,11 +52,22 @@ from .app import (
     write_json,
 )
 
+# Options of `eval` that have a meaning for one kind of what it judges.
+OF_PLANS = ("density", "bits", "block", "task", "tokens", "retrieval", "html_file")
+OF_SKETCHES = ("levels", "prompts", "new_tokens", "rollouts", "traces", "resume", "overwrite")
+
 
 @app.command("eval")
 def evaluate_(
+    context: typer.Context,
     model: Model,
-    plan: PlanFile,
+    plan: Annotated[
+        pathlib.Path | None, typer.Argument(help="Plan made by csfast calibrate.", metavar="PLAN")
+    ] = None,
+    sketch: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Judge this sketch, a folder, in place of a plan.", metavar="DIR"),
+    ] = None,
     data: Data = None,
     density: Density = 0.5,
     bits: Bits = "2",
@@ -63,13 +77,79 @@ def evaluate_(
     limit: Limit = None,
     tokens: Annotated[int, typer.Option(min=1, help="Scored tokens of every task.")] = 4000,
     retrieval: Retrieval = None,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="Levels of the sketch to read; left out, all.")
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts of every task to judge the sketch on, at most.")
+    ] = 35,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that the dense model continues a prompt with.")
+    ] = 96,
+    rollouts: Annotated[
+        int, typer.Option(min=0, help="Prompts of every task to let the sketch draft on, at most.")
+    ] = 12,
+    traces: Annotated[
+        pathlib.Path | None, typer.Option(help="Write every round of drafts here.")
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json_file: Json = None,
     html_file: Html = None,
     device: Where = None,
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure what sparsity costs: paired loss, divergence and agreement with the dense model."""
+    """Measure what a plan or a sketch costs: loss, divergence and agreement with the dense model.
+
+    A plan is judged along given text; a sketch also along what the dense model itself goes on with,
+    and by its drafts.
+    """
+    if plan is None:
+        if sketch is None:
+            raise typer.BadParameter("neither PLAN nor --sketch: want one of them.", ctx=context)
+        _refuse(context, OF_PLANS, "sketches")
+        if resume and json_file is None:
+            raise ValueError(
+                "[eval] --resume without --json: want the file of the run to go on with."
+            )
+        if traces is not None and rollouts == 0:
+            raise ValueError("[eval] --traces with --rollouts 0: want 1 or more.")
+        check_outputs(json_file, traces, inputs=(data, *sketch.glob("*")))
+        with resumable("eval", json_file, resume=resume, overwrite=overwrite) as partial:
+            samples = read_documents(data, part, limit)
+            codes = Sketch.load(sketch)
+            most = max(len(matrix.levels) for matrix in codes.matrices.values())
+            n_levels = most if levels is None else levels
+            if n_levels > most:
+                raise ValueError(f"[eval] --levels {n_levels} of a sketch of {most}: want no more.")
+            # Rounding would blur small differences.
+            where = place(device, threads)
+            net, tokenizer = load(model, where, dtype="float32")
+            read = dict(codes.weights(net, n_levels))
+            base = None if n_levels == 1 else dict(codes.weights(net, 1))
+            with progress("eval") as advance:
+                found, rolled = agreement.judge_weights(
+                    net,
+                    tokenizer,
+                    read,
+                    samples,
+                    drafting=base,
+                    per_task=prompts,
+                    new_tokens=new_tokens,
+                    rollouts=rollouts,
+                    seed=seed,
+                    resume=partial,
+                    progress=advance,
+                )
+            results = {"bits": codes.bits(n_levels), **found, "levels": n_levels}
+            Console().print(tables.agreement(results))
+            write_json(json_file, headed(results, where))
+            write_json(traces, headed(agreement.traced(results, rolled), where))
+        return
+    if sketch is not None:
+        raise typer.BadParameter("both PLAN and --sketch: want one of them.", ctx=context)
+    _refuse(context, OF_SKETCHES, "plans")
     check_outputs(json_file, html_file, inputs=(data, plan))
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
@@ -94,6 +174,19 @@ def evaluate_(
     write_json(json_file, headed(results, where))
     if html_file is not None:
         page.write_report(html_file, evaluation=results)
+
+
+def _refuse(context: typer.Context, names: Sequence[str], kind: str) -> None:
+    """Refuse options that were given and have no meaning for a kind of what is judged."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(each for each in context.command.params if each.name == name).opts[0]
+            raise typer.BadParameter(
+                f"it has no meaning for {kind}: want it left out.",
+                ctx=context,
+                param_hint=f"'{option}'",
+            )
 
 
 @app.command()

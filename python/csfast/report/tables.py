@@ -60,6 +60,36 @@ def quality(results: dict[str, Any]) -> Table:
     return table
 
 
+def agreement(results: dict[str, Any]) -> Table:
+    """Give how closely a sketch follows its model: one row a task, the mean below."""
+    bits, accepted = results["bits"], results["expected_accepted"]
+    drafts = ", ".join(f"{accepted[n]:.2f} of {n}" for n in ("4", "8", "15") if n in accepted)
+    table = Table(
+        title=f"A sketch of {bits['read']:.2f} bits a weight read, {bits['stored']:.2f} stored, "
+        "beside the dense model",
+        caption=f"own: along {results['new_tokens']} tokens that the dense model goes on with; "
+        "text: along what the documents go on with. KL: divergence of the predictions, nats a "
+        "token. top-1: both find the same token likeliest. change: of the loss."
+        + (f" Drafts that a check keeps: {drafts}." if drafts else ""),
+        padding=0,
+    )
+    table.add_column("task", no_wrap=True)
+    for name in ("own KL", "95 %", "top-1", "text KL", "95 %", "top-1", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    text, outside = results["text"], results["outside"]
+    rows = [(escape(task), row, text["tasks"][task]) for task, row in results["tasks"].items()]
+    n_mean = len(rows) - len(outside)  # those outside the mean come last
+    for name, own, given in [*rows[:n_mean], ("mean", results, text), *rows[n_mean:]]:
+        if own is results:
+            table.add_section()
+        cells = []
+        for of in (own, given):
+            low, high = of["kl_ci95"]
+            cells += [f"{of['kl']:.4f}", f"{low:.4f} .. {high:.4f}", f"{of['top1']:.3f}"]
+        table.add_row(name, *cells, f"{given['delta']:+.4f}", end_section=own is results)
+    return table
+
+
 def effort(results: dict[str, Any]) -> Table:
     """Give the effort of texts: one row a text."""
     kind = "generated" if results["generated"] else "held-out"
