@@ -11,6 +11,7 @@
 #include "csfast/project.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
+#include "csfast/sketch.h"
 #include "csfast/types.h"
 #include "viterbi.h"
 
@@ -83,6 +84,16 @@ struct Loops {
   // (target - level)^2, both (steps, kLanes). See encode.h.
   void (*trellis)(const Trellis& t, const float* target, const float* weight, int64_t steps,
                   TrellisWork& work, uint8_t* index, uint8_t* u) noexcept;
+
+  // One row of x (cols) to z (cols) and q (sketch_width), see sketch.h. Returns its scale.
+  float (*rotate)(const void* x, const int32_t* perm, const int8_t* sign, int64_t cols, DType dtype,
+                  float* z, int8_t* q) noexcept;
+
+  // n_l of the 64 rows of one row tile and of every row of q (batch, sketch_width), into sum
+  // (batch, 64). `before` are the codes of the row tile before, and of the one before that, or
+  // null.
+  void (*multiply)(const uint8_t* codes, const uint8_t* const before[2], int64_t cols, int bits,
+                   const int8_t* q, int64_t batch, int32_t* sum) noexcept;
 
   // y (n) -= scale * x (n), rounded twice.
   void (*subtract_scaled)(const float* x, float scale, int64_t n, float* y) noexcept;

@@ -11,6 +11,7 @@
 #include "csfast/recover.h"
 #include "csfast/select.h"
 #include "csfast/sense.h"
+#include "csfast/sketch.h"
 #include "csfast/tile.h"
 
 namespace csfast::cuda {
@@ -34,6 +35,9 @@ void sense(const SenseParams&, Stream) {
 }
 void nested(const NestedParams&, Stream) {
   missing("nested");
+}
+void sketch(const SketchParams&, Stream) {
+  missing("sketch");
 }
 void recover(const RecoverParams&, Stream) {
   missing("recover");

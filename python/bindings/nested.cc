@@ -3,22 +3,9 @@
 #include <string>
 
 #include "call.h"
+#include "number.h"
 
 using namespace nb::literals;
-
-namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-}  // namespace
-
-template <>
-struct nb::detail::dtype_traits<BFloat16> {
-  static constexpr nb::dlpack::dtype value{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1};
-  static constexpr auto name = nb::detail::const_name("bfloat16");
-};
 
 namespace {
 

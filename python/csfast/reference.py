@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .codes import planes, trellis
 from .codes.levels import GROUP, Packed, factor, unpack
+from .codes.rotation import Rotation, butterflies
 from .types import Code
 
 NOTHING = 2.0**-36  # share of the energy that an atom must explain to be taken, see omp.h
@@ -84,6 +85,22 @@ def encode(
         error = left[:, c] - step.double() * levels[index[:, c].int()].double()
         left[:, c + 1 :] -= error[:, None] / factor[c, c] * factor[c, c + 1 :]
     return index, u
+
+
+def sketch(
+    codes: Sequence[Tensor], step: Sequence[Tensor], perm: Tensor, sign: Tensor, x: Tensor
+) -> Tensor:
+    """Give ``y (batch, rows)``: float64, but for the rounding of inputs to int8, in float32."""
+    rows, cols = len(step[0]), len(perm)
+    turn = Rotation(perm, sign)
+    z = butterflies(x.float()[:, perm.long()] * sign.float(), turn.block)
+    most = z.abs().amax(1, keepdim=True)
+    q = torch.where(most > 0, torch.round(z * (127 / most)), 0.0).double()
+    y = torch.zeros(len(x), rows, dtype=torch.float64)
+    for level, steps in zip(codes, step, strict=True):
+        y += q @ trellis.values(level, rows, cols).double().T * steps.double()
+    scale: Tensor = most / 127 * math.sqrt(1 / turn.block)
+    return y * scale.double()
 
 
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:

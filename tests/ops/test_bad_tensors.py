@@ -330,6 +330,11 @@ def arguments_of(op, good):
     if op.name == "encode":
         values.update(w=torch.ones(9, n), feedback=torch.eye(n), step=torch.ones(9), nu=8)
         values["table"] = trellis.table(values["bits"])
+    if op.name == "sketch":
+        code = torch.zeros(1, 1, 2, 64, dtype=torch.uint8)
+        values.update(codes=[code], step=[torch.ones(9, dtype=torch.bfloat16)], bits=[2])
+        values.update(perm=torch.arange(n).int(), sign=torch.ones(n, dtype=torch.int8))
+        values["x"] = torch.ones(2, n)
     if op.name in ("select", "ffn"):
         values["cap"] = torch.full((BATCH,), 5, dtype=torch.int32)
         values["dropped"] = torch.zeros(1, dtype=torch.int64)

@@ -42,6 +42,7 @@ _DERIVED: dict[str, Derived] = {
     "layer_bytes": _layer_bytes,
     "omp_bytes": _omp_bytes,
     "encode_bytes": lambda _, s: _native.encode_workspace(s["rows"], s["cols"], s["is_cuda"]),
+    "sketch_width": lambda _, s: _native.sketch_width(s["cols"]),
     "row_tiles": lambda _, s: -(-s["rows"] // trellis.TILE_ROWS),
     "col_tiles": lambda _, s: -(-s["cols"] // trellis.TILE_COLS),
 }
@@ -83,6 +84,10 @@ def _few_atoms(op: str, s: Sizes) -> None:
         raise ValueError(f"[{op}] start_count without start: want both or neither.")
     if not 1 <= s["budget_max"] <= n_atoms:
         raise ValueError(f"[{op}] budget_max = {s['budget_max']}: want 1 to n_atoms = {n_atoms}.")
+
+
+def _few_rows(op: str, s: Sizes) -> None:
+    check.total(op, s["batch"], s["rows"])
 
 
 def _few_codes(op: str, s: Sizes) -> None:
@@ -139,6 +144,14 @@ OPS = (
         "uint8[row_tiles col_tiles bits 64] codes, int8[rows cols] value",
         scratch="uint8[encode_bytes] workspace",
         check=_few_codes,
+    ),
+    _row(
+        "sketch",
+        "bfloat16[rows][] step, uint8[row_tiles col_tiles level_bits 64][] codes, int32[cols] perm,"
+        f"int8[cols] sign, {_X.replace(' d]', ' cols]')}, ints bits",
+        "float32[batch rows] y",
+        scratch="float32[batch cols] z, int8[batch sketch_width] q, float32[batch] scale",
+        check=_few_rows,
     ),
     _row(
         "recover",

@@ -1,0 +1,72 @@
+// Sketch: linear maps by their few-bit codes, on inputs that are rotated and rounded to int8.
+//
+//   z[b] = blocks of Hadamard(sign * x[b, perm]),  q[b] = round(z[b] * 127 / max |z[b]|)
+//   n_l[b, r] = sum_c value_l[r, c] q[b, c]                                l < n_levels
+//   y[b, r] = sum_l n_l[b, r] step_l[r] * (max |z[b]| / 127 / sqrt(block))
+//
+// The codes and their layout are those of trellis.h with memory 8, the values those of
+// trellis_value; the rotation is that of python/csfast/codes/rotation.py, sums and differences of
+// strides 1, 2, 4, ... in float32. n is an exact integer, whatever parts it is added up in; each
+// product with a step is rounded, then the sum of levels in order, then the product with the scale.
+// So y depends neither on the instruction set, nor on threads, nor on the rest of the batch, and is
+// the same on CUDA.
+//
+// An x that is not finite makes its whole row of y not-a-number.
+#pragma once
+
+#include <cstdint>
+
+#include "csfast/trellis.h"
+#include "csfast/types.h"
+
+namespace csfast {
+
+inline constexpr int kSketchLevelsMax = 4;
+inline constexpr int64_t kSketchBatchMax = 65535;   // a grid dimension of CUDA
+inline constexpr int64_t kSketchColsMax = 1 << 17;  // 63 * 127 * that stays within int32
+inline constexpr int kRotationBlockMax = 128;
+
+// The channels that are rotated together.
+constexpr int64_t rotation_block_of(int64_t cols) {
+  const int64_t power = cols & -cols;
+  return power < kRotationBlockMax ? power : kRotationBlockMax;
+}
+
+// One over the root of the block 2^i.
+inline constexpr float kRotationNorm[] = {1.0f,  0x1.6a09e6p-1f, 0.5f,   0x1.6a09e6p-2f,
+                                          0.25f, 0x1.6a09e6p-3f, 0.125f, 0x1.6a09e6p-4f};
+
+// The row of q, padded with zeros to whole tiles and to lines of 64 bytes.
+constexpr int64_t sketch_width(int64_t cols) {
+  return (cols + 63) / 64 * 64;
+}
+
+struct SketchLevel {
+  const uint8_t* codes;  // (row_tiles, col_tiles, bits, 64)
+  const uint16_t* step;  // (rows), bfloat16
+  int bits;              // 1 .. kTrellisBitsMax
+};
+
+struct SketchParams {
+  SketchLevel level[kSketchLevelsMax];
+  const int32_t* perm;  // (cols), a permutation
+  const int8_t* sign;   // (cols), 1 or -1
+  const void* x;        // (batch, cols), T
+  float* z;             // (batch, cols), scratch
+  int8_t* q;            // (batch, sketch_width), scratch
+  float* scale;         // (batch), scratch
+  float* y;             // (batch, rows), written
+  int64_t batch, rows, cols;
+  int n_levels;  // 1 .. kSketchLevelsMax
+  DType dtype;   // T
+};
+
+// Throws std::invalid_argument if the sizes make no sense, BackendError if the device fails.
+// Asynchronous on CUDA.
+void sketch(const SketchParams& p, Device device, Stream stream);
+
+namespace cuda {
+void sketch(const SketchParams& p, Stream stream);
+}
+
+}  // namespace csfast
