@@ -106,17 +106,6 @@ def test_figures_are_those_of_their_definitions(tokenizer, beginnings):
         assert part["kl_ci95"][0] <= part["kl"] <= part["kl_ci95"][1]
 
 
-def test_a_coded_model_shares_what_is_not_coded(model, weights):
-    some = {name: weight for name, weight in weights.items() if "mlp" in name}
-    twin = agreement.coded(model, some)
-    for (name, own), (_, other) in zip(
-        model.named_parameters(), twin.named_parameters(), strict=True
-    ):
-        assert (other is own) == (name not in some)
-        assert torch.equal(other, some.get(name, own))
-    assert all(torch.equal(w, model.get_parameter(n)) is False for n, w in some.items())
-
-
 def test_prompts_are_beginnings_of_fitting_length(model, tokenizer):
     text = "The river walks under seven green lamps. " * 4
     given = [
@@ -225,7 +214,17 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         agreement.judge_weights(*given, **OPTIONS, resume=path)
 
 
-def test_what_cannot_be_judged_is_refused(model, tokenizer, plan, weights, beginnings):
+def test_a_coded_model_shares_what_is_not_coded_and_refuses_what_does_not_fit(
+    model, tokenizer, plan, weights, beginnings
+):
+    some = {name: weight for name, weight in weights.items() if "mlp" in name}
+    twin = agreement.coded(model, some)
+    for (name, own), (_, other) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        assert (other is own) == (name not in some)
+        assert torch.equal(other, some.get(name, own))
+    assert all(torch.equal(w, model.get_parameter(n)) is False for n, w in some.items())
     name = "model.layers.0.mlp.up_proj.weight"
     own = weights[name]
     for given, error, message in (
@@ -258,7 +257,7 @@ def test_what_cannot_be_judged_is_refused(model, tokenizer, plan, weights, begin
 # Traces
 
 
-def test_traces_are_read_as_they_were_written(found, tmp_path):
+def test_traces_are_read_as_they_were_written_and_damaged_ones_refused(found, tmp_path):
     results, rolled = found
     path = tmp_path / "traces.json"
     path.write_text(json.dumps({"prompts": traces.laid_out(rolled)}))
@@ -277,10 +276,6 @@ def test_traces_are_read_as_they_were_written(found, tmp_path):
         judge.expected_accepted(again, 16)
     with pytest.raises(ValueError, match="length = 1 of 0 rounds"):
         judge.expected_accepted([], 1)
-
-
-def test_damaged_traces_are_refused_by_place(tmp_path):
-    path = tmp_path / "traces.json"
     each = judge.Round(5, (True, False), (0.5, 0.25), (0.5, 0.125))
     for changes, message in (
         ({"position": 6}, r"position = 6: want 5"),
