@@ -25,6 +25,12 @@ using Sums = __m256i;
 constexpr int kBytes = 32;
 constexpr int kRowsMost = 2;  // of the batch at once: sums of eight registers
 
+// The codes are one stream: what a few tiles ahead will be read is asked for.
+constexpr int64_t kAhead = 2048;  // bytes
+
+void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 Bytes load(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }

@@ -25,6 +25,12 @@ using Sums = __m512i;
 constexpr int kBytes = 64;
 constexpr int kRowsMost = 4;  // of the batch at once: sums of sixteen registers
 
+// The codes are one stream: what a few tiles ahead will be read is asked for.
+constexpr int64_t kAhead = 2048;  // bytes
+
+void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 Bytes load(const void* p) {
   return _mm512_loadu_si512(p);
 }

@@ -29,6 +29,9 @@ Bytes each(F&& f) {
   for (int i = 0; i < kBytes; ++i) result.of[i] = static_cast<uint8_t>(f(i));
   return result;
 }
+constexpr int64_t kAhead = 0;
+
+void prefetch(const void*) {}
 Bytes load(const void* p) {
   Bytes result;
   std::memcpy(result.of, p, kBytes);
