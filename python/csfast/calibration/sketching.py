@@ -13,7 +13,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,8 +120,8 @@ def make(
     """Make a sketch of a model: few-bit codes of every linear map and the head.
 
     Inputs are rotated and weights coded by trellises with error feedback on the texts. The model is
-    left as it was. Equal arguments on one machine give equal bytes, interrupted or not. Needs
-    memory for one layer and 4 GiB beside the model.
+    left as it was. Equal arguments on one machine give equal bytes, interrupted or not.
+    docs/sketch.md says what time and memory that takes.
 
     Args:
         model: A causal language model of one of `models.FAMILIES`, without csfast applied.
@@ -324,7 +324,10 @@ def _coded(
     """The matrices of a file, several at a time: a search of paths has one thread."""
     # Largest first, or the last one runs alone.
     order = sorted(stacks, key=lambda s: -s.rows * s.cols)
-    n_threads = torch.get_num_threads() if stacks[0].linears[0].weight.device.type == "cpu" else 1
+    is_cuda = stacks[0].linears[0].weight.is_cuda
+    n_threads = len(order) if is_cuda else torch.get_num_threads()
+    if is_cuda:  # torch loads its linear algebra at the first call, which two threads may not be
+        torch.linalg.cholesky(torch.eye(1, device=stacks[0].linears[0].weight.device))
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
         jobs = {
             stack.name: pool.submit(
@@ -337,6 +340,19 @@ def _coded(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """Run what is launched within beside what other threads launch, and wait for it."""
+    if device.type != "cuda":
+        yield
+        return
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 @_undisturbed()
@@ -356,6 +372,13 @@ def code(
         seed: Of the signs.
         advance: Called after every level.
     """
+    with _stream_of_its_own(moment.device):
+        return _code(stack, moment, bits, seed, advance)
+
+
+def _code(
+    stack: Stacked, moment: Tensor, bits: Sequence[int], seed: int, advance: Callable[[], None]
+) -> Matrix:
     turn = rotation.fit(moment.diagonal(), seed=seed)
     device = moment.device
     turn_there = rotation.Rotation(turn.perm.to(device), turn.sign.to(device))
