@@ -173,7 +173,7 @@ def make(
     key = container.sha256_of(container.canonical(head).encode())
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder, layers, key, resume=resume)
-    each = _levels(model, stacks, bits, texts)
+    each = _levels(model, stacks, bits, texts, seed)
     groups = _groups(layers)
     n_passes = sum(any(name not in done for name in group) for group in groups)
     total = n_passes * len(texts) + sum(
@@ -379,13 +379,8 @@ def code(
 def _code(
     stack: Stacked, moment: Tensor, bits: Sequence[int], seed: int, advance: Callable[[], None]
 ) -> Matrix:
-    turn = rotation.fit(moment.diagonal(), seed=seed)
-    device = moment.device
-    turn_there = rotation.Rotation(turn.perm.to(device), turn.sign.to(device))
-    left = turn_there.weight(stack.weight()).contiguous()
-    wide = turn_there.inputs(turn_there.inputs(moment.double()).T).T.contiguous()
-    factor = feedback.spread(wide).contiguous()
-    rotated = wide.float()
+    turn, there, rotated, factor = _turned(moment, seed)
+    left = there.weight(stack.weight()).contiguous()
     levels = []
     for n in bits:
         step = (left.square().mean(1).sqrt() * trellis.UNIT[n]).bfloat16().float()
@@ -398,6 +393,17 @@ def _code(
     return Matrix(stack.name, stack.rows, stack.cols, turn, tuple(levels))
 
 
+def _turned(
+    moment: Tensor, seed: int
+) -> tuple[rotation.Rotation, rotation.Rotation, Tensor, Tensor]:
+    """The rotation for a moment, on the CPU and beside it, its rotated form, how errors spread."""
+    turn = rotation.fit(moment.diagonal(), seed=seed)
+    device = moment.device
+    there = rotation.Rotation(turn.perm.to(device), turn.sign.to(device))
+    wide = there.inputs(there.inputs(moment.double()).T).T.contiguous()
+    return turn, there, wide.float(), feedback.spread(wide).contiguous()
+
+
 def _fitted(left: Tensor, value: Tensor, moment: Tensor, step: Tensor) -> Tensor:
     """The step of each row that is best for its codes on the inputs, with digits of bfloat16."""
     seen = value @ moment
@@ -407,7 +413,7 @@ def _fitted(left: Tensor, value: Tensor, moment: Tensor, step: Tensor) -> Tensor
 
 
 def _levels(
-    model: nn.Module, stacks: list[Stacked], bits: Bits, texts: list[Tensor]
+    model: nn.Module, stacks: list[Stacked], bits: Bits, texts: list[Tensor], seed: int
 ) -> dict[str, tuple[int, ...]]:
     """The levels of every matrix."""
     if isinstance(bits, str):
@@ -425,22 +431,40 @@ def _levels(
                 )
         return {name: tuple(levels) for name, levels in bits.items()}
     _want_average(bits)
-    return shared(float(bits), stacks, importance(model, stacks, texts))
+    return shared(float(bits), stacks, importance(model, stacks, texts, seed))
 
 
-def importance(model: nn.Module, stacks: list[Stacked], texts: list[Tensor]) -> dict[str, float]:
-    """Say what coding a matrix costs, in nats a token for an error as large as its output.
+def importance(
+    model: nn.Module, stacks: list[Stacked], texts: list[Tensor], seed: int
+) -> dict[str, float]:
+    """Say what coding a matrix costs, in nats a token for codes that leave all of the variance.
 
-    The diagonal of the Fisher information of each output, estimated on answers drawn from the
-    model's own distribution, times the variance of that output.
+    The diagonal of the Fisher information of its outputs, times what its codes leave of each with
+    error feedback: the variance of the row's weights times the sum of the pivots of the moment.
 
     Source:
         The divergence of two near distributions is half the Fisher information's form: Kullback,
         "Information theory and statistics", 1959.
     """
+    information = _information(model, stacks, texts)
+    layers = [stack for stack in stacks if stack.kind != "head"]
+    found = {}
+    for group in _groups(_by_layer(layers)):
+        members = [stack for name in group for stack in _by_layer(layers)[name]]
+        moments = _moments(model, members, texts, lambda: None)
+        for stack in members:
+            _, _, _, factor = _turned(moments.pop(stack.name), seed)
+            pivots = float(factor.diagonal().double().square().reciprocal().sum())
+            variance = stack.weight().square().mean(1)
+            found[stack.name] = 0.5 * pivots * float((information[stack.name] * variance).sum())
+    return found
+
+
+def _information(model: nn.Module, stacks: list[Stacked], texts: list[Tensor]) -> dict[str, Tensor]:
+    """The mean square of the gradient of each output ``(rows,)``, for answers of its own."""
     outputs: dict[str, list[Tensor]] = {}
     net: Any = model
-    found = {stack.name: 0.0 for stack in stacks if stack.kind != "head"}
+    found: dict[str, Tensor] = {}
     draws = torch.Generator().manual_seed(0)
     n_tokens = 0
     with contextlib.ExitStack() as hooks:
@@ -469,12 +493,12 @@ def importance(model: nn.Module, stacks: list[Stacked], texts: list[Tensor]) -> 
                 log.sum().backward(inputs=[o for many in outputs.values() for o in many])
             n_tokens += ids[:, :256].shape[1]
             for name, many in outputs.items():
+                parts = []
                 for output in many:
                     gradient = output.grad
                     assert gradient is not None  # it was retained
-                    y = output.detach().float()
-                    total = (gradient.float().square() * y.square().mean((0, 1))).sum()
-                    found[name] += 0.5 * float(total)
+                    parts.append(gradient.float().square().sum((0, 1)))
+                found[name] = found.get(name, 0) + torch.cat(parts)
     return {name: total / n_tokens for name, total in found.items()}
 
 
