@@ -30,7 +30,7 @@ void check(const EncodeParams& p) {
   }
 }
 
-// The codes of one column of a matrix. `path` has steps of kLanes bytes, see Trellis.
+// The codes of one column of a matrix, from the index and u of every row.
 void pack(const EncodeParams& p, int64_t col, const uint8_t* index, const uint8_t* u) {
   const int64_t across = trellis_col_tiles(p.cols);
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -85,8 +85,9 @@ void encode_on_cpu(const EncodeParams& p) {
         p.value[r * p.cols + first + c] = value;
         wrong[r] = (column[r] - p.step[r] * value) * scale;
       }
-      for (int64_t j = c + 1; j < n; ++j)
+      for (int64_t j = c + 1; j < n; ++j) {
         loop.subtract_scaled(wrong, spread[j], p.rows, &part[j * p.rows]);
+      }
     }
     const int64_t rest = first + n;
     if (rest == p.cols) break;

@@ -42,11 +42,8 @@ int64_t steps_of(int64_t rows) {
   return (rows + kLanes - 1) / kLanes;
 }
 
-int words_of(int nu) {
-  return nu > 5 ? 1 << (nu - 5) : 1;
-}
-
-__device__ __forceinline__ int words_on_device(int nu) {
+// Of ballots, for each step.
+constexpr int words_of(int nu) {
   return nu > 5 ? 1 << (nu - 5) : 1;
 }
 
@@ -117,7 +114,7 @@ __global__ void __launch_bounds__(1 << kTrellisMemoryMax) search_kernel(const Wo
   extern __shared__ uint32_t on_chip[];
   __shared__ float cost[2][1 << kTrellisMemoryMax];
   const int states = 1 << w.p.nu;
-  const int words = words_on_device(w.p.nu);
+  const int words = words_of(w.p.nu);
   const int state = static_cast<int>(threadIdx.x);
   const int lane = static_cast<int>(blockIdx.x);
   const Polynomials h = polynomials_of(w.p.nu);

@@ -60,11 +60,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const SketchParams p) 
     q[i] = is_plain && i < p.cols ? static_cast<int8_t>(__float2int_rn(__fmul_rn(z[i], per))) : 0;
   }
   if (threadIdx.x != 0) return;
-  int power = 0;
-  while ((int64_t{1} << power) < block) ++power;
-  constexpr float kNorm[] = {1.0f,  0x1.6a09e6p-1f, 0.5f,   0x1.6a09e6p-2f,
-                             0.25f, 0x1.6a09e6p-3f, 0.125f, 0x1.6a09e6p-4f};
-  p.scale[b] = is_plain ? __fmul_rn(__fdiv_rn(most[0], 127.0f), kNorm[power]) : odd[0];
+  p.scale[b] = is_plain ? __fmul_rn(__fdiv_rn(most[0], 127.0f), rotation_norm_of(block)) : odd[0];
 }
 
 // One block a row tile and a row of the batch.

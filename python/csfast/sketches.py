@@ -20,12 +20,17 @@ from . import container, models
 from .codes import trellis
 from .codes.rotation import Rotation
 from .files import read_bounded
-from .models import KINDS, find_linears, hash_of
+from .models import KINDS, Kind, Stacked, find_linears, hash_of
 from .types import PlanError, SketchError
 
 FORMAT = "csfast-sketch-1"
 INDEX = "sketch.json"
-_GROUPS = {"ffn": ("gate_up", "down"), "attention": ("qkv", "o"), "head": ("head",)}
+# Kinds of matrices by the part of the model that they are in.
+PARTS: dict[str, tuple[Kind, ...]] = {
+    "ffn": ("gate_up", "down"),
+    "attention": ("qkv", "o"),
+    "head": ("head",),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,12 +135,17 @@ class Sketch:
         Raises:
             SketchError: Its type, or a weight, is another.
         """
+        self._stacks_of(model)
+
+    def _stacks_of(self, model: nn.Module) -> list[Stacked]:
+        """The matrices of a model that this is a sketch of."""
         stacks = find_linears(model)
         found = models.family_of(model)
         if found != self.model_type:
             raise SketchError(f"[sketch] of a {self.model_type} model: this is a {found}.")
         if hash_of(stacks) != self.model_hash:
             raise SketchError("[sketch] model: its weights are not those that the sketch codes.")
+        return stacks
 
     def weights(
         self, model: nn.Module, n_levels: int | None = None
@@ -153,8 +163,7 @@ class Sketch:
         Raises:
             SketchError: As for `check`.
         """
-        self.check(model)
-        for stack in find_linears(model):
+        for stack in self._stacks_of(model):
             whole = self.matrices[stack.name].decode(n_levels)
             gain = stack.gain()
             if gain is not None:
@@ -181,7 +190,7 @@ class Sketch:
 
         groups = {
             name: each([matrix for matrix in of if matrix.kind in kinds], n_levels)
-            for name, kinds in _GROUPS.items()
+            for name, kinds in PARTS.items()
         }
         return {"stored": each(of, None), "read": each(of, n_levels), **groups}
 

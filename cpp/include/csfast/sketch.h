@@ -32,9 +32,12 @@ constexpr int64_t rotation_block_of(int64_t cols) {
   return power < kRotationBlockMax ? power : kRotationBlockMax;
 }
 
-// One over the root of the block 2^i.
-inline constexpr float kRotationNorm[] = {1.0f,  0x1.6a09e6p-1f, 0.5f,   0x1.6a09e6p-2f,
-                                          0.25f, 0x1.6a09e6p-3f, 0.125f, 0x1.6a09e6p-4f};
+// One over the root of a block.
+constexpr float rotation_norm_of(int64_t block) {
+  float norm = 1.0f;
+  for (; block >= 4; block /= 4) norm *= 0.5f;
+  return block == 2 ? norm * 0x1.6a09e6p-1f : norm;
+}
 
 // The row of q, padded with zeros to whole tiles and to lines of 64 bytes.
 constexpr int64_t sketch_width(int64_t cols) {

@@ -13,12 +13,6 @@
 namespace csfast::avx512 {
 namespace {
 
-using base::BFloat16;
-using base::Half;
-using base::to_float;
-
-constexpr int kOffset = 64;  // of values in lookups: products of unsigned with signed bytes
-
 using Bytes = __m512i;
 using Sums = __m512i;
 
@@ -77,24 +71,6 @@ Bytes where_bit(Bytes bits, int bit, Bytes a, Bytes b) {
 Sums dot(Sums sums, Bytes values, Bytes x) {
   return _mm512_dpbusd_epi32(sums, values, x);
 }
-
-// Lookups of the code; where a code has fewer values than a lookup has places, they repeat.
-struct Tables {
-  explicit Tables(int bits) {
-    uint8_t places[2][16];
-    for (int i = 0; i < 32; ++i) {
-      places[i / 16][i % 16] = static_cast<uint8_t>(trellis_value(bits, i % (2 << bits)) + kOffset);
-    }
-    low = table_of(places[0]);
-    high = table_of(places[1]);
-    now = table_of(kSubsets.of[0]);
-    one = table_of(kSubsets.of[1]);
-    two = table_of(kSubsets.of[2]);
-  }
-
-  Bytes low, high;      // values by index, below 16 and from 16 on
-  Bytes now, one, two;  // pairs by nibble, see kSubsets
-};
 
 }  // namespace
 

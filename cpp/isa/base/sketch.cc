@@ -11,8 +11,6 @@
 namespace csfast::base {
 namespace {
 
-constexpr int kOffset = 64;  // of values in lookups: products of unsigned with signed bytes
-
 struct Bytes {
   uint8_t of[16];
 };
@@ -78,24 +76,6 @@ Sums dot(Sums sums, const Bytes& values, const Bytes& x) {
   for (int i = 0; i < kBytes; ++i) sums.of[i / 4] += values.of[i] * static_cast<int8_t>(x.of[i]);
   return sums;
 }
-
-// Lookups of the code; where a code has fewer values than a lookup has places, they repeat.
-struct Tables {
-  explicit Tables(int bits) {
-    uint8_t places[2][16];
-    for (int i = 0; i < 32; ++i) {
-      places[i / 16][i % 16] = static_cast<uint8_t>(trellis_value(bits, i % (2 << bits)) + kOffset);
-    }
-    low = table_of(places[0]);
-    high = table_of(places[1]);
-    now = table_of(kSubsets.of[0]);
-    one = table_of(kSubsets.of[1]);
-    two = table_of(kSubsets.of[2]);
-  }
-
-  Bytes low, high;      // values by index, below 16 and from 16 on
-  Bytes now, one, two;  // pairs by nibble, see kSubsets
-};
 
 }  // namespace
 

@@ -56,7 +56,7 @@ Progress = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Leave aside what a program may have set for all of torch: a plan does not depend on it.
 
     Defaults of the dtype are left aside by naming dtypes. All of these are the thread's own.
@@ -71,7 +71,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-@_undisturbed()
+@undisturbed()
 def calibrate(
     model: nn.Module,
     samples: Sample | Iterable[Sample],

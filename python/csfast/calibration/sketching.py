@@ -25,7 +25,7 @@ from ..files import write_atomic
 from ..models import KINDS, Kind, Stacked
 from ..sketches import Level, Matrix, Sketch
 from ..types import SketchError
-from .passes import _undisturbed
+from .passes import undisturbed
 from .samples import Sample, draw, sorted_samples
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ Bits = str | float | Mapping[str, Sequence[int]]
 Progress = Callable[[int, int], None]
 
 DEFAULT = "3+3,head=4+2"
-TOKENS_MAX = 32_768  # of calibration text: at half of it SmolLM2 loses 4 % more
+TOKENS_MAX = 32_768  # of calibration text, as `calibrate` takes
 PASSES = 2  # of the codes of a level, with the steps that the last one's codes want
 LEVELS_MAX = 4
 _MOMENT_BYTES = 2 << 30  # of second moments at a time
 _GROUPS: dict[str, tuple[Kind, ...]] = {
     "all": KINDS,
-    "ffn": ("gate_up", "down"),
-    "attention": ("qkv", "o"),
+    **sketches.PARTS,
     **{str(kind): (kind,) for kind in KINDS},
 }
 # What coding at so many bits leaves of the variance of normal draws, for the share of bits.
 _LEFT = {2: 0.080, 3: 0.0226, 4: 0.0070}
 _HEAD = (4, 2)  # levels of the head where an average of the layers is asked for
 _FISHER_TOKENS = 4096  # that say how much every matrix matters
+_OWN = re.compile(r"sketch\.json|layer-\d{5}\.safetensors|head\.safetensors")
 
 
 class _Enough(Exception):
@@ -104,7 +104,7 @@ def _want_average(bits: float) -> None:
         raise ValueError(f"[sketch] bits = {bits}: want an average from 2 to 4.")
 
 
-@_undisturbed()
+@undisturbed()
 def make(
     model: nn.Module,
     samples: Sample | Iterable[Sample],
@@ -224,9 +224,6 @@ def clear(folder: str | os.PathLike[str]) -> None:
     for entry in sorted(pathlib.Path(folder).iterdir()):
         if _OWN.fullmatch(entry.name):
             entry.unlink()
-
-
-_OWN = re.compile(r"sketch\.json|layer-\d{5}\.safetensors|head\.safetensors")
 
 
 def _by_layer(stacks: list[Stacked]) -> dict[str, list[Stacked]]:
@@ -355,7 +352,7 @@ def _stream_of_its_own(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-@_undisturbed()
+@undisturbed()
 def code(
     stack: Stacked,
     moment: Tensor,
@@ -447,10 +444,10 @@ def importance(
         "Information theory and statistics", 1959.
     """
     information = _information(model, stacks, texts)
-    layers = [stack for stack in stacks if stack.kind != "head"]
+    layers = _by_layer([stack for stack in stacks if stack.kind != "head"])
     found = {}
-    for group in _groups(_by_layer(layers)):
-        members = [stack for name in group for stack in _by_layer(layers)[name]]
+    for group in _groups(layers):
+        members = [stack for name in group for stack in layers[name]]
         moments = _moments(model, members, texts, lambda: None)
         for stack in members:
             _, _, _, factor = _turned(moments.pop(stack.name), seed)

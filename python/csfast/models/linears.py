@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import UnsupportedModelError
-from .structure import _linear, find_ffns
+from .structure import find_ffns, plain_linear
 
 Kind = Literal["qkv", "o", "gate_up", "down", "head"]
 KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "head")
@@ -151,7 +151,7 @@ def find_linears(model: nn.Module) -> list[Stacked]:
     head = getter() if callable(getter) else None
     if head is None:
         raise UnsupportedModelError(f"[sketch] {type(model).__name__}: want a head.")
-    head = _linear("[sketch] head", head)
+    head = plain_linear("[sketch] head", head)
     name = next(name for name, module in modules.items() if module is head) + ".weight"
     found.append(Stacked("head", "head", (head,), (name,), _norm("model", body, "norm")))
     return found
@@ -183,7 +183,7 @@ def _child(path: str, attention: nn.Module, name: str) -> nn.Linear:
     child = getattr(attention, name, None)
     if child is None:
         raise UnsupportedModelError(f"[sketch] {path}.self_attn: want a projection {name}.")
-    return _linear(f"[sketch] {path}.self_attn.{name}", child)
+    return plain_linear(f"[sketch] {path}.self_attn.{name}", child)
 
 
 def _norm(path: str, block: nn.Module, name: str) -> nn.Module:

@@ -217,7 +217,7 @@ def _ffn(name: str, module: nn.Module) -> Ffn:
             f"{where}: its forward was replaced (offloaded, or patched by another library); "
             "want the original module."
         )
-    linears = [_linear(f"{where}.{n}", children[n]) for n in names]
+    linears = [plain_linear(f"{where}.{n}", children[n]) for n in names]
     gate, up = _gate_and_up(where, linears)
     down = linears[-1]
     n_neurons, d = gate.weight.shape
@@ -248,7 +248,7 @@ def _gate_and_up(where: str, linears: list[nn.Linear]) -> tuple[Projection, Proj
     return Projection(first, 0, rows // 2), Projection(first, rows // 2, rows)
 
 
-def _linear(where: str, module: nn.Module) -> nn.Linear:
+def plain_linear(where: str, module: nn.Module) -> nn.Linear:
     """The projection, after checking that weight and bias are all there is to it."""
     if hasattr(module, "base_layer"):
         raise UnsupportedModelError(f"{where}: an adapter (LoRA); want it merged into the weights.")
