@@ -23,7 +23,7 @@ from .files import read_bounded
 from .models import KINDS, Kind, Stacked, find_linears, hash_of
 from .types import PlanError, SketchError
 
-FORMAT = "csfast-sketch-1"
+FORMAT = "csfast-sketch-2"
 INDEX = "sketch.json"
 # Kinds of matrices by the part of the model that they are in.
 PARTS: dict[str, tuple[Kind, ...]] = {
@@ -58,6 +58,7 @@ class Matrix:
         cols: Of their input.
         rotation: What the input goes through before it meets the codes.
         levels: The first is a code of its own, each further one codes what is left.
+        base: How many of them the sketch's first level is: 2 where one code has too few bits.
     """
 
     name: str
@@ -65,11 +66,21 @@ class Matrix:
     cols: int
     rotation: Rotation
     levels: tuple[Level, ...]
+    base: int = 1
 
     @property
     def kind(self) -> str:
         """What it is: the last part of its name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def n_levels(self) -> int:
+        """How many levels there are to read."""
+        return len(self.levels) - self.base + 1
+
+    def read(self, n_levels: int | None = None) -> tuple[Level, ...]:
+        """Give the codes that so many levels of the sketch are, all if left out."""
+        return self.levels[: None if n_levels is None else self.base - 1 + n_levels]
 
     def decode(self, n_levels: int | None = None) -> Tensor:
         """Give the matrix that the first levels stand for, ``(rows, cols)``, float32.
@@ -77,15 +88,15 @@ class Matrix:
         With the gain of the norm before it, and for inputs that are not rotated.
         """
         rotated = torch.zeros(self.rows, self.cols)
-        for level in self.levels[:n_levels]:
+        for level in self.read(n_levels):
             value = trellis.values(level.codes, self.rows, self.cols)
             rotated += level.step.float()[:, None] * value
         return self.rotation.undo(rotated)
 
     def n_bits(self, n_levels: int | None = None) -> int:
         """Give how many bits reading the first levels takes, all that belongs to them counted."""
-        read = self.levels[:n_levels]
-        own = self.rotation.perm.nbytes + self.rotation.sign.nbytes
+        read = self.read(n_levels)
+        own = turned(self.rotation).nbytes
         return 8 * (own + sum(level.codes.nbytes + level.step.nbytes for level in read))
 
 
@@ -195,12 +206,25 @@ class Sketch:
         return {"stored": each(of, None), "read": each(of, n_levels), **groups}
 
 
+def turned(rotation: Rotation) -> Tensor:
+    """Give a permutation and its signs in one: the channel, or its complement where it is negated.
+
+    Returns:
+        ``(cols,)``, int16, or int32 where that does not hold the width.
+    """
+    signed = torch.where(rotation.sign > 0, rotation.perm, ~rotation.perm)
+    return signed.to(_turn_dtype(len(signed)))
+
+
+def _turn_dtype(cols: int) -> torch.dtype:
+    return torch.int16 if cols <= 1 << 15 else torch.int32
+
+
 def packed(matrices: list[Matrix]) -> dict[str, Tensor]:
     """Give the tensors of the file of some matrices, by name."""
     tensors = {}
     for matrix in matrices:
-        tensors[f"{matrix.name}.perm"] = matrix.rotation.perm
-        tensors[f"{matrix.name}.sign"] = matrix.rotation.sign
+        tensors[f"{matrix.name}.turn"] = turned(matrix.rotation)
         for i, level in enumerate(matrix.levels):
             tensors[f"{matrix.name}.{i}.codes"] = level.codes
             tensors[f"{matrix.name}.{i}.step"] = level.step
@@ -239,16 +263,15 @@ def unpacked(
             )
         return tensor
 
-    for name in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".perm")}):
+    for name in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".turn")}):
         if name not in sizes:
             raise SketchError(f"[sketch] {file}: {name!r} is not a matrix of {INDEX}.")
-        rows, cols, bits = (sizes[name][key] for key in ("rows", "cols", "bits"))
-        perm = take(f"{name}.perm", torch.int32, (cols,))
-        sign = take(f"{name}.sign", torch.int8, (cols,))
+        rows, cols, bits, base = (sizes[name][key] for key in ("rows", "cols", "bits", "base"))
+        turn = take(f"{name}.turn", _turn_dtype(cols), (cols,)).int()
+        perm = torch.where(turn < 0, ~turn, turn)
         if not torch.equal(perm.long().sort().values, torch.arange(cols)):
-            raise SketchError(f"[sketch] tensor {name + '.perm'!r}: want a permutation.")
-        if bool((sign.abs() != 1).any()):
-            raise SketchError(f"[sketch] tensor {name + '.sign'!r}: want 1 and -1 only.")
+            raise SketchError(f"[sketch] tensor {name + '.turn'!r}: want a permutation.")
+        sign = torch.where(turn < 0, -1, 1).to(torch.int8)
         tiles = (-(-rows // trellis.TILE_ROWS), -(-cols // trellis.TILE_COLS))
         levels = []
         for i, n in enumerate(bits):
@@ -257,7 +280,7 @@ def unpacked(
             if not bool((torch.isfinite(step) & (step >= 0)).all()):
                 raise SketchError(f"[sketch] tensor '{name}.{i}.step': want finite numbers >= 0.")
             levels.append(Level(n, codes, step))
-        yield Matrix(name, rows, cols, Rotation(perm, sign), tuple(levels))
+        yield Matrix(name, rows, cols, Rotation(perm, sign), tuple(levels), base)
     if left:
         raise SketchError(f"[sketch] {file}: tensor {sorted(left)[0]!r} belongs to no matrix.")
 
@@ -291,6 +314,8 @@ def _index(raw: bytes) -> dict[str, Any]:
         bits = size["bits"]
         if not bits or any(n not in trellis.BITS for n in bits):
             raise SketchError(f"[sketch] {INDEX}: {name} of {bits} bits; want levels of 1 to 4.")
+        if not 1 <= size["base"] <= len(bits):
+            raise SketchError(f"[sketch] {INDEX}: {name}: base of {size['base']}; want a level.")
     return index
 
 

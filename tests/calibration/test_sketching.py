@@ -66,10 +66,13 @@ def test_folds_gains_in(tmp_path):
         assert torch.equal(matrix.levels[0].codes, second.matrices[name].levels[0].codes), name
 
 
-def test_goes_on_with_the_same_bytes(tmp_path):
+@inside(bits=["3+2", "2.5+2"])
+def test_goes_on_with_the_same_bytes(bits, tmp_path):
+    tmp_path = tmp_path / bits
+    tmp_path.mkdir()
     model = make_model("llama")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    csfast.sketch(model, _texts(), out=whole, bits="3+2")
+    csfast.sketch(model, _texts(), out=whole, bits=bits)
 
     class Stop(Exception):
         pass
@@ -80,7 +83,7 @@ def test_goes_on_with_the_same_bytes(tmp_path):
         nonlocal n_steps
         n_steps = total
 
-    csfast.sketch(model, _texts(), out=tmp_path / "counted", bits="3+2", progress=count)
+    csfast.sketch(model, _texts(), out=tmp_path / "counted", bits=bits, progress=count)
     for at in (1, n_steps // 3, n_steps // 2, n_steps - 1):
 
         def stop(done, total, at=at):
@@ -88,12 +91,12 @@ def test_goes_on_with_the_same_bytes(tmp_path):
                 raise Stop
 
         with pytest.raises(Stop):
-            csfast.sketch(model, _texts(), out=parts, bits="3+2", progress=stop, resume=True)
-        csfast.sketch(model, _texts(), out=parts, bits="3+2", resume=True)
+            csfast.sketch(model, _texts(), out=parts, bits=bits, progress=stop, resume=True)
+        csfast.sketch(model, _texts(), out=parts, bits=bits, resume=True)
         assert _hashes(parts) == _hashes(whole)
         shutil.rmtree(parts)
     with pytest.raises(csfast.SketchError, match="has a sketch; want resume"):
-        csfast.sketch(model, _texts(), out=whole, bits="3+2")
+        csfast.sketch(model, _texts(), out=whole, bits=bits)
     with pytest.raises(csfast.SketchError, match="begun with another model, text or settings"):
         csfast.sketch(model, _texts(), out=whole, bits="3+3", resume=True)
 
@@ -174,10 +177,16 @@ def test_codes_what_is_odd(tmp_path):
     # Averages: what matters more has more bits, and no more than asked for is spent.
     average = csfast.sketch(make_model("llama"), _texts(), out=tmp_path / "b", bits=2.5)
     first = [m for m in average.matrices.values() if m.name != "head"]
-    n_bits = sum(m.levels[0].bits * m.rows * m.cols for m in first)
     size = sum(m.rows * m.cols for m in first)
-    assert 2.2 < n_bits / size <= 2.5
-    assert {m.levels[0].bits for m in first} >= {2, 3}
+    assert 2.2 < sum(m.levels[0].bits * m.rows * m.cols for m in first) / size <= 2.5
+    assert {m.levels[0].bits for m in first} >= {2, 3} and average.matrices["head"].n_levels == 2
+    # Beyond four bits the first level is two codes; what comes after it is a level of its own.
+    finer = csfast.sketch(make_model("llama"), _texts(), out=tmp_path / "c", bits="4.5+2,head=4+2")
+    first = [m for m in finer.matrices.values() if m.name != "head"]
+    assert 4.2 < sum(sum(c.bits for c in m.read(1)) * m.rows * m.cols for m in first) / size <= 4.5
+    assert {tuple(c.bits for c in m.levels) for m in first} >= {(4, 2), (4, 1, 2)}
+    assert {m.n_levels for m in finer.matrices.values()} == {2}
+    assert torch.equal(first[0].decode(2), first[0].decode())
 
 
 def test_refuses_what_it_cannot_code(tmp_path):
@@ -186,12 +195,16 @@ def test_refuses_what_it_cannot_code(tmp_path):
         ("5", "want 1 to 4 levels of 1 to 4 bits"),
         ("heads=3", "want 1 to 4 levels"),
         ("ffn=3", "want levels of qkv as well"),
-        (1.5, "want an average from 2 to 4"),
+        (1.5, "want an average from 2 to 5"),
+        ("2.5+3+3+3", "want at most 2 levels more"),
+        ("2.5,down=3", "want head="),
         ({"head": (3,)}, "want one entry a matrix"),
     ):
         with pytest.raises(ValueError, match=rf"\[sketch\] bits.*{message}"):
             csfast.sketch(model, _texts(), out=tmp_path, bits=bits)
-    assert sketching.parse(" 2.6") == 2.6 and sketching.parse("3,head=4") == "3,head=4"
+    assert sketching.parse_average(" 2.6").bits == 2.6
+    assert sketching.parse_average("2.6+3,head=4") == sketching.Average(2.6, (3,), (4,))
+    assert sketching.check_bits("3,head=4") == "3,head=4"
     assert sketching.parse_bits("3,down=4+2,head=2")["down"] == (4, 2)
     with pytest.raises(ValueError, match="no samples"):
         csfast.sketch(model, [], out=tmp_path)

@@ -1,20 +1,24 @@
 """From a model and sample texts to a sketch: second moments, rotation, codes, layer by layer.
 
 Every pass over the texts takes the second moments of the inputs of as many layers as fit, then
-their matrices are coded one layer after another, each into a file of its own. What was interrupted
+their matrices are coded one layer after another, each into a file of its own. Where an average of
+bits is shared out, every matrix is coded once before, to see what that costs. What was interrupted
 goes on after the last file that is whole, with the same bytes as without.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import pathlib
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +37,57 @@ if TYPE_CHECKING:
 
 Bits = str | float | Mapping[str, Sequence[int]]
 Progress = Callable[[int, int], None]
+_T = TypeVar("_T")
 
 DEFAULT = "3+3,head=4+2"
 TOKENS_MAX = 32_768  # of calibration text, as `calibrate` takes
 PASSES = 2  # of the codes of a level, with the steps that the last one's codes want
 LEVELS_MAX = 4
-_MOMENT_BYTES = 2 << 30  # of second moments at a time
+AVERAGES = (2.0, 5.0)  # that can be asked for
+_MOMENT_BYTES = 1 << 30  # of second moments at a time
+_CHUNK = 1024  # rows of a moment that are rotated at a time
 _GROUPS: dict[str, tuple[Kind, ...]] = {
     "all": KINDS,
     **sketches.PARTS,
     **{str(kind): (kind,) for kind in KINDS},
 }
 # What coding at so many bits leaves of the variance of normal draws, for the share of bits.
-_LEFT = {2: 0.080, 3: 0.0226, 4: 0.0070}
-_HEAD = (4, 2)  # levels of the head where an average of the layers is asked for
-_FISHER_TOKENS = 4096  # that say how much every matrix matters
-_OWN = re.compile(r"sketch\.json|layer-\d{5}\.safetensors|head\.safetensors")
+_LEFT = {2: 0.080, 3: 0.0226, 4: 0.0070, 5: 0.0019}
+_CODES = {2: (2,), 3: (3,), 4: (4,), 5: (4, 1)}  # the codes that a first level of so many bits is
+_HEAD: tuple[int, ...] = (4, 2)  # levels of the head where an average of the layers is asked for
+_TRIAL_TOKENS = 4096  # that say what coding a matrix costs
+_TRIAL_LENGTH = 256  # of a text, at most
+_SHARES = "shares.json"  # how an average was shared out, while the sketch is being made
+_OWN = re.compile(r"sketch\.json|shares\.json|layer-\d{5}\.safetensors|head\.safetensors")
+_AVERAGE = re.compile(r"(\d*\.\d+)((?:\+[1-4])*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """How a matrix is coded.
+
+    Attributes:
+        bits: Of each code.
+        base: Codes that the first level is.
+    """
+
+    bits: tuple[int, ...]
+    base: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """Bits of a first level that are shared out over the matrices of the layers.
+
+    Attributes:
+        bits: Most bits a weight, on average.
+        after: Bits of the levels after it, of every matrix.
+        head: Levels of the head.
+    """
+
+    bits: float
+    after: tuple[int, ...] = ()
+    head: tuple[int, ...] = _HEAD
 
 
 class _Enough(Exception):
@@ -85,23 +124,43 @@ def parse_bits(text: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def parse(text: str) -> Bits:
-    """Read what `make` takes as bits: an average, or levels by kind, which are checked.
+def parse_average(text: str) -> Average | None:
+    """Read an average of bits: ``"2.6"``, ``"2.6+3"`` with a level after it, ``"2.6,head=4+2"``.
+
+    Returns:
+        What is asked for, or None if the text does not begin with a number with a point.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It does, and something is out of range.
     """
-    if re.fullmatch(r"\d*\.\d+", text.strip()):
-        average = float(text)
-        _want_average(average)
-        return average
-    parse_bits(text)
+    first, *others = (part.strip() for part in text.split(","))
+    matched = _AVERAGE.fullmatch(first)
+    if matched is None:
+        return None
+    bits = float(matched[1])
+    after = tuple(int(n) for n in matched[2].split("+")[1:])
+    low, high = AVERAGES
+    if not low <= bits <= high:
+        raise ValueError(f"[sketch] bits = {bits}: want an average from {low:g} to {high:g}.")
+    if len(after) > LEVELS_MAX - 2:
+        raise ValueError(f"[sketch] bits = {first!r}: want at most {LEVELS_MAX - 2} levels more.")
+    head = _HEAD
+    for other in others:
+        if not other.startswith("head="):
+            raise ValueError(f"[sketch] bits = {other!r}: want head=, as an average is shared out.")
+        head = parse_bits(f"3,{other}")["head"]
+    return Average(bits, after, head)
+
+
+def check_bits(text: str) -> str:
+    """Refuse what `make` does not take as bits.
+
+    Raises:
+        ValueError: It is neither levels nor an average.
+    """
+    if parse_average(text) is None:
+        parse_bits(text)
     return text
-
-
-def _want_average(bits: float) -> None:
-    if not 2 <= bits <= 4:
-        raise ValueError(f"[sketch] bits = {bits}: want an average from 2 to 4.")
 
 
 @undisturbed()
@@ -131,9 +190,9 @@ def make(
         tokenizer: Of the model; needed unless all samples are token ids.
         out: The folder, made if it is not there.
         bits: Levels by kind of matrix, see `parse_bits`; or by name of matrix, all of them; or a
-            number from 2 to 4: the average of the first levels of all matrices but the head, those
-            getting more bits that change the model's answers most. That takes a pass backwards, and
-            the memory of training the model.
+            average of the first levels of all matrices but the head, see `parse_average`, or the
+            number alone: those get more bits whose codes change the model's answers most. That
+            takes a pass backwards, and the memory of training the model.
         resume: Go on with what is in the folder.
         progress: Called with steps done and their number.
         seed: Of the draw of samples and of the signs.
@@ -173,12 +232,21 @@ def make(
     key = container.sha256_of(container.canonical(head).encode())
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder, layers, key, resume=resume)
-    each = _levels(model, stacks, bits, texts, seed)
     groups = _groups(layers)
-    n_passes = sum(any(name not in done for name in group) for group in groups)
-    total = n_passes * len(texts) + sum(
-        len(each[s.name]) for name in layers if name not in done for s in layers[name]
-    )
+    average, each = _asked(bits, stacks)
+    shares = None if average is None else _shares(folder, key)
+    waiting = [group for group in groups if any(name not in done for name in group)]
+    is_new = average is not None and shares is None
+    tried = [
+        (group, of)
+        for group in (groups if is_new else [])
+        if (of := [s for name in group for s in layers[name] if s.kind != "head"])
+    ]
+    is_one = len(groups) == 1 and is_new  # whose moments stay for the codes
+    total = (0 if is_one else len(waiting)) * len(texts)
+    total += sum(len(stacks) for name, stacks in layers.items() if name not in done)
+    trials = _trials(texts)
+    total += sum(len(texts) + len(trials) + len(of) for _, of in tried)
     steps = 0
 
     def advance() -> None:
@@ -187,10 +255,22 @@ def make(
         if progress is not None:
             progress(steps, total)
 
+    if shares is not None:
+        each = shares
+    elif average is not None:
+        n = 2 if average.bits < 3 else 3
+        cost: dict[str, float] = {}
+        for group, of in tried:
+            moments = _moments(model, [s for name in group for s in layers[name]], texts, advance)
+            seen = dict(moments) if is_one else moments
+            cost.update(_costs(model, of, seen, trials, n, seed, advance))
+        each = shared(average, stacks, cost, n)
+        _keep_shares(folder, key, each)
     for group in groups:
         if all(name in done for name in group):
             continue
-        moments = _moments(model, [s for name in group for s in layers[name]], texts, advance)
+        if not is_one:
+            moments = _moments(model, [s for name in group for s in layers[name]], texts, advance)
         for name in group:
             if name in done:
                 continue
@@ -205,11 +285,18 @@ def make(
         "model_type": models.family_of(model),
         "tables": sketches.tables(),
         "matrices": {
-            s.name: {"rows": s.rows, "cols": s.cols, "bits": list(each[s.name])} for s in stacks
+            s.name: {
+                "rows": s.rows,
+                "cols": s.cols,
+                "bits": list(each[s.name].bits),
+                "base": each[s.name].base,
+            }
+            for s in stacks
         },
         "files": {name: done[name] for name in layers},
     }
     write_atomic(folder / sketches.INDEX, sketches.index_of(fields))
+    (folder / _SHARES).unlink(missing_ok=True)
     return Sketch.load(folder)
 
 
@@ -314,29 +401,60 @@ def _moments(
 def _coded(
     stacks: list[Stacked],
     moments: dict[str, Tensor],
-    each: Mapping[str, Sequence[int]],
+    each: Mapping[str, Levels],
     seed: int,
     advance: Callable[[], None],
 ) -> list[Matrix]:
     """The matrices of a file, several at a time: a search of paths has one thread."""
-    # Largest first, or the last one runs alone.
-    order = sorted(stacks, key=lambda s: -s.rows * s.cols)
+
+    def job(stack: Stacked) -> Callable[[], Matrix]:
+        moment = moments.pop(stack.name)
+        return lambda: code(stack, moment, each[stack.name], seed)
+
+    return _side_by_side(stacks, job, advance)
+
+
+def _side_by_side(
+    stacks: list[Stacked], job: Callable[[Stacked], Callable[[], _T]], advance: Callable[[], None]
+) -> list[_T]:
+    """Do a job for every matrix, several at a time, and be gone at once if interrupted.
+
+    What is in the middle of a search of paths then ends by itself, and is thrown away: threads of
+    `concurrent.futures` would be waited for.
+    """
     is_cuda = stacks[0].linears[0].weight.is_cuda
-    n_threads = len(order) if is_cuda else torch.get_num_threads()
     if is_cuda:  # torch loads its linear algebra at the first call, which two threads may not be
         torch.linalg.cholesky(torch.eye(1, device=stacks[0].linears[0].weight.device))
-    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
-        jobs = {
-            stack.name: pool.submit(
-                code, stack, moments.pop(stack.name), each[stack.name], seed, advance
-            )
-            for stack in order
-        }
-        try:
-            return [jobs[stack.name].result() for stack in stacks]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    # Largest first, or the last one runs alone.
+    left = [(stack, job(stack)) for stack in sorted(stacks, key=lambda s: s.rows * s.cols)]
+    found: dict[str, _T] = {}
+    failed: dict[str, Exception] = {}
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            try:
+                stack, call = left.pop()
+            except IndexError:
+                return
+            try:
+                found[stack.name] = call()
+            except (ValueError, RuntimeError, MemoryError) as error:
+                failed[stack.name] = error  # for the thread that waits, which raises it
+            finally:
+                ended.put(stack.name)
+
+    for _ in range(min(len(stacks), len(left) if is_cuda else torch.get_num_threads())):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in stacks:
+            name = ended.get()
+            if name not in found:
+                raise failed.get(name, RuntimeError(f"[sketch] {name}: its thread ended."))
+            advance()
+    finally:
+        left.clear()
+    return [found[stack.name] for stack in stacks]
 
 
 @contextlib.contextmanager
@@ -353,41 +471,52 @@ def _stream_of_its_own(device: torch.device) -> Iterator[None]:
 
 
 @undisturbed()
-def code(
-    stack: Stacked,
-    moment: Tensor,
-    bits: Sequence[int],
-    seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
-) -> Matrix:
+def code(stack: Stacked, moment: Tensor, levels: Levels, seed: int = 0) -> Matrix:
     """Code one matrix.
 
     Args:
         stack: The matrix.
         moment: Second moment of its inputs, ``(cols, cols)``, float32.
-        bits: Of each level.
+        levels: How.
         seed: Of the signs.
-        advance: Called after every level.
     """
     with _stream_of_its_own(moment.device):
-        return _code(stack, moment, bits, seed, advance)
+        turn, there, rotated, factor = _turned(moment, seed)
+        left = there.weight(stack.weight()).contiguous()
+        coded = []
+        for n in levels.bits:
+            codes, value, step = _level(left, rotated, factor, n, PASSES)
+            left -= step[:, None] * value
+            coded.append(Level(n, codes.cpu(), step.bfloat16().cpu()))
+    return Matrix(stack.name, stack.rows, stack.cols, turn, tuple(coded), levels.base)
 
 
-def _code(
-    stack: Stacked, moment: Tensor, bits: Sequence[int], seed: int, advance: Callable[[], None]
-) -> Matrix:
-    turn, there, rotated, factor = _turned(moment, seed)
-    left = there.weight(stack.weight()).contiguous()
-    levels = []
-    for n in bits:
-        step = (left.square().mean(1).sqrt() * trellis.UNIT[n]).bfloat16().float()
-        for _ in range(PASSES):
-            codes, value = ops.encode(left, factor, step, bits=n)
-            step = _fitted(left, value.float(), rotated, step)
-        left = left - step[:, None] * value
-        levels.append(Level(n, codes.cpu(), step.bfloat16().cpu()))
-        advance()
-    return Matrix(stack.name, stack.rows, stack.cols, turn, tuple(levels))
+@undisturbed()
+def _error_of(stack: Stacked, moment: Tensor, bits: int, seed: int) -> Tensor:
+    """What a trial of coding a matrix leaves of it, ``(rows, cols)``, as its own inputs meet it."""
+    with _stream_of_its_own(moment.device):
+        _, there, rotated, factor = _turned(moment, seed)
+        left = there.weight(stack.weight()).contiguous()
+        _, value, step = _level(left, rotated, factor, bits, 1)
+        error = there.undo(left - step[:, None] * value)
+        gain = stack.gain()
+        return error if gain is None else torch.where(gain == 0, 0.0, error / gain)
+
+
+def _level(
+    left: Tensor, moment: Tensor, factor: Tensor, bits: int, passes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of a level, the values that they stand for, and the steps."""
+    step = (left.square().mean(1).sqrt() * trellis.UNIT[bits]).bfloat16().float()
+    for _ in range(passes):
+        codes, value = ops.encode(left, factor, step, bits=bits)
+        value = value.float()
+        step = _fitted(left, value, moment, step)
+    return codes, value, step
+
+
+# Factors of float64 are the most that coding holds: one at a time, whatever is side by side.
+_FACTORS = threading.Lock()
 
 
 def _turned(
@@ -397,8 +526,18 @@ def _turned(
     turn = rotation.fit(moment.diagonal(), seed=seed)
     device = moment.device
     there = rotation.Rotation(turn.perm.to(device), turn.sign.to(device))
-    wide = there.inputs(there.inputs(moment.double()).T).T.contiguous()
-    return turn, there, wide.float(), feedback.spread(wide).contiguous()
+    with _FACTORS:
+        wide = moment.double()
+        for of in (wide, wide.T):  # symmetric: rows, then columns
+            for part in torch.split(of, _CHUNK):
+                part.copy_(there.inputs(part))
+        rotated = wide.float()
+        rows = [wide]
+        del wide, of, part
+        factor = feedback.spread(rows.pop(), overwrite=True).contiguous()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return turn, there, rotated, factor
 
 
 def _fitted(left: Tensor, value: Tensor, moment: Tensor, step: Tensor) -> Tensor:
@@ -409,123 +548,159 @@ def _fitted(left: Tensor, value: Tensor, moment: Tensor, step: Tensor) -> Tensor
     return torch.where(is_sound, fitted, step).bfloat16().float()
 
 
-def _levels(
-    model: nn.Module, stacks: list[Stacked], bits: Bits, texts: list[Tensor], seed: int
-) -> dict[str, tuple[int, ...]]:
-    """The levels of every matrix."""
+def _asked(bits: Bits, stacks: list[Stacked]) -> tuple[Average | None, dict[str, Levels]]:
+    """The average that is to be shared out, or the levels of every matrix."""
+    if isinstance(bits, (int, float)):
+        bits = str(float(bits))
     if isinstance(bits, str):
-        by_kind = parse_bits(bits)
-        return {stack.name: by_kind[stack.kind] for stack in stacks}
-    if isinstance(bits, Mapping):
-        odd = set(bits) ^ {stack.name for stack in stacks}
-        if odd:
-            raise ValueError(f"[sketch] bits of {sorted(odd)[0]!r}: want one entry a matrix.")
-        for name, levels in bits.items():
-            if not 1 <= len(levels) <= LEVELS_MAX or any(n not in trellis.BITS for n in levels):
-                raise ValueError(
-                    f"[sketch] bits of {name} = {tuple(levels)}: want 1 to {LEVELS_MAX} levels of "
-                    "1 to 4 bits."
-                )
-        return {name: tuple(levels) for name, levels in bits.items()}
-    _want_average(bits)
-    return shared(float(bits), stacks, importance(model, stacks, texts, seed))
+        average = parse_average(bits)
+        by_kind = {} if average is not None else parse_bits(bits)
+        return average, {s.name: Levels(by_kind[s.kind]) for s in stacks if by_kind}
+    odd = set(bits) ^ {stack.name for stack in stacks}
+    if odd:
+        raise ValueError(f"[sketch] bits of {sorted(odd)[0]!r}: want one entry a matrix.")
+    for name, levels in bits.items():
+        if not 1 <= len(levels) <= LEVELS_MAX or any(n not in trellis.BITS for n in levels):
+            raise ValueError(
+                f"[sketch] bits of {name} = {tuple(levels)}: want 1 to {LEVELS_MAX} levels of "
+                "1 to 4 bits."
+            )
+    return None, {name: Levels(tuple(levels)) for name, levels in bits.items()}
 
 
-def importance(
-    model: nn.Module, stacks: list[Stacked], texts: list[Tensor], seed: int
+def _shares(folder: pathlib.Path, key: str) -> dict[str, Levels] | None:
+    """How a run that was interrupted shared bits out, if it came to that."""
+    try:
+        kept = json.loads((folder / _SHARES).read_bytes())
+        if kept.pop("sha256") != container.sha256_of(container.canonical(kept).encode()):
+            return None  # a disk that lied; it is made anew
+    except (FileNotFoundError, ValueError, AttributeError, KeyError):
+        return None
+    if kept["key"] != key:
+        raise SketchError(
+            f"[sketch] {_SHARES}: begun with another model, text or settings; want the same to "
+            "resume."
+        )
+    return {name: Levels(tuple(bits), base) for name, (bits, base) in kept["levels"].items()}
+
+
+def _keep_shares(folder: pathlib.Path, key: str, each: Mapping[str, Levels]) -> None:
+    levels = {name: [list(of.bits), of.base] for name, of in each.items()}
+    fields = {"key": key, "levels": levels}
+    write_atomic(folder / _SHARES, sketches.index_of(fields))
+
+
+def _trials(texts: list[Tensor]) -> list[Tensor]:
+    """The texts, cut, that say what coding a matrix costs."""
+    trials: list[Tensor] = []
+    for ids in texts:
+        if sum(trial.shape[1] for trial in trials) >= _TRIAL_TOKENS:
+            break
+        trials.append(ids[:, :_TRIAL_LENGTH])
+    return trials
+
+
+def _costs(
+    model: nn.Module,
+    stacks: list[Stacked],
+    moments: dict[str, Tensor],
+    trials: list[Tensor],
+    bits: int,
+    seed: int,
+    advance: Callable[[], None],
 ) -> dict[str, float]:
-    """Say what coding a matrix costs, in nats a token for codes that leave all of the variance.
+    """Say what coding each of some matrices costs, in nats a token.
 
-    The diagonal of the Fisher information of its outputs, times what its codes leave of each with
-    error feedback: the variance of the row's weights times the sum of the pivots of the moment.
+    Half the mean square of what the error of a trial coding changes the log-likelihood of an
+    answer by, to first order, for answers that are drawn as the model gives them.
 
     Source:
         The divergence of two near distributions is half the Fisher information's form: Kullback,
         "Information theory and statistics", 1959.
     """
-    information = _information(model, stacks, texts)
-    layers = _by_layer([stack for stack in stacks if stack.kind != "head"])
-    found = {}
-    for group in _groups(layers):
-        members = [stack for name in group for stack in layers[name]]
-        moments = _moments(model, members, texts, lambda: None)
-        for stack in members:
-            _, _, _, factor = _turned(moments.pop(stack.name), seed)
-            pivots = float(factor.diagonal().double().square().reciprocal().sum())
-            variance = stack.weight().square().mean(1)
-            found[stack.name] = 0.5 * pivots * float((information[stack.name] * variance).sum())
-    return found
 
+    def job(stack: Stacked) -> Callable[[], Tensor]:
+        moment = moments.pop(stack.name)
+        return lambda: _error_of(stack, moment, bits, seed)
 
-def _information(model: nn.Module, stacks: list[Stacked], texts: list[Tensor]) -> dict[str, Tensor]:
-    """The mean square of the gradient of each output ``(rows,)``, for answers of its own."""
+    errors = dict(zip((s.name for s in stacks), _side_by_side(stacks, job, advance), strict=True))
+    cost = dict.fromkeys(errors, 0.0)
+    draws = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor]] = {}
     net: Any = model
-    found: dict[str, Tensor] = {}
-    draws = torch.Generator().manual_seed(0)
-    n_tokens = 0
+
+    def watch(stack: Stacked) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def see(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            output.retain_grad()
+            inputs[stack.name] = args[0].detach()
+            outputs.setdefault(stack.name, []).append(output)
+
+        return see
+
+    # The one attention whose pass backwards has the same sums every time.
+    same = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(same)
         for stack in stacks:
-            if stack.kind == "head":
-                continue
             for linear in stack.linears:
-
-                def keep(_: nn.Module, __: Any, output: Tensor, name: str = stack.name) -> None:
-                    output.retain_grad()
-                    outputs.setdefault(name, []).append(output)
-
-                hooks.callback(linear.register_forward_hook(keep).remove)
-        for ids in texts:
-            if n_tokens >= _FISHER_TOKENS:
-                break
+                hooks.callback(linear.register_forward_hook(watch(stack)).remove)
+        for ids in trials:
             outputs.clear()
             with torch.enable_grad():
-                embed = net.get_input_embeddings()(ids[:, :256].to(net.device))
-                logits = net(inputs_embeds=embed.detach().requires_grad_(), use_cache=False).logits[
-                    0
-                ]
-                chance = logits.detach().float().softmax(-1).cpu()
+                embed = net.get_input_embeddings()(ids.to(net.device)).detach()
+                out = net(inputs_embeds=embed.requires_grad_(), use_cache=False)
+                logits = out.logits[0].float()
+                chance = logits.detach().softmax(-1).cpu()
                 answer = torch.multinomial(chance, 1, generator=draws).to(net.device)
-                log = logits.float().log_softmax(-1).gather(1, answer)
+                log = logits.log_softmax(-1).gather(1, answer)
                 log.sum().backward(inputs=[o for many in outputs.values() for o in many])
-            n_tokens += ids[:, :256].shape[1]
             for name, many in outputs.items():
-                parts = []
-                for output in many:
-                    gradient = output.grad
-                    assert gradient is not None  # it was retained
-                    parts.append(gradient.float().square().sum((0, 1)))
-                found[name] = found.get(name, 0) + torch.cat(parts)
-    return {name: total / n_tokens for name, total in found.items()}
+                gradient = torch.cat([_gradient(output) for output in many], 1)
+                x = inputs[name].reshape(-1, inputs[name].shape[-1]).float()
+                change = ((x @ errors[name].T) * gradient).sum(1)
+                cost[name] += 0.5 * float(change.double().square().sum())
+            advance()
+    n_tokens = sum(ids.shape[1] for ids in trials)
+    return {name: total / n_tokens for name, total in cost.items()}
+
+
+def _gradient(output: Tensor) -> Tensor:
+    gradient = output.grad
+    assert gradient is not None  # it was retained
+    return gradient.reshape(-1, gradient.shape[-1]).float()
 
 
 def shared(
-    average: float, stacks: list[Stacked], matters: Mapping[str, float]
-) -> dict[str, tuple[int, ...]]:
+    average: Average, stacks: list[Stacked], cost: Mapping[str, float], bits: int
+) -> dict[str, Levels]:
     """Share bits out over the layers' matrices, where they take most off per bit.
 
     Args:
-        average: Most bits a weight of all matrices but the head, steps and all else left out.
+        average: What is asked for; steps and all else are left out.
         stacks: The matrices.
-        matters: From `importance`.
+        cost: Of coding each of the layers' matrices, in nats a token, at so many bits:
+        bits: 2 to 5.
 
     Returns:
-        One level a matrix, of 2 to 4 bits; two of the head.
+        How every matrix is coded.
     """
     size = {s.name: s.rows * s.cols for s in stacks if s.kind != "head"}
-    most = average * sum(size.values())
-    bits = dict.fromkeys(size, 2)
-    left = most - 2 * sum(size.values())
+    given = dict.fromkeys(size, min(_LEFT))
+    left = average.bits * sum(size.values()) - min(_LEFT) * sum(size.values())
     while True:
         gains = {
-            name: matters[name] * (_LEFT[n] - _LEFT[n + 1]) / size[name]
-            for name, n in bits.items()
+            name: cost[name] / _LEFT[bits] * (_LEFT[n] - _LEFT[n + 1]) / size[name]
+            for name, n in given.items()
             if n < max(_LEFT) and size[name] <= left
         }
         if not gains:
             break
         best = max(gains, key=lambda name: gains[name])
-        bits[best] += 1
+        given[best] += 1
         left -= size[best]
-    head = {s.name: _HEAD for s in stacks if s.kind == "head"}
-    return {**{name: (n,) for name, n in bits.items()}, **head}
+    layers = {
+        name: Levels((*_CODES[n], *average.after), len(_CODES[n])) for name, n in given.items()
+    }
+    head = {s.name: Levels(average.head) for s in stacks if s.kind == "head"}
+    return {**layers, **head}

@@ -119,7 +119,7 @@ def evaluate_(
         with resumable("eval", json_file, resume=resume, overwrite=overwrite) as partial:
             samples = read_documents(data, part, limit)
             codes = Sketch.load(sketch)
-            most = max(len(matrix.levels) for matrix in codes.matrices.values())
+            most = max(matrix.n_levels for matrix in codes.matrices.values())
             n_levels = most if levels is None else levels
             if n_levels > most:
                 raise ValueError(f"[eval] --levels {n_levels} of a sketch of {most}: want no more.")

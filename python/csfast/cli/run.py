@@ -157,7 +157,7 @@ def sketch(
 ) -> None:
     """Code all weights of a model in few bits, fitted to sample text, into a folder."""
     clock = timing.Clock()
-    wanted = sketching.parse(bits)
+    wanted = sketching.check_bits(bits)
     with resumable_folder(
         "sketch",
         out,

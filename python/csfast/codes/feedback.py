@@ -22,11 +22,12 @@ BLOCK = 64  # columns whose errors are spread over the rest at once
 Nearest = Callable[[int, Tensor], Tensor]  # column number, column (n,) -> the value it is given
 
 
-def spread(moment: Tensor) -> Tensor:
+def spread(moment: Tensor, *, overwrite: bool = False) -> Tensor:
     """Give how an error spreads: the upper Cholesky factor of the inverse moment.
 
     Args:
         moment: Second moment of the inputs, ``(d, d)``, floating; damped by `DAMP` of its mean.
+        overwrite: Whether a float64 moment may be overwritten, which saves its size of memory.
 
     Returns:
         ``(d, d)``, float32, upper triangular: row `i` over its diagonal is what an error of column
@@ -41,10 +42,14 @@ def spread(moment: Tensor) -> Tensor:
     if not bool(torch.isfinite(wide).all()):
         raise ValueError("[feedback] moment: not finite; want finite inputs.")
     damp = DAMP * wide.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    damped = wide + damp * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    damped = wide if overwrite else wide.clone()
+    damped.diagonal().add_(damp)
+    # One name for all of them, so that no more than two are held at a time.
+    part: Tensor = torch.linalg.cholesky(damped)
+    del wide, damped
+    part = torch.cholesky_inverse(part)
+    part = torch.linalg.cholesky(part, upper=True)
+    return part.float()
 
 
 def round_columns(
