@@ -314,6 +314,46 @@ def demo():
     }
 
 
+def judged(read=3.25, kl=0.125, *, levels=1, model="ab" * 32, name="SmolLM2", folder="few"):
+    """What `csfast eval --sketch` found of a sketch whose head takes twice the bits."""
+
+    def of(kl):
+        entry = {"kl": kl, "top1": 1 / (1 + kl), "delta": kl / 2}
+        return {
+            key: value
+            for figure, middle in entry.items()
+            for key, value in (
+                (figure, middle),
+                (f"{figure}_ci95", [0.75 * middle, min(1.25 * middle, 1.0)]),
+            )
+        }
+
+    tasks = {
+        task: {**of(factor * kl), "tokens": 96, "documents": 4}
+        for task, factor in zip(TASKS, (0.5, 1.5), strict=True)
+    }
+    keeps = 1 - kl / 2
+    return {
+        "command": ["csfast", "eval", name, "--sketch", folder, "--json", "a.json"],
+        "about": name,
+        "bits": {"stored": 6.5, "read": read, "ffn": 3.0, "attention": 3.125, "head": 2 * read},
+        "tasks": tasks,
+        **of(kl),
+        "expected_accepted": {f"{n}": sum(keeps**i for i in range(1, n + 1)) for n in range(1, 16)},
+        "text": {"tasks": tasks, **of(kl)},
+        "outside": [],
+        "levels": levels,
+        "new_tokens": 24,
+        "rollouts": 8,
+        "seed": 0,
+        "model_hash": model,
+    }
+
+
+def sketch():
+    return [judged(), judged(6.5, 0.005, levels=2)]
+
+
 def apart(make):
     """The same results with no part in two places, as a file would have them."""
     return lambda: json.loads(json.dumps(make()))
@@ -328,6 +368,7 @@ MAKERS = {
     "size_curve": size_curve,
     "storage": storage,
     "demo": demo,
+    "sketch": sketch,
 }
 MADE = {kind: apart(make) for kind, make in MAKERS.items()}
 

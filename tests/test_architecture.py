@@ -225,7 +225,7 @@ TORCH_FREE = [
     "traces",
     "judge.retrieval",
     *(f"report.{name}" for name in ("plots", "words", "findings", "fronts", "panels")),
-    *(f"report.{name}" for name in ("results", "page")),
+    *(f"report.{name}" for name in ("results", "page", "sketches")),
 ]
 
 

@@ -121,9 +121,12 @@ def test_eval_judges_a_sketch(folder):
     out, left, written = (folder / name for name in ("a.json", "a.json.partial", "t.json"))
     given = ("eval", "demo", "--sketch", made, "--data", data, "--json", out)
     options = ("--prompts", 2, "--new-tokens", 12, "--rollouts", 1, "--seed", 3)
-    done = call(*given, *options, "--traces", written)
+    html = folder / "sketch.html"
+    done = call(*given, *options, "--traces", written, "--html", html)
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
+    assert html.read_text() == page_.render(sketch=results.read(out, "sketch"))
+    assert ", 2 levels" in html.read_text()
     assert found["bits"] == codes.bits(2) and set(found["bits"]) == {
         *("stored", "read", "ffn", "attention", "head")
     }
@@ -148,6 +151,7 @@ def test_eval_judges_a_sketch(folder):
     for more, message in (
         (("--levels", 3), "[eval] --levels 3 of a sketch of 2: want no more."),
         (("--rollouts", 0, "--traces", written), "[eval] --traces with --rollouts 0"),
+        (("--html", out), "is given twice: want a file for each output"),
         (("--traces", out), "is given twice: want a file for each output"),
         (("--traces", made / "sketch.json"), "is read by this command: want another file."),
         (("--new-tokens", 5000), "[eval] new_tokens = 5000 in a context of"),
@@ -410,7 +414,7 @@ def test_wrong_options_are_refused_before_any_work():
         (("eval", "demo", "p", "--levels", 1), "Invalid value for '--levels': it has no meaning"),
         (("eval", "demo", "p", "--resume"), "Invalid value for '--resume': it has no meaning"),
         (("eval", "demo", "--sketch", "s", "--density", 1), "'--density': it has no meaning"),
-        (("eval", "demo", "--sketch", "s", "--html", "h"), "'--html': it has no meaning"),
+        (("eval", "demo", "--sketch", "s", "--retrieval", 1), "'--retrieval': it has no meaning"),
         (("eval", "demo", "--sketch", "s", "--levels", 0), "Invalid value for '--levels'"),
         (("eval", "demo", "p", "--limit", 0), "Invalid value for '--limit'"),
         (("eval", "demo", "p", "--wrong"), "No such option: --wrong"),
@@ -490,6 +494,7 @@ def test_outputs_do_not_overwrite_each_other(folder):
         ("tokens", "nowhere", "{read}", "--html", "{read}"),
         ("phase", "nowhere", "--data", "{read}", "--dictionaries", "{read}"),
         ("report", "{link}", "--ablation", "{read}"),
+        ("report", "{link}", "--sketch", "no.json", "--sketch", "{read}"),
     ],
     ids=" ".join,
 )

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 import pages
+from axes import inside
 from csfast.judge.rules import catalogue
 from csfast.report import findings, fronts, panels, plots
 from csfast.report import page as page_
@@ -59,22 +60,23 @@ def test_the_page_holds_every_part(tmp_path, everything):
         "nothing that decoding needs is guaranteed",
         "17M parameters",
         "Bits stored for a weight",
+        "From 3.25 bits of a weight to 6.50, instead of 16,",
+        "few, 2 levels",
     ):
         assert part in words(text), part
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
-@pytest.mark.parametrize("kind", page_.SECTIONS)
+@inside(kind=page_.SECTIONS)
 def test_each_part_stands_alone(kind):
     text = page_.render(**{kind: pages.MADE[kind]()})
     assert sections(text) == [kind] and "<nav>" not in text
     assert page_.SECTIONS[kind][0] in words(text)
 
 
-@pytest.mark.parametrize("kind", page_.SECTIONS)
+@inside(kind=page_.SECTIONS)
 def test_a_part_that_was_not_given_is_not_there(kind, everything):
-    del everything[kind]
-    text = page_.render(**everything)
+    text = page_.render(**{name: made for name, made in everything.items() if name != kind})
     assert kind not in sections(text)
     assert sections(text) == re.findall(r'<a href="#(\w+)">', text)
 
@@ -127,8 +129,8 @@ def test_hostile_text_is_escaped(everything):
     page = Page(text)
     assert HOSTILE in "".join(page.text)
     assert "<script" not in text
-    # Bold are two sides of a demo and a front: no tag came from a text.
-    assert page.tags.count("b") == Page(page_.render(**everything)).tags.count("b") == 3
+    # Bold are two sides of a demo, a front and five words: no tag came from a text.
+    assert page.tags.count("b") == Page(page_.render(**everything)).tags.count("b") == 8
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert {value for name, value in page.attributes if name == "style"} == {
         value for name, value in page.attributes if name == "style" and "<" not in value
@@ -206,11 +208,11 @@ def test_few_plots_and_rows_are_unfolded():
     """The height of a page follows from what is unfolded; a browser measures it below."""
     made = {**pages.everything(), "ablation": pages.wide_ablation()}
     tags, _ = unfolded(**made)
-    # Wide and narrow: two bars, the main plot, intervals of an evaluation, strips of a text; keys
-    # of the narrow main plot's four lines, and of the colours of effort.
-    assert tags.count("svg") == 2 * 4 + 4 + 1
-    assert tags.count("table") == 1 and tags.count("tr") == 4
-    assert tags.count("pre") == 1 and tags.count("li") == 3
+    # Wide and narrow: two bars, the main plot, intervals of an evaluation, what sketches cost,
+    # strips of a text; keys of the narrow main plot's four lines, and of the colours of effort.
+    assert tags.count("svg") == 2 * 5 + 4 + 1
+    assert tags.count("table") == 2 and tags.count("tr") == 4 + 3
+    assert tags.count("pre") == 1 and tags.count("li") == 3 + 3
 
 
 def test_words_that_want_explaining_are_folded(everything):
@@ -306,6 +308,64 @@ def test_made_prompts_stand_beneath_the_mean():
     assert rows == ["math", "prose", "mean", "retrieval"]
     names = re.findall(r'class="number end">([^<]*)</text>', text)
     assert names[:4] == rows and "prompts that csfast made; they are not part" in words(text)
+
+
+def test_sketches_are_shown_by_what_they_cost():
+    few, many = pages.sketch()
+    worse = pages.judged(4.0, 0.25, folder="poor")
+    other = pages.judged(3.5, 0.0, name="Gemma", model="cd" * 32)
+    tags, shown = unfolded(sketch=[many, few, worse])
+    assert (
+        "From 3.25 bits of a weight to 6.50, instead of 16, the divergence from the dense model "
+        "goes from 0.125 nats a token to 0.0050, and the share of tokens that both find likeliest "
+        "from 88.9% to 99.5%."
+    ) in shown
+    # The words stand before the figures that want them, and nothing is said of neurons.
+    for word in ("sketch", "Bits read", "stored", "KL", "Top-1"):
+        assert shown.index(f"{word} ") < shown.index("few, 1 level 3.25 0.1250 0.0938 … 0.1562")
+    assert tags.count("svg") == 2 and "neurons" not in shown
+    row = "88.9 % +0.0625 3.41 3.00 3.12 6.50 6.50 SmolLM2"
+    assert f"few, 1 level 3.25 0.1250 0.0938 … 0.1562 {row} poor, 1 level 4.00" in shown
+    text = page_.render(sketch=[many, few, worse])
+    main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
+    (line,) = re.findall(r'<polyline class="line few-bit" points="([^"]*)"', main)
+    (left, top), (right, bottom) = (map(float, pair.split(",")) for pair in line.split())
+    assert left < right and top < bottom  # more bits, less divergence; what is worse is not joined
+    assert main.count("<title>") == 3 and 'class="whisker few-bit"' in main
+    assert 'class="tick end">0.05</text>' in main  # the scale is logarithmic
+    assert "SmolLM2: 0.125 at 3.25 bits, 0.250 at 4.00 bits, 0.0050 at 6.50 bits." in words(text)
+    assert words(text).count("Drafts that a check keeps") == 1
+    kept = few["expected_accepted"]["8"]
+    assert "SmolLM2, few, 1 level: of 1 drafts 0.94 are kept, of 2" in text
+    assert f"of 8 drafts {kept:.2f} are kept" in text
+
+    # One alone is shown task by task, and has nothing to be drawn against.
+    tags, shown = unfolded(sketch=[few])
+    assert (
+        "A sketch that reads 3.25 bits of a weight instead of 16 is 0.125 nats a token away from "
+        "the dense model and finds the same token likeliest 88.9% of the time; of 4 tokens that it "
+        "drafts a check keeps 3.4."
+    ) in shown
+    assert "math 0.0625 0.0469 … 0.0781 94.1 %" in shown and "mean 0.1250" in shown
+    assert tags.count("svg") == 2 * 4 and tags.count("table") == 1
+    bars = "Bits of a weight: dense 16.00 bits; all, stored 6.50 bits; all, read 3.25 bits; feed-"
+    assert bars in page_.render(sketch=[few])
+    none = {**few, "expected_accepted": {}, "rollouts": 0, "outside": ["math"]}
+    text = page_.render(sketch=[none])
+    assert "drafts a check" not in words(text) and "Rows beneath the mean" in words(text)
+    assert re.findall(r"<tr[^>]*>\s*<td>([^<]*)</td>", text) == ["prose", "mean", "math"]
+
+    # Models have a line and a sentence each; a divergence of nothing still has a place.
+    text = page_.render(sketch=[few, many, other])
+    main = re.search(r'<div class="wide">(.*?)</div>', text, re.DOTALL)[1]
+    assert re.findall(r'class="label (s\d)">(SmolLM2|Gemma)<', main) == [
+        ("s0", "SmolLM2"),
+        ("s1", "Gemma"),
+    ]
+    assert "SmolLM2: From 3.25 bits" in words(text) and "Gemma: A sketch that reads" in words(text)
+    assert not pages.collisions(text)
+    twice = page_.render(sketch=[few, few, {**other, "about": "SmolLM2"}])
+    assert "few, 1 level (2)" in twice and "SmolLM2 cdcdcdcd" in twice
 
 
 # A demo

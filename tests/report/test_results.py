@@ -17,23 +17,32 @@ from csfast.types import ResultsError
 
 KINDS = sorted(pages.MADE)
 ROOT = pathlib.Path(__file__).parents[2]
-SECTIONS = {"dictionaries": "Dictionaries", "phase": "Phases", "size_curve": "Size and training"}
-FREE = {*pages.TASKS, "omp", "matched", "prior"}  # keys that are names of the user's or of methods
+SECTIONS = {
+    "dictionaries": "Dictionaries",
+    "phase": "Phases",
+    "size_curve": "Size and training",
+    "sketch": "Agreement of a sketch",
+}
+# Keys that are names of the user's, of methods, or numbers of drafts.
+FREE = {*pages.TASKS, "omp", "matched", "prior", *(f"{n}" for n in range(1, 16))}
 
 
 def test_every_kind_is_described():
     assert set(results.KINDS) == set(pages.MADE) == set(page.SECTIONS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@inside(kind=KINDS)
 def test_whole_results_pass_and_come_back(kind, tmp_path):
     path = tmp_path / f"{kind}.json"
     made = pages.MADE[kind]()
     path.write_text(json.dumps(made))
     assert results.read(path, kind) == made
+    if kind == "sketch":  # a file has one, as a rule
+        path.write_text(json.dumps(made[0]))
+        assert results.read(path, kind) == made[:1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@inside(kind=KINDS)
 def test_more_than_is_needed_may_be_there(kind):
     made = pages.MADE[kind]()
     extra = [{**made[0], "more": [1, None]}] if isinstance(made, list) else {**made, "more": {}}
@@ -47,7 +56,7 @@ def keys(value):
     return set().union(*map(keys, value)) if isinstance(value, list) else set()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "layers", "pursuits"])
+@inside(kind=[*KINDS, "layers", "pursuits"])
 def test_every_key_is_explained_on_the_page_of_schemas(kind):
     """Results that tests make up have every key; those of the benchmarks are recorded ones."""
     text = (ROOT / "docs" / "schemas.md").read_text(encoding="utf-8")
@@ -176,6 +185,17 @@ REFUSALS = {
         lambda d: d.update(generation=["x"]),
         "demo.generation[0] = 'x': want an object.",
     ),
+    "no sketch": ("sketch", lambda s: s.clear(), "sketch = []: want a list of at least 1."),
+    "a task of one text alone": (
+        "sketch",
+        lambda s: s[1]["text"]["tasks"].pop("prose"),
+        "sketch[1]: 'prose' stands in tasks or in text.tasks alone: want the same tasks in both.",
+    ),
+    "drafts without a number": (
+        "sketch",
+        lambda s: s[0]["expected_accepted"].update(four=2.0),
+        "sketch[0].expected_accepted.four: want a number of drafts.",
+    ),
     "a long value": (
         "demo",
         lambda d: d.update(slower="x" * 100),
@@ -184,8 +204,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "change", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_what_does_not_fit_is_refused(kind, change, message):
+@inside(name=REFUSALS)
+def test_what_does_not_fit_is_refused(name):
+    kind, change, message = REFUSALS[name]
     made = changed(kind, change)
     with pytest.raises(ResultsError) as error:
         results.check(kind, made)

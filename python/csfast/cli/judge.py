@@ -53,7 +53,7 @@ from .app import (
 )
 
 # Options of `eval` that have a meaning for one kind of what it judges.
-OF_PLANS = ("density", "bits", "block", "task", "tokens", "retrieval", "html_file")
+OF_PLANS = ("density", "bits", "block", "task", "tokens", "retrieval")
 OF_SKETCHES = ("levels", "prompts", "new_tokens", "rollouts", "traces", "resume", "overwrite")
 
 
@@ -115,7 +115,7 @@ def evaluate_(
             )
         if traces is not None and rollouts == 0:
             raise ValueError("[eval] --traces with --rollouts 0: want 1 or more.")
-        check_outputs(json_file, traces, inputs=(data, *sketch.glob("*")))
+        check_outputs(json_file, traces, html_file, inputs=(data, *sketch.glob("*")))
         with resumable("eval", json_file, resume=resume, overwrite=overwrite) as partial:
             samples = read_documents(data, part, limit)
             codes = Sketch.load(sketch)
@@ -142,9 +142,11 @@ def evaluate_(
                     resume=partial,
                     progress=advance,
                 )
-            results = {"bits": codes.bits(n_levels), **found, "levels": n_levels}
+            results = headed({"bits": codes.bits(n_levels), **found, "levels": n_levels}, where)
             Console().print(tables.agreement(results))
-            write_json(json_file, headed(results, where))
+            write_json(json_file, results)
+            if html_file is not None:
+                page.write_report(html_file, sketch=[results])
             write_json(traces, headed(agreement.traced(results, rolled), where))
         return
     if sketch is not None:
@@ -394,6 +396,10 @@ def report_(
     demo_file: Annotated[
         pathlib.Path | None, typer.Option("--demo", help="Of csfast demo.")
     ] = None,
+    sketch_files: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option("--sketch", help="Of csfast eval --sketch; may be given several times."),
+    ] = None,
 ) -> None:
     """Write one page of results from files of them."""
     files = {
@@ -406,7 +412,9 @@ def report_(
         "storage": storage,
         "demo": demo_file,
     }
-    check_outputs(out, inputs=files.values())
+    check_outputs(out, inputs=(*files.values(), *(sketch_files or ())))
     given = {kind: results_.read(path, kind) for kind, path in files.items() if path is not None}
+    if sketch_files:
+        given["sketch"] = [one for path in sketch_files for one in results_.read(path, "sketch")]
     page.write_report(out, **given)
     Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")

@@ -14,13 +14,14 @@ import jinja2
 
 from .._version import __version__
 from ..files import write_atomic
-from . import findings, fronts, panels, plots, results
+from . import findings, fronts, panels, plots, results, sketches
 
 # What a page can show, in its order: what it is called there, and what makes it.
 SECTIONS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "demo": ("Dense beside csfast", panels.demo),
     "ablation": ("Loss against bytes", fronts.ablation),
     "evaluation": ("Quality beside dense", panels.evaluation),
+    "sketch": ("What a sketch costs", sketches.sketches),
     "effort": ("Effort, token by token", panels.effort),
     "size_curve": ("Size and training", panels.size_curve),
     "storage": ("Storage", panels.storage),
@@ -57,6 +58,7 @@ def render(
     size_curve: Sequence[Mapping[str, Any]] | None = None,
     storage: Sequence[Mapping[str, Any]] | None = None,
     demo: Mapping[str, Any] | None = None,
+    sketch: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Give the page as text. It shows what it is given.
 
@@ -69,6 +71,7 @@ def render(
         size_curve: Rows of ``params``, ``tokens``, ``method``, ``density``, ``delta``, ``ci95``.
         storage: Rows of ``name``, ``bits_read``, ``bits_stored``, ``delta``, ``ci95``, ``kind``.
         demo: What `demo.run` gives.
+        sketch: What ``csfast eval --sketch --json`` writes, of one sketch or of several.
 
     Raises:
         ResultsError: Something is not what it was given as.
@@ -83,6 +86,7 @@ def render(
         "size_curve": size_curve,
         "storage": storage,
         "demo": demo,
+        "sketch": sketch,
     }
     titles = {name: title for name, (title, _) in SECTIONS.items() if given[name] is not None}
     if not titles:
@@ -98,7 +102,7 @@ def render(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        signed=findings.signed, fixed=_fixed, share=_share, interval=_interval
+        signed=findings.signed, fixed=_fixed, share=_share, interval=_interval, range=_range
     )
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
@@ -123,3 +127,8 @@ def _share(value: float | None) -> str:
 
 def _interval(value: Sequence[float]) -> str:
     return f"{value[0]:+.4f} … {value[1]:+.4f}"
+
+
+def _range(value: Sequence[float]) -> str:
+    """An interval of what is not a difference."""
+    return f"{value[0]:.4f} … {value[1]:.4f}"

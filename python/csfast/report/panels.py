@@ -7,7 +7,7 @@ asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -46,12 +46,12 @@ def evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": quality_verdict(found),
         "code": words.code(found["bits"]),
         "thresholds": words.thresholds(found["task"]),
-        "differences": _both(
+        "differences": plots.both(
             lambda width: plots.differences(
                 points, axis, title="; ".join(point.title for point in points), width=width
             )
         ),
-        "chart": _both(
+        "chart": plots.both(
             lambda width: plots.bars(
                 layers, label="layer", title="Density of every layer", width=width
             )
@@ -75,13 +75,6 @@ def quality_verdict(found: Mapping[str, Any]) -> str:
         f"csfast reads {found['bytes_fraction']:.0%} of the bytes of the feed-forward layers and "
         f"loses {nats(found['mean_delta'])} nats a token against dense "
         f"({nats(low)} to {nats(high)})."
-    )
-
-
-def _both(draw: Callable[[int], Markup]) -> Markup:
-    """One plot for wide windows, one for narrow ones."""
-    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
-        draw(HALF), draw(NARROW)
     )
 
 
@@ -553,7 +546,7 @@ def _two_bars(found: Mapping[str, Any], times: Sequence[float | None]) -> dict[s
     told = f"{title}: {', '.join(f'{side.name} {side.text}' for side in shown)}"
     return {
         "title": title,
-        "plot": _both(lambda width: plots.sides(shown, title=told, width=width)),
+        "plot": plots.both(lambda width: plots.sides(shown, title=told, width=width)),
     }
 
 

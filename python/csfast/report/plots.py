@@ -263,6 +263,13 @@ def figure(
     )
 
 
+def both(draw: Callable[[int], Markup]) -> Markup:
+    """Give a plot that shares its row for wide windows, and one for narrow ones."""
+    return Markup('<div class="wide">{}</div><div class="narrow">{}</div>').format(
+        draw(HALF), draw(NARROW)
+    )
+
+
 def legend(lines: Sequence[Line]) -> Markup:
     """Give the key of lines, once for every name."""
     entries = []

@@ -50,6 +50,8 @@ def read(path: str | os.PathLike[str], kind: str) -> Any:
         raise ResultsError(f"[report] {file.name}: want a whole JSON file ({error}).") from error
     if kind in TABLES and isinstance(found, dict) and "rows" in found:
         found = found["rows"]  # what else is there says how the rows were made
+    if kind in LISTS and isinstance(found, dict):
+        found = [found]
     check(kind, found, name=file.name)
     return found
 
@@ -269,6 +271,23 @@ def _same_depth(value: Any, where: str) -> None:
         )
 
 
+def _same_texts(value: Any, where: str) -> None:
+    """Both kinds of text of a sketch have the same tasks."""
+    missing = set(value["tasks"]) ^ set(value["text"]["tasks"])
+    if missing:
+        raise ResultsError(
+            f"[report] {where}: {_key(min(missing))!r} stands in tasks or in text.tasks alone: "
+            "want the same tasks in both."
+        )
+
+
+def _lengths(value: Any, where: str) -> None:
+    """Keys are numbers of drafts."""
+    for key in value:
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+            raise ResultsError(f"[report] {where}.{_key(key)}: want a number of drafts.")
+
+
 # What the kinds are
 
 _count = whole(0)
@@ -445,6 +464,33 @@ _effort = all_of(
     _same_depth,
 )
 
+_agreed = {
+    key: check
+    for name, of in (("kl", number), ("top1", _share), ("delta", number))
+    for key, check in ((name, of), (f"{name}_ci95", interval))
+}
+_agreed_by_task = each(fields(**_agreed, tokens=whole(1), documents=whole(1)), least=1)
+_bits = within(0, 1e6)  # narrow matrices have more of steps and permutations than of codes
+
+_sketch = all_of(
+    fields(
+        bits=fields(stored=_bits, read=_bits, ffn=_bits, attention=_bits, head=_bits),
+        tasks=_agreed_by_task,
+        **_agreed,
+        expected_accepted=all_of(each(within(0, 1e9)), _lengths),
+        text=fields(tasks=_agreed_by_task, **_agreed),
+        outside=many(text),
+        levels=whole(1),
+        new_tokens=whole(1),
+        rollouts=_count,
+        seed=_count,
+        model_hash=text,
+        command=optional(many(text)),
+        about=optional(text),
+    ),
+    _same_texts,
+)
+
 _positive = within(1e-300, 1e300)
 _size_curve = many(
     fields(
@@ -509,5 +555,7 @@ KINDS: dict[str, Check] = {
     "size_curve": _size_curve,
     "storage": _storage,
     "demo": _demo,
+    "sketch": many(_sketch, least=1),
 }
 TABLES = frozenset({"size_curve", "storage"})  # kinds that are lists of rows
+LISTS = frozenset({"sketch"})  # kinds that are lists of results, of which a file may hold one
