@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "csfast/execute.h"
+#include "csfast/linear.h"
 #include "csfast/nested.h"
 #include "csfast/planes.h"
 #include "csfast/project.h"
@@ -94,6 +95,14 @@ struct Loops {
   // null.
   void (*multiply)(const uint8_t* codes, const uint8_t* const before[2], int64_t cols, int bits,
                    const int8_t* q, int64_t batch, int32_t* sum) noexcept;
+
+  // One row of x (cols) to work (linear_width), rounded to `dtype`, see linear.h; in an order of
+  // the instruction set's own.
+  void (*linear_input)(const float* x, int64_t cols, DType dtype, float* work) noexcept;
+
+  // y of rows first .. first + n - 1 of w and of rows b .. b + batch - 1 of work, see linear.h.
+  void (*linear)(const LinearParams& p, int64_t first, int64_t n, int64_t b,
+                 int64_t batch) noexcept;
 
   // y (n) -= scale * x (n), rounded twice.
   void (*subtract_scaled)(const float* x, float scale, int64_t n, float* y) noexcept;

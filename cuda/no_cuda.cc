@@ -4,6 +4,7 @@
 #include "csfast/encode.h"
 #include "csfast/execute.h"
 #include "csfast/ffn.h"
+#include "csfast/linear.h"
 #include "csfast/nested.h"
 #include "csfast/omp.h"
 #include "csfast/project.h"
@@ -29,6 +30,9 @@ int64_t encode_workspace(int64_t, int64_t) {
 }
 void encode(const EncodeParams&, Stream) {
   missing("encode");
+}
+void linear(const LinearParams&, Stream) {
+  missing("linear");
 }
 void sense(const SenseParams&, Stream) {
   missing("sense");

@@ -103,6 +103,12 @@ def sketch(
     return y * scale.double()
 
 
+def linear(w: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Give ``y (batch, rows)``: float64, of inputs that are rounded to the dtype of `w`."""
+    y = x.to(w.dtype).double() @ w.double().T
+    return y if bias is None else y + bias.double()
+
+
 def project(phi: Tensor, x: Tensor, *, rows: int | None = None) -> Tensor:
     """Give the measurements ``(batch, rows)`` by the first rows of `phi`, float64."""
     return x.double() @ phi[:rows].double().T

@@ -330,6 +330,8 @@ def arguments_of(op, good):
     if op.name == "encode":
         values.update(w=torch.ones(9, n), feedback=torch.eye(n), step=torch.ones(9), nu=8)
         values["table"] = trellis.table(values["bits"])
+    if op.name == "linear":
+        values.update(w=torch.ones(9, n), x=torch.ones(2, n), bias=torch.ones(9))
     if op.name == "sketch":
         code = torch.zeros(1, 1, 2, 64, dtype=torch.uint8)
         values.update(codes=[code], step=[torch.ones(9, dtype=torch.bfloat16)], bits=[2])

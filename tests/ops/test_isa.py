@@ -17,6 +17,7 @@ FILES = [
         "sense",
         "nested",
         "project",
+        "linear",
         "recover",
         "omp",
         "select",

@@ -326,6 +326,13 @@ PROJECTS = (
     ProjectCase("sketch", batch=1, d=4096, m=512),
     ProjectCase("sketch_batch", batch=16, d=1000, m=96),
 )
+LINEARS = (
+    ProjectCase("smallest", batch=1, d=1, m=1),
+    ProjectCase("off_line", batch=3, d=33, m=7),
+    ProjectCase("off_tile", batch=16, d=200, m=77),
+    ProjectCase("two_parts", batch=19, d=576, m=64),
+    ProjectCase("empty_batch", batch=0, d=64, m=8),
+)
 PURSUITS = (
     PursuitCase("smallest", batch=1, m=1, n_atoms=1, n_nonzero=1),
     PursuitCase("ragged", batch=3, m=20, n_atoms=33, n_nonzero=4),

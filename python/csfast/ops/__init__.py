@@ -177,6 +177,28 @@ def sketch(
     return y
 
 
+def linear(w: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Multiply a matrix as a model holds it with few inputs: ``x @ w.T + bias``, in float32.
+
+    On the CPU the matrix is read from memory once for up to 16 inputs. A row of the result has the
+    same bits whatever the threads and the other rows of the batch.
+
+    Args:
+        w: Weights, ``(rows, cols)``, float32 or bfloat16.
+        x: Inputs, ``(batch, cols)``, float32; rounded to bfloat16 where `w` is bfloat16.
+        bias: ``(rows,)``, in the dtype of `w`.
+
+    Returns:
+        ``(batch, rows)``, float32.
+
+    Raises:
+        TypeError: `w` is neither float32 nor bfloat16, `bias` is of another dtype than `w`.
+        ValueError: The shapes do not fit together.
+    """
+    y: Tensor = CALL["linear"](w, x, bias)
+    return y
+
+
 def recover(
     y: Tensor,
     scale: Tensor,

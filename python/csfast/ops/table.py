@@ -42,6 +42,7 @@ _DERIVED: dict[str, Derived] = {
     "layer_bytes": _layer_bytes,
     "omp_bytes": _omp_bytes,
     "encode_bytes": lambda _, s: _native.encode_workspace(s["rows"], s["cols"], s["is_cuda"]),
+    "linear_width": lambda _, s: _native.linear_width(s["cols"]),
     "sketch_width": lambda _, s: _native.sketch_width(s["cols"]),
     "row_tiles": lambda _, s: -(-s["rows"] // trellis.TILE_ROWS),
     "col_tiles": lambda _, s: -(-s["cols"] // trellis.TILE_COLS),
@@ -151,6 +152,13 @@ OPS = (
         f"int8[cols] sign, {_X.replace(' d]', ' cols]')}, ints bits",
         "float32[batch rows] y",
         scratch="float32[batch cols] z, int8[batch sketch_width] q, float32[batch] scale",
+        check=_few_rows,
+    ),
+    _row(
+        "linear",
+        "float32|bfloat16[rows cols] w, float32[batch cols] x, float32|bfloat16[rows]? bias",
+        "float32[batch rows] y",
+        scratch="float32[batch linear_width] work",
         check=_few_rows,
     ),
     _row(
