@@ -46,15 +46,22 @@ def recorded(document: dict[str, Any], *, without: Sequence[str] = (), **about: 
         about: Keys that are put in or replaced where they are not None.
 
     Raises:
-        ValueError: The head is not whole.
+        ValueError: The head is not whole, or a judgement of a sketch does not say of which model.
     """
     found = {**document, **{key: value for key, value in about.items() if value is not None}}
     faults = head.faults(found)
     if faults:
         raise ValueError(f"[record] {'; '.join(faults)}: want the head of csfast.bench.head.")
+    if is_of_a_sketch(found) and not found.get("about"):
+        raise ValueError("[record] 'about' is missing: want the model of the sketch, --about TEXT.")
     if "rows" in found:
         found["rows"] = [_row(row, without) for row in found["rows"]]
     return head.text_of(found)
+
+
+def is_of_a_sketch(document: dict[str, Any]) -> bool:
+    """Say whether a document is what ``csfast eval --sketch`` writes."""
+    return "expected_accepted" in document and "bits" in document
 
 
 def _row(row: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
@@ -117,7 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             sys.stderr.write(f"record: {file.name}: {error}\n")
             return 1
-        print(f"{path.parent.name}/{path.name}: {len(text)} bytes")
+        said = f"{path.parent.name}/{path.name}: {len(text)} bytes"
+        if is_of_a_sketch(document):
+            said += f", a sketch of {json.loads(text)['about']}"
+            said += f", {document['bits']['read']:.2f} bits read of a weight"
+        print(said)
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 import typer
 
 import csfast
+import pages
 from axes import inside
 from csfast import models
 from csfast.bench import layers, timed
@@ -85,8 +86,8 @@ def test_the_readme_is_short(tool):
     assert len(README.splitlines()) <= 120
     rows = [line for line in README.splitlines() if line.startswith("|")]
     assert 2 < len(rows) <= 14
-    # So it stays when every row that it may have is there.
-    found = tool.load(ROOT / "bench" / "results")
+    # So it stays when every row that it may have is there, and what is said of sketches.
+    found = [*tool.load(ROOT / "bench" / "results"), *map(judged, tool.PRETRAINED)]
     runs = [{**GENERATED, "machine": GPU | {"gpu": f"NVIDIA {n}"}} for n in range(tool.MOST)]
     most = tool.render(README, [*found, *runs]).splitlines()
     assert len(most) <= 120
@@ -96,15 +97,58 @@ def test_the_readme_is_short(tool):
 def test_the_pretrained_model_stands_first(tool):
     rows = [line for line in README.splitlines() if line.startswith("|")][2:]
     first = tool.PRETRAINED[0].removesuffix("-Instruct")
-    assert [row.split(" | ")[0] for row in rows[:3]] == [
-        f"| {first}, csfast",
-        f"| {first}, int8",
-        "| demo model, csfast",
-    ]
+    names = [row.split(" | ")[0] for row in rows]
+    assert names[:2] == [f"| {first}, csfast", f"| {first}, int8"]
+    own = names.index("| demo model, csfast")
+    assert all(name.endswith(", sketch") for name in names[2:own])
     # What is said in words is what the first row has.
     _, _, _, loss, also = rows[0].strip("| ").split(" | ")
     assert f"costs {float(loss.split()[0]):.3f} nats".replace("0.", ".") in README
     assert also.endswith("top-1 0.85") and "another for one in seven" in README
+
+
+def judged(about, read=3.25, **changes):
+    """What `csfast eval --sketch` wrote, recorded."""
+    return {
+        **pages.judged(read, name=about),
+        "machine": GPU,
+        "commit": "abc",
+        "date": "2026-01-31",
+        **changes,
+    }
+
+
+def test_sketches_of_pretrained_models_come_from_what_eval_wrote(tool):
+    smollm, gemma = tool.PRETRAINED
+    none = judged(smollm, 6.5, expected_accepted={})
+    found = [judged("demo model", 3.0), judged(gemma), none, judged(smollm, 2.5), judged(smollm)]
+    head = "| bits read | head | stored | KL, 95 % | top-1 | loss over dense, 95 % | kept of 4 |"
+    row = "0.1250 [0.0938, 0.1562] | 0.889 | +0.0625 [+0.0469, +0.0781] | "
+    said = tool.sketches(found)
+    titles = [line for line in said.splitlines() if line.endswith("2026-01-31:")]
+    where = "NVIDIA H200, commit abc, 2026-01-31:"
+    assert titles == [f"{name}, {where}" for name in (smollm, gemma, "demo model")]
+    assert f"{smollm}, {where}\n\n{head}\n" in said and said.startswith("Bits are those")
+    assert [line for line in said.splitlines() if line.startswith("|")][2:5] == [
+        f"| 2.50 | 5.00 | 6.50 | {row}3.41 |",
+        f"| 3.25 | 6.50 | 6.50 | {row}3.41 |",
+        f"| 6.50 | 13.00 | 6.50 | {row}- |",
+    ]
+    # README has the one of each pretrained model that reads most within a bound.
+    also = "KL 0.125 [0.094, 0.156], top-1 0.89, head"
+    lines = tool.figures(found).splitlines()
+    assert lines[2:4] == [
+        f"| {name}, sketch | 16 bits | 3.25 bits | +0.0625 [+0.0469, +0.0781] "
+        f"| {also} 6.50 bits, 3.41 of 4 drafts |"
+        for name in ("SmolLM2-135M", gemma)
+    ]
+    assert lines[4] == "" and lines[5].startswith("A [*sketch*](docs/sketch.md) is the whole model")
+    assert "6.50 bits | " in tool.figures([none]) and "- of 4 drafts" in tool.figures([none])
+    # Without a record nothing is said of any.
+    assert tool.sketches([]) == "" and "sketch" not in tool.figures(found[:1])
+    text = "<!-- sketches -->\nold\n<!-- /sketches -->\n"
+    bare = tool.render(text, [], tool.QUALITY_TABLES)
+    assert bare == "<!-- sketches -->\n<!-- /sketches -->\n"
 
 
 def example():
@@ -145,14 +189,16 @@ def test_the_test_command_is_what_ci_runs():
     assert "\n./csfast.sh test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/speed.md", "docs/findings.md"])
+@inside(page=["README.md", "docs/speed.md", "docs/findings.md", "docs/quality.md"])
 def test_figures_are_up_to_date(tool, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tool.render(text, tool.load(ROOT / "bench" / "results"), tool.PAGES[page]) == text
 
 
 def test_every_page_with_figures_is_checked(tool):
-    assert set(tool.PAGES) == {"README.md", "docs/speed.md", "docs/findings.md"}
+    assert set(tool.PAGES) == {
+        *("README.md", "docs/speed.md", "docs/findings.md", "docs/quality.md")
+    }
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,4 +1,4 @@
-"""Write the figures of README.md, docs/speed.md and docs/findings.md from bench/results.
+"""Write the figures of README.md and of pages in docs from bench/results.
 
     python tools/readme_tables.py [--check | --targets FOLDER]
 
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = "not measured yet"
-MOST = 10  # rows of README.md
+MOST = 11  # rows of README.md
+SKETCH_BITS = 3.3  # at most read of a weight by the sketch that README.md shows of a model
 BITS, DENSITY = 3, 0.5  # of the plans that README.md shows
 PACKAGE = "orthogonal_matching_pursuit_gpu f32"
 PRETRAINED = ("SmolLM2-135M-Instruct", "Gemma 3 270M")  # stand before models of our own
@@ -454,6 +455,92 @@ def costs(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(found) or MISSING
 
 
+def _sketches(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give what `csfast eval --sketch` wrote, pretrained models first, of each by bits read."""
+    found = [r for r in results if "expected_accepted" in r and "bits" in r]
+    order = {name: place for place, name in enumerate(PRETRAINED)}
+    return sorted(
+        found,
+        key=lambda r: (order.get(r["about"], len(order)), r["about"], r["bits"]["read"]),
+    )
+
+
+def _followed(result: dict[str, Any], figure: str, digits: int) -> str:
+    """Give a figure of a sketch with its interval."""
+    low, high = result[f"{figure}_ci95"]
+    return f"{result[figure]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _kept(result: dict[str, Any]) -> str:
+    """Of four drafts those that a check keeps."""
+    value = result["expected_accepted"].get("4")
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _loss_of(result: dict[str, Any]) -> str:
+    """Loss of a sketch over dense."""
+    return _loss({"delta": result["delta"], "ci95": result["delta_ci95"]})
+
+
+def sketches(results: list[dict[str, Any]]) -> str:
+    """Give what sketches cost: a table for every model and run; nothing where there is none."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for result in _sketches(results):
+        said = (result["about"], place(result["machine"]), f"commit {result['commit']}")
+        title = f"{', '.join(said)}, {result['date']}"
+        groups.setdefault(title, []).append(
+            (
+                f"{result['bits']['read']:.2f}",
+                f"{result['bits']['head']:.2f}",
+                f"{result['bits']['stored']:.2f}",
+                _followed(result, "kl", 4),
+                f"{result['top1']:.3f}",
+                _loss_of(result),
+                _kept(result),
+            )
+        )
+    if not groups:
+        return ""
+    lead = """\
+Bits are those that are read of a weight, in all and of the head, and those stored. The other
+figures are means over tasks along what the dense model goes on with; *kept* says how many of 4
+drafts, made on the first level, a check keeps."""
+    head = (
+        "bits read",
+        "head",
+        "stored",
+        "KL, 95 %",
+        "top-1",
+        "loss over dense, 95 %",
+        "kept of 4",
+    )
+    return "\n\n".join(
+        [lead, *(f"{title}:\n\n{table(head, rows)}" for title, rows in groups.items())]
+    )
+
+
+def _drafters(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """What README.md shows of sketches, one of every pretrained model.
+
+    It is the one that reads most within `SKETCH_BITS`; where all read more, the one that reads
+    least.
+    """
+    for name in PRETRAINED:
+        members = [result for result in _sketches(results) if result["about"] == name]
+        within = [r for r in members if r["bits"]["read"] <= SKETCH_BITS]
+        for result in within[-1:] or members[:1]:
+            also = f"KL {_followed(result, 'kl', 3)}, top-1 {result['top1']:.2f}, "
+            also += f"head {result['bits']['head']:.2f} bits, {_kept(result)} of 4 drafts"
+            read = f"{result['bits']['read']:.2f} bits"
+            yield (
+                f"{name.removesuffix('-Instruct')}, sketch",
+                "16 bits",
+                read,
+                _loss_of(result),
+                also,
+            )
+
+
 def _plans(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """What the plans cost that README.md shows, int8 beside them where it was measured."""
     for result in _pretrained_first(results):
@@ -536,9 +623,14 @@ def _whole_models(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def figures(results: list[dict[str, Any]]) -> str:
-    """The few figures of README.md: what plans cost, times of a layer, of whole models."""
-    rows = [*_plans(results), *_layer_times(results), *_whole_models(results)]
-    return table(("", "dense", "instead", "difference", "beside it"), rows[:MOST])
+    """The few figures of README.md: what plans and sketches cost, times of layers and of models."""
+    pretrained = [result for result in results if result.get("about") in PRETRAINED]
+    own = [result for result in results if result.get("about") not in PRETRAINED]
+    drafters = [*_drafters(results)]
+    rows = [*_plans(pretrained), *drafters, *_plans(own)]
+    rows += [*_layer_times(results), *_whole_models(results)]
+    found = table(("", "dense", "instead", "difference", "beside it"), rows[:MOST])
+    return f"{found}\n\n{SKETCH_WORDS}" if drafters else found
 
 
 def picture(results: list[dict[str, Any]]) -> str:
@@ -578,6 +670,9 @@ def _style(used: set[str]) -> str:
     return "".join((light, dark, *rules, *colours))
 
 
+SKETCH_WORDS = """\
+A [*sketch*](docs/sketch.md) is the whole model in so many bits of a weight, for drafts that the
+dense model checks: beside it stands how many of 4 drafts in a row a check keeps."""
 TABLES = {"figures": figures}
 SPEED_TABLES = {
     "targets": targets,
@@ -589,7 +684,13 @@ SPEED_TABLES = {
 }
 FOUND_TABLES = {"quality": costs, "rules": rules, "storage": storage, "curve": curve}
 PICTURE = "docs/loss.svg"
-PAGES = {"README.md": TABLES, "docs/speed.md": SPEED_TABLES, "docs/findings.md": FOUND_TABLES}
+QUALITY_TABLES = {"sketches": sketches}
+PAGES = {
+    "README.md": TABLES,
+    "docs/speed.md": SPEED_TABLES,
+    "docs/findings.md": FOUND_TABLES,
+    "docs/quality.md": QUALITY_TABLES,
+}
 
 
 def render(
@@ -601,7 +702,8 @@ def render(
     for name, make in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         body = make(results)
-        page, n = pattern.subn(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", page)
+        body += "\n" if body else ""
+        page, n = pattern.subn(lambda m, body=body: f"{m[1]}{body}{m[2]}", page)
         if n != 1:
             raise ValueError(f"[readme_tables] marker {name!r} stands {n} times: want once.")
     return page

@@ -111,6 +111,17 @@ def test_a_file_is_recorded_with_what_is_said_of_it(tool, tmp_path, capsys):
     assert (found["commit"], found["remarks"]) == ("def", ["cold"])
     assert found["rows"] == [{"median_us": 1.2346}]
     assert re.fullmatch(r"h200/layers\.json: \d+ bytes\n", capsys.readouterr().out)
+    # What csfast eval --sketch wrote stays whole, so that a page can show it, and says its model.
+    judged = {**MADE, "bits": {"read": 3.25}, "expected_accepted": {"4": 1 / 3}, "kl": 0.1234567}
+    file.write_text(json.dumps(judged))
+    words = [str(file), "--to", str(to), "--as", "sketch-smollm2-3"]
+    assert tool.main(words) == 1
+    assert "'about' is missing: want the model of the sketch, --about" in capsys.readouterr().err
+    assert not (to / "sketch-smollm2-3.json").exists()
+    assert tool.main([*words, "--about", "SmolLM2"]) == 0
+    assert "bytes, a sketch of SmolLM2, 3.25 bits read of a weight\n" in capsys.readouterr().out
+    kept = {**judged, "expected_accepted": {"4": 0.33333}, "kl": 0.12346, "about": "SmolLM2"}
+    assert json.loads((to / "sketch-smollm2-3.json").read_text()) == kept
 
 
 def test_a_file_without_a_head_is_refused(tool, tmp_path, capsys):
