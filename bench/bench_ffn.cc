@@ -13,7 +13,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -29,43 +28,22 @@
 #include "csfast/read.h"
 #include "csfast/recover.h"
 #include "csfast/sense.h"
+#include "memory.h"
 #include "rows.h"
+#include "turns.h"
 
 namespace {
 
 using csfast::Device;
+using csfast::bench::bf16;
 using csfast::bench::Case;
 using csfast::bench::kCode;
+using csfast::bench::Lines;
 using csfast::bench::Row;
 using csfast::bench::Timing;
 
 static_assert(csfast::bench::have_no_batches(csfast::bench::kCpuCases));
 static_assert(csfast::bench::have_no_batches(csfast::bench::kQuickCases));
-
-uint16_t bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
-}
-
-// Memory that starts where a cache line does, as the workspaces want it and tensors have it.
-template <typename T>
-class Lines {
- public:
-  explicit Lines(int64_t size = 0) : size_(size), store_(size * sizeof(T) / sizeof(Line) + 1) {}
-  T* data() { return reinterpret_cast<T*>(store_.data()); }
-  const T* data() const { return reinterpret_cast<const T*>(store_.data()); }
-  int64_t size() const { return size_; }
-  T* begin() { return data(); }
-  T* end() { return data() + size_; }
-
- private:
-  struct alignas(64) Line {
-    unsigned char bytes[64];
-  };
-  int64_t size_;
-  std::vector<Line> store_;
-};
 
 struct Layer {
   Lines<uint8_t> codes;          // (n_neurons, 2, groups, group_bytes)
@@ -174,12 +152,6 @@ void set_density(const Case& s, Layer& layer, void* workspace) {
   csfast::select(select_params(s, layer, workspace), Device::kCpu, nullptr);
 }
 
-double seconds_of(const std::function<void()>& call) {
-  const auto start = std::chrono::steady_clock::now();
-  call();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 struct Variant {
   std::string name;
   double bytes;             // that a call has to read
@@ -240,17 +212,10 @@ double measure(const Case& s, std::vector<Layer>& layers, int runs, std::vector<
          csfast::read({.span = &span, .n_spans = 1, .sum = &sum}, Device::kCpu, nullptr);
        }},
   };
-  constexpr int kWarmup = 2;
-  size_t calls = 0;
-  for (int turn = -kWarmup; turn < runs; ++turn) {
-    for (size_t i = 0; i < variants.size(); ++i) {
-      Variant& variant = variants[(turn + kWarmup + i) % variants.size()];
-      // Every call takes the next layer, or a variant would find what the last one has read.
-      Layer& layer = layers[calls++ % layers.size()];
-      const double seconds = seconds_of([&] { variant.call(layer); });
-      if (turn >= 0) variant.seconds.push_back(seconds);
-    }
-  }
+  // Every call takes the next layer, or a variant would find what the last one has read.
+  csfast::bench::take_turns(variants, runs, [&](Variant& variant, size_t calls) {
+    variant.call(layers[calls % layers.size()]);
+  });
   std::vector<Timing> timings;
   for (const Variant& variant : variants) {
     timings.push_back(csfast::bench::timing_of(variant.seconds));
