@@ -51,6 +51,13 @@ def test_the_native_benchmarks_have_the_list(tool):
         for case in cases:
             layers = timed.n_layers_of(case, torch.device(device))
             assert f'{{"{case.name}", {case.d}, {case.n_neurons}, ' in tool.line(case, layers)
+    assert tool.MATRICES_PATH.read_text(encoding="utf-8") == tool.matrices_text()
+    names = [case.name for case in (*timed.MATRICES, *timed.PASSES)]
+    assert len(set(names)) == len(names)
+    assert timed.MATRICES[-1].name == "sketch rows=2048 cols=8192 bits=3+3 batch=16"
+    assert tool.matrix(timed.MATRICES[-1]).endswith('", 2048, 8192, "3+3", 16},\n')
+    assert timed.PASSES[3].name == "sketch SmolLM2-135M bits=3,gate_up=2,head=4"
+    assert tool.passed(timed.PASSES[3]).endswith('", {"3", "3", "2", "3", "4"}, 1},\n')
 
 
 def test_the_native_benchmarks_have_one_code(tool):

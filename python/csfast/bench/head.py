@@ -1,7 +1,8 @@
 """The head of every file of results: what was run, on what, when, and with which versions.
 
-`csfast bench`, `eval`, `ablate`, `phase` and `tokens` put it on what they write, `bench_ffn` and
-`bench_ffn_cuda` print the same keys, and `bench/record.py` refuses to record a file without it.
+`csfast bench`, `eval`, `ablate`, `phase` and `tokens` put it on what they write, `bench_ffn`,
+`bench_ffn_cuda` and `bench_sketch` print the same keys, and `bench/record.py` refuses to record a
+file without it.
 """
 
 from __future__ import annotations

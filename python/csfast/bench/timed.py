@@ -1,4 +1,4 @@
-"""The layers that are timed: one list for `csfast bench`, `bench_ffn` and `bench_ffn_cuda`.
+"""What is timed: one list for `csfast bench`, `bench_ffn`, `bench_ffn_cuda` and `bench_sketch`.
 
 `tools/bench_cases.py` writes it down for the benchmarks in C++, as `bench/cases.inc`. A name stands
 in the results for good: a case that measures something else has another.
@@ -74,3 +74,72 @@ def n_layers_of(case: LayerCase, device: torch.device) -> int:
     """Give how many layers of this size rotate, so that no cache holds them."""
     shape = (device.type, case.d, case.n_neurons)
     return _N_LAYERS_OF.get(shape, _N_LAYERS[device.type])
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixCase:
+    """One matrix on a few rows: its codes, or itself in bfloat16."""
+
+    rows: int
+    cols: int
+    bits: tuple[int, ...] = ()  # of each level that is read; none: the matrix itself
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its name in the results, for example ``sketch rows=2048 cols=8192 bits=3+3``."""
+        kind, bits = ("sketch", f" bits={_sum_of(self.bits)}") if self.bits else ("linear", "")
+        batch = "" if self.batch == 1 else f" batch={self.batch}"
+        return f"{kind} rows={self.rows} cols={self.cols}{bits}{batch}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCase:
+    """All linear maps of a model and its head, in the order in which a token needs them."""
+
+    bits: tuple[tuple[int, ...], ...] = ()  # of each of `PASS`; none: the matrices themselves
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Its name in the results, with the bits of the first map and of those that differ."""
+        batch = "" if self.batch == 1 else f" batch={self.batch}"
+        if not self.bits:
+            return f"linear {PASS_MODEL}{batch}"
+        of = dict(zip(PASS, self.bits, strict=True))
+        first = self.bits[0]
+        words = [_sum_of(first), *(f"{n}={_sum_of(b)}" for n, b in of.items() if b != first)]
+        return f"sketch {PASS_MODEL} bits={','.join(words)}{batch}"
+
+
+def _sum_of(bits: tuple[int, ...]) -> str:
+    return "+".join(map(str, bits))
+
+
+# Matrices of one shape are neighbours. The last of 16 rows are checks of drafts.
+MATRICES = tuple(
+    MatrixCase(rows, cols, bits, batch)
+    for rows, cols in ((8192, 2048), (2048, 8192))
+    for bits, batch in (
+        *(((), batch) for batch in (1, 6, 16)),
+        *(((bits,), 1) for bits in (2, 3, 4)),
+        *(((3, 3), batch) for batch in (1, 16)),
+    )
+)
+# SmolLM2-135M: rows and columns of the maps of a layer, fused as they are coded, and of the head.
+PASS_MODEL, PASS_LAYERS = "SmolLM2-135M", 30
+PASS = {
+    "qkv": (960, 576),
+    "o": (576, 576),
+    "gate_up": (3072, 576),
+    "down": (576, 1536),
+    "head": (49152, 576),
+}
+PASSES = (
+    *(PassCase(batch=batch) for batch in (1, 6, 16)),
+    PassCase(((3,), (3,), (2,), (3,), (4,))),
+    PassCase(((3,), (3,), (3,), (3,), (4,))),
+    PassCase(((3, 3), (3, 3), (3, 3), (3, 3), (4, 2))),
+)
+QUICK_MATRICES = (MatrixCase(512, 256), MatrixCase(512, 256, (3,)), MatrixCase(512, 256, (3, 3), 6))
+ENCODED = MatrixCase(960, 576, (3,))  # what `encode` codes
