@@ -11,6 +11,10 @@ import torch
 
 import tiny
 from csfast.bench import head
+from csfast.calibration.passes import undisturbed
+from csfast.codes import feedback
+from csfast.documents import read, split
+from csfast.judge import agreement
 from texts import make_documents
 
 STUDIES = pathlib.Path(__file__).parents[2] / "bench" / "studies"
@@ -154,3 +158,111 @@ def test_what_is_recorded_says_where_it_comes_from(study, tmp_path, monkeypatch)
     path.write_text(json.dumps({**made, "rows": []}))
     study.complete(path, ["other"], "def")  # a head of its own stays
     assert json.loads(path.read_text())["command"] == ["csfast", "ablate"]
+
+
+@pytest.fixture
+def race(monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES)
+    yield importlib.import_module("codes")
+    sys.modules.pop("codes", None)
+
+
+def test_codes_race_by_one_judge_and_the_table_goes_on(race, tmp_path):
+    folder, data, out = tmp_path / "tiny", tmp_path / "valid.jsonl", tmp_path / "codes.json"
+    tiny.make_model("llama-tied").save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    lines = [
+        {"task": d.task, "prompt": d.prompt, "response": d.response}
+        for d in make_documents(10)
+        if d.prompt
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def args(only):
+        words = [folder, data, "--json", out, "--prompts", 2, "--new-tokens", 4, "--only", only]
+        return race.arguments([str(word) for word in words])
+
+    first = race.run(args("dense,trellis 3,rotated GPTQ 3,mix 2.53"))
+    others = "head trellis 4 best 64 exact,layers 2+2 0.25,trellis 3 norms scales refitted"
+    rows = race.run(args(f"{others},trellis 3,rotated GPTQ 2"))
+    assert rows[:4] == json.loads(out.read_text())["rows"][:4] and len(rows) == 8
+    by_name = {row["name"]: row for row in rows}
+    assert abs(by_name["dense"]["kl"]) < 1e-6 < by_name["trellis 3"]["kl"] < 1e-2
+    assert by_name["dense"]["bits"] == dict.fromkeys(("ffn", "attention", "head"), 16) | {
+        key: pytest.approx(16.06, abs=1e-3) for key in ("stored", "read")
+    }
+    assert by_name["rotated GPTQ 3"]["bits"]["attention"] == 3.25
+    assert 2 < by_name["layers 2+2 0.25"]["bits"]["read"] < 4.7
+    assert [row["relative_error"] is None for row in first] == [True, False, False, False]
+    assert any(line.startswith("<= 3.3 bits read: ") for line in race.summary(rows))
+    with pytest.raises(SystemExit, match="--only 'other': want names or kinds"):
+        race.chosen(args("other"))
+
+    with undisturbed():
+        study = race.Study(args("dense"))
+        # What the package codes, this codes; what a rule reads all of, or nothing, is uniform.
+        package = race.ours(3, 3)(study).weights
+        same = race.varied(3, 3)(study).weights
+        assert all(torch.allclose(same[n], w, atol=1e-6) for n, w in package.items())
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        for share, uniform in ((0.0, race.varied(3)), (1.0, race.varied(3, 3))):
+            want = uniform(study).weights["layers.1.o"]
+            made = race.by_channel(3, 3, share)(study)
+            study.put("layers.1.o", made.weights["layers.1.o"])
+            with made.patch():
+                found = study.twins["layers.1.o"].linears[0](x)
+            torch.testing.assert_close(found, x @ want.T, atol=1e-5, rtol=1e-4)
+            with race.by_neuron(3, None, share)(study).patch():
+                found = study.twin.model.layers[1].mlp(x)
+            exact = study.model.model.layers[1].mlp(x)
+            assert torch.allclose(found, exact, atol=1e-6) == (share == 1.0)
+        # One judge: the same figures as csfast eval has of these weights.
+        study.restore()
+        made = race.gptq(2)(study)
+        for name, weight in made.weights.items():
+            study.put(name, weight)
+        weights = {
+            name: parameter
+            for name, parameter in study.twin.named_parameters()
+            if name.endswith("proj.weight")
+        }
+        documents = split(read(data), "report")
+        tokenizer = tiny.make_tokenizer()
+        known, _ = agreement.judge_weights(
+            study.model, tokenizer, weights, documents, per_task=2, new_tokens=4, rollouts=0
+        )
+        found = study.judged()
+        assert found["kl"] == pytest.approx(known["kl"], rel=0.01)
+        assert found["top1"] == known["top1"] and set(found["tasks"]) == set(known["tasks"])
+        # All layers at once round as one layer does.
+        (of,) = study.prepared("dealt", kinds=("o",))
+        code = race.Uniform(3)
+        whole = race.rounded(of.left, of.factor, code)
+        for one, left, factor in zip(whole, of.left, of.factor, strict=True):
+            want = feedback.round_columns(
+                left,
+                factor,
+                lambda _, column: code.nearest(column[None])[0],
+                begin=lambda _, __, part: code.begin(part.T[:, None]),
+            )
+            torch.testing.assert_close(one, want, atol=1e-6, rtol=1e-5)
+    # E8: 1 + 240 + 2160 points of norms 0, 2, 4, and so on; none of a ball is nearer.
+    assert [race.ball(bits) for bits in (1, 2)] == [2, 10]
+    x = 1.2 * torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+    near = race.in_ball(x, 2)
+    signs = torch.tensor([[1 - 2 * (i >> j & 1) for j in range(8)] for i in range(256)])
+    units = torch.cat([torch.eye(8), -torch.eye(8)])
+    pairs = (units[:, None] + units).flatten(0, 1)
+    points = [torch.zeros(1, 8), signs[signs.prod(1) == 1] / 2]
+    points.append(pairs[pairs.square().sum(1) == 2].unique(dim=0))
+    every = torch.cat(points)
+    assert len(every) == 241
+    gap = torch.cdist(near, every).amin(1)
+    assert gap.max() < 1e-5
+    best = torch.cdist(x, every).amin(1).square().mean()
+    assert best <= (near - x).square().sum(1).mean() < 1.05 * best
+    # Levels of two bits for normal draws, as Max has them.
+    torch.testing.assert_close(
+        race.normal_levels(2), torch.tensor([-1.510, -0.4528, 0.4528, 1.510]), atol=1e-3, rtol=0
+    )
+    assert race.interpolated([(2, 1.0), (4, 0.01)], 3) == pytest.approx(0.1)
