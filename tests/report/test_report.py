@@ -362,7 +362,10 @@ def test_sketches_are_shown_by_what_they_cost():
         ("s0", "SmolLM2"),
         ("s1", "Gemma"),
     ]
-    assert "SmolLM2: From 3.25 bits" in words(text) and "Gemma: A sketch that reads" in words(text)
+    assert (
+        "Divergence from the dense model, nats a token: SmolLM2 0.125 at 3.25 bits of a weight, "
+        "0.0050 at 6.50; Gemma 0.0000 at 3.50 bits of a weight."
+    ) in words(text)
     assert not pages.collisions(text)
     twice = page_.render(sketch=[few, few, {**other, "about": "SmolLM2"}])
     assert "few, 1 level (2)" in twice and "SmolLM2 cdcdcdcd" in twice
@@ -817,6 +820,7 @@ def test_a_browser_finds_every_label_in_its_place(tmp_path, width):
     del made["demo"]  # its own two bars come first
     scored = made["evaluation"]["tasks"]
     scored["a task with a rather long name that a user may have chosen"] = scored["math"]
+    made["sketch"].append(pages.judged(3.5, 0.05, name="Gemma 3 270M", model="cd" * 32))
     text = page_.render(**made).replace("</body>", f"{MEASURE}</body>")
     (tmp_path / "page.html").write_text(text)
     frame = tmp_path / "frame.html"

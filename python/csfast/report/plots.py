@@ -223,7 +223,8 @@ def chart(
     named = list(_by_name(line for line in lines if line.points and margin))
     right = 14.0
     if named:
-        right = 22 + LETTER * max(len(line.name) for line in named)
+        # Names of models have more wide letters and digits than words: an eighth is added for them.
+        right = 22 + 1.125 * LETTER * max(len(line.name) for line in named)
         height = max(height, LINE * len(named) + 70)
     left = 14 + LETTER * max([len(text) for _, text in y.ticks] + [2])
     area = Box(left, 24, width - right, height - 46)

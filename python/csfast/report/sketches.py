@@ -47,13 +47,11 @@ def sketches(found: Sequence[Row]) -> dict[str, Any]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Say what sketches read and how closely they follow, in a sentence for every model."""
+    """Say in a sentence what sketches read and how closely they follow."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     if len(models) > 1:
-        of_each = ([row for row in rows if row["model"] == name] for name in models)
-        return " ".join(
-            f"{name}: {verdict(members)}" for name, members in zip(models, of_each, strict=True)
-        )
+        parts = (_ends_of([row for row in rows if row["model"] == name]) for name in models)
+        return f"Divergence from the dense model, nats a token: {'; '.join(parts)}."
     first, last = rows[0], rows[-1]
     if len(rows) == 1:
         text = (
@@ -70,6 +68,17 @@ def verdict(rows: Sequence[Row]) -> str:
         f"{divergence(first['kl'])} nats a token to {divergence(last['kl'])}, and the share of "
         f"tokens that both find likeliest from {first['top1']:.1%} to {last['top1']:.1%}."
     )
+
+
+def _ends_of(rows: Sequence[Row]) -> str:
+    """Divergence of the sketches of one model that read the least and the most."""
+    first, last = rows[0], rows[-1]
+    said = (
+        f"{first['model']} {divergence(first['kl'])} at {bits(first['bits']['read'])} of a weight"
+    )
+    if len(rows) > 1:
+        said += f", {divergence(last['kl'])} at {last['bits']['read']:.2f}"
+    return said
 
 
 def bits(value: float) -> str:
