@@ -118,6 +118,11 @@ REFUSALS = {
         lambda a: a["rows"][1]["per_task"].pop("math"),
         "ablation.rows[1].per_task without 'math': want every task of dense.",
     ),
+    "a best loss of nothing": (
+        "ablation",
+        lambda a: a["best"][1].update(other=None),
+        "ablation.best[1].other = None: want the method that other_delta is of.",
+    ),
     "a layer too few": (
         "ablation",
         lambda a: a["rows"][0].update(density_per_task_layer={"math": [0.5], "prose": [0.5]}),

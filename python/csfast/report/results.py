@@ -226,6 +226,15 @@ def _same_tasks(value: Any, where: str) -> None:
         _same_layers(row, f"{where}.rows[{place}]")
 
 
+def _named_best(value: Any, where: str) -> None:
+    """A loss in ``best`` is that of a method."""
+    for place, best in enumerate(value["best"]):
+        for key in ("few_bit", "other"):
+            if best[f"{key}_delta"] is not None and best[key] is None:
+                wanted = f"the method that {key}_delta is of"
+                raise _wrong(best[key], f"{where}.best[{place}].{key}", wanted)
+
+
 def _same_layers(value: Any, where: str) -> None:
     """Densities by task are of as many layers as those of all tasks."""
     layers = value.get("density_per_layer")
@@ -340,6 +349,7 @@ _ablation = all_of(
         model_hash=text,
     ),
     _same_tasks,
+    _named_best,
 )
 
 _evaluation = all_of(
