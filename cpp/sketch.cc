@@ -69,26 +69,34 @@ void multiply_tile(const SketchParams& p, int64_t tile, int64_t b, int64_t batch
 }
 
 void sketch_on_cpu(const SketchParams& p) {
-  const Loops& loop = loops();
-  const int64_t x_bytes = p.cols * (p.dtype == DType::kF32 ? 4 : 2);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    p.scale[b] = loop.rotate(static_cast<const char*>(p.x) + b * x_bytes, p.perm, p.sign, p.cols,
-                             p.dtype, p.z + b * p.cols, p.q + b * sketch_width(p.cols));
-  }
+  sketch_prepare(p);
   const int64_t tiles = trellis_row_tiles(p.rows);
   int64_t bytes = 0;
   for (int l = 0; l < p.n_levels; ++l) {
     bytes += tiles * trellis_col_tiles(p.cols) * p.level[l].bits * kTileBytes;
   }
 #pragma omp parallel for schedule(static) if (bytes > kBytesAlone)
-  for (int64_t tile = 0; tile < tiles; ++tile) {
+  for (int64_t tile = 0; tile < tiles; ++tile) sketch_tiles(p, tile, tile + 1);
+}
+
+}  // namespace
+
+void sketch_prepare(const SketchParams& p) {
+  const Loops& loop = loops();
+  const int64_t x_bytes = p.cols * (p.dtype == DType::kF32 ? 4 : 2);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    p.scale[b] = loop.rotate(static_cast<const char*>(p.x) + b * x_bytes, p.perm, p.sign, p.cols,
+                             p.dtype, p.z + b * p.cols, p.q + b * sketch_width(p.cols));
+  }
+}
+
+void sketch_tiles(const SketchParams& p, int64_t first, int64_t last) {
+  for (int64_t tile = first; tile < last; ++tile) {
     for (int64_t b = 0; b < p.batch; b += kRowsAtOnce) {
       multiply_tile(p, tile, b, p.batch - b < kRowsAtOnce ? p.batch - b : kRowsAtOnce);
     }
   }
 }
-
-}  // namespace
 
 void sketch(const SketchParams& p, Device device, Stream stream) {
   check(p);

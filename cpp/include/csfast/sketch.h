@@ -39,9 +39,13 @@ constexpr float rotation_norm_of(int64_t block) {
   return block == 2 ? norm * 0x1.6a09e6p-1f : norm;
 }
 
-// The row of q, padded with zeros to whole tiles and to lines of 64 bytes.
-constexpr int64_t sketch_width(int64_t cols) {
+// The row of q, padded with zeros to whole tiles and to lines of 64 bytes, and a line that begins
+// with the sum of the row, an int32, on the CPU: what a code is off by is taken off by it.
+constexpr int64_t sketch_sum_at(int64_t cols) {
   return (cols + 63) / 64 * 64;
+}
+constexpr int64_t sketch_width(int64_t cols) {
+  return sketch_sum_at(cols) + 64;
 }
 
 struct SketchLevel {
@@ -67,6 +71,11 @@ struct SketchParams {
 // Throws std::invalid_argument if the sizes make no sense, BackendError if the device fails.
 // Asynchronous on CUDA.
 void sketch(const SketchParams& p, Device device, Stream stream);
+
+// The two halves of it on the CPU, for callers with threads of their own: neither checks anything
+// or starts a thread. First x goes into q, then any thread makes any row tiles of y.
+void sketch_prepare(const SketchParams& p);
+void sketch_tiles(const SketchParams& p, int64_t first, int64_t last);
 
 namespace cuda {
 void sketch(const SketchParams& p, Stream stream);

@@ -19,8 +19,8 @@ using Sums = __m512i;
 constexpr int kBytes = 64;
 constexpr int kRowsMost = 4;  // of the batch at once: sums of sixteen registers
 
-// The codes are one stream: what will be read in some 200 ns is asked for, which is more than a core
-// waits for memory. 2048 bytes left a fifth to a third of the time to waiting.
+// The codes are one stream: what will be read in some 200 ns is asked for, which is more than a
+// core waits for memory. 2048 bytes left a fifth to a third of the time to waiting.
 constexpr int64_t kAhead = 8192;  // bytes
 
 void prefetch(const void* p) {
