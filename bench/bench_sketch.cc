@@ -70,8 +70,7 @@ class Ring {
 
 // The rotation of an input.
 struct Turned {
-  std::vector<int32_t> perm;
-  std::vector<int8_t> sign;
+  std::vector<uint32_t> words;
 };
 
 // What all products read and write.
@@ -136,8 +135,7 @@ class World {
                     .step = reinterpret_cast<const uint16_t*>(steps_.next(s.rows * 2)),
                     .bits = csfast::bench::bits_of(level, 0)};
     }
-    p.perm = turned.perm.data();
-    p.sign = turned.sign.data();
+    p.turn = turned.words.data();
     p.x = x_.data();
     p.z = z_.data();
     p.q = q_.data();
@@ -158,10 +156,10 @@ class World {
     Rotations made{cols, 0, std::vector<Turned>(kTurned)};
     std::mt19937 random(1);
     for (Turned& turned : made.turned) {
-      turned.perm.resize(cols);
-      std::iota(turned.perm.begin(), turned.perm.end(), 0);
-      std::shuffle(turned.perm.begin(), turned.perm.end(), random);
-      for (int64_t c = 0; c < cols; ++c) turned.sign.push_back(random() % 2 == 0 ? 1 : -1);
+      turned.words.resize(cols);
+      std::iota(turned.words.begin(), turned.words.end(), 0);
+      std::shuffle(turned.words.begin(), turned.words.end(), random);
+      for (uint32_t& word : turned.words) word |= random() % 2 == 0 ? 0x3f800000u : 0xbf800000u;
     }
     rotations_.push_back(std::move(made));
     return rotations_.back().turned[rotations_.back().next++];

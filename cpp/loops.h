@@ -87,8 +87,8 @@ struct Loops {
                   TrellisWork& work, uint8_t* index, uint8_t* u) noexcept;
 
   // One row of x (cols) to z (cols) and q (sketch_width), see sketch.h. Returns its scale.
-  float (*rotate)(const void* x, const int32_t* perm, const int8_t* sign, int64_t cols, DType dtype,
-                  float* z, int8_t* q) noexcept;
+  float (*rotate)(const void* x, const uint32_t* turn, int64_t cols, DType dtype, float* z,
+                  int8_t* q) noexcept;
 
   // n_l of the 64 rows of one row tile and of every row of q (batch, sketch_width), into sum
   // (batch, 64). `before` are the codes of the row tile before, and of the one before that, or

@@ -85,8 +85,8 @@ void sketch_prepare(const SketchParams& p) {
   const Loops& loop = loops();
   const int64_t x_bytes = p.cols * (p.dtype == DType::kF32 ? 4 : 2);
   for (int64_t b = 0; b < p.batch; ++b) {
-    p.scale[b] = loop.rotate(static_cast<const char*>(p.x) + b * x_bytes, p.perm, p.sign, p.cols,
-                             p.dtype, p.z + b * p.cols, p.q + b * sketch_width(p.cols));
+    p.scale[b] = loop.rotate(static_cast<const char*>(p.x) + b * x_bytes, p.turn, p.cols, p.dtype,
+                             p.z + b * p.cols, p.q + b * sketch_width(p.cols));
   }
 }
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csfast import ops, sketches
+from csfast import ops
 from csfast.calibration import sketching
 from csfast.calibration.passes import undisturbed
 from csfast.codes import rotation, trellis
@@ -66,6 +66,9 @@ class Turn(Protocol):
     def inputs(self, x: Tensor) -> Tensor:
         """Rotate ``(..., cols)``."""
 
+    def weight(self, weight: Tensor) -> Tensor:
+        """Rotate a weight ``(rows, cols)`` so that it takes rotated inputs."""
+
     def undo(self, rotated: Tensor) -> Tensor:
         """Give back what was rotated."""
 
@@ -77,7 +80,7 @@ class Unturned:
         """Give the inputs as they are."""
         return x
 
-    undo = inputs
+    weight = undo = inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +92,8 @@ class Whole:
     def inputs(self, x: Tensor) -> Tensor:
         """Rotate ``(..., cols)``."""
         return (x.double() @ self.by).to(x.dtype)
+
+    weight = inputs
 
     def undo(self, rotated: Tensor) -> Tensor:
         """Give back what was rotated."""
@@ -104,22 +109,30 @@ def orthogonal(cols: int) -> Tensor:
     return found
 
 
-def turn_of(name: str, moment: Tensor, seed: int) -> tuple[Turn, int]:
-    """Give a rotation by its name, and the bits that it takes."""
+def turn_of(name: str, moment: Tensor, seed: int, column: Tensor | None = None) -> tuple[Turn, int]:
+    """Give a rotation by its name, and the bits that it takes.
+
+    Args:
+        name: One of none; full; block, which is neither dealt nor scaled; dealt, the package's; and
+            unscaled, the same with columns of the weight as they are.
+        moment: Second moment of the inputs.
+        seed: Of the signs.
+        column: Mean square of each column of the weight, for dealt.
+    """
     cols, device = len(moment), moment.device
     if name == "none":
         return Unturned(), 0
     if name == "full":
         return Whole(orthogonal(cols).to(device)), 0
-    energy = moment.diagonal() if name == "dealt" else torch.ones(cols)
-    turn = rotation.fit(energy, seed=seed)
-    n_bits = 8 * sketches.turned(turn).nbytes
+    energy = torch.ones(cols) if name == "block" else moment.diagonal()
+    turn = rotation.fit(energy, column=column if name == "dealt" else None, seed=seed)
+    n_bits = (32 if name == "dealt" else 16) * cols
     if name == "block":  # signs follow from the seed
-        turn = rotation.Rotation(torch.arange(cols, dtype=torch.int32), turn.sign)
+        turn = rotation.Rotation(torch.arange(cols, dtype=torch.int32), turn.scale)
         n_bits = 0
-    elif name != "dealt":
-        raise ValueError(f"[codes] rotation {name!r}: want none, full, block or dealt.")
-    return rotation.Rotation(turn.perm.to(device), turn.sign.to(device)), n_bits
+    elif name not in ("dealt", "unscaled"):
+        raise ValueError(f"[codes] rotation {name!r}: want none, full, block, unscaled or dealt.")
+    return turn.to(device), n_bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

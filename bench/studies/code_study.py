@@ -18,7 +18,7 @@ from csfast import documents, judge, models, sketches
 from csfast.calibration import sketching
 from csfast.calibration.passes import undisturbed
 from csfast.calibration.samples import draw, sorted_samples
-from csfast.codes import feedback, rotation, trellis
+from csfast.codes import feedback, trellis
 from csfast.judge import agreement
 from csfast.models import Stacked
 
@@ -259,12 +259,12 @@ class Study:
                 whole = whole * gain
             elif gain is not None:
                 moment = moment * gain.double() * gain.double()[:, None]
-            found, n_bits = turn_of(turn, moment, self.seed)
+            found, n_bits = turn_of(turn, moment, self.seed, whole.square().mean(0))
             wide = found.inputs(found.inputs(moment).T).T.contiguous()
             turns.append(found)
             own.append(n_bits)
             gains.append(gain if folded else None)
-            lefts.append(found.inputs(whole))
+            lefts.append(found.weight(whole))
             moments.append(wide.float())
             factors.append(feedback.spread(wide))
         return Prepared(
@@ -335,7 +335,7 @@ class Study:
         for name, bits in each.items():
             matrix = self.matrices[name, bits]
             made.weights[name] = self.decoded(matrix, base)
-            own = 8 * sketches.turned(matrix.rotation).nbytes
+            own = 8 * matrix.rotation.words().nbytes
             sizes = [8 * (level.codes.nbytes + level.step.nbytes) for level in matrix.levels]
             made.stored[name], made.read[name] = own + sum(sizes), own + sum(sizes[:base])
         return made
@@ -348,7 +348,7 @@ class Study:
             value = trellis.values(level.codes.to(self.device), rows, cols)
             whole += level.step.to(self.device).float()[:, None] * value
         turn = matrix.rotation
-        there = rotation.Rotation(turn.perm.to(self.device), turn.sign.to(self.device))
+        there = turn.to(self.device)
         return unfolded(there.undo(whole), self.by_name[matrix.name].gain())
 
     def layers(self, *kinds: str) -> list[str]:

@@ -88,10 +88,15 @@ def table() -> list[Row]:
     for n in (2, 3, 4):
         add("GPTQ", 3, f"GPTQ {n}", gptq(n))
         add("rounding", 2, f"round to nearest {n}", gptq(n, fed=False))
-    for name, turn in (("not rotated", "none"), ("not dealt", "block"), ("full rotation", "full")):
+    for name, turn in (
+        ("not rotated", "none"),
+        ("not dealt", "block"),
+        ("full rotation", "full"),
+        ("columns as they are", "unscaled"),
+    ):
         add("rotation", 7, f"trellis 3 {name}", varied(3, turn=turn))
     for n in (3, 4):
-        name = f"rotated GPTQ {n} in blocks gains folded"
+        name = f"rotated GPTQ {n} in blocks, columns scaled"
         add("rotation", 3, name, gptq(n, turn="dealt", folded=True))
     add("refit", 4, "trellis 3 one pass", varied(3, passes=1))
     add("refit", 8, "trellis 3 three passes", varied(3, passes=3))

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const SketchParams p) 
   float* z = p.z + b * p.cols;
   int8_t* q = p.q + b * sketch_width(p.cols);
   for (int64_t i = threadIdx.x; i < p.cols; i += kThreads) {
-    z[i] = __fmul_rn(static_cast<float>(x[p.perm[i]]), static_cast<float>(p.sign[i]));
+    z[i] = __fmul_rn(static_cast<float>(x[turned_channel(p.turn[i])]),
+                     __uint_as_float(turned_scale(p.turn[i])));
   }
   const int64_t block = rotation_block_of(p.cols);
   for (int64_t stride = 1; stride < block; stride *= 2) {

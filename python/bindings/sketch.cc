@@ -10,9 +10,8 @@ using namespace nb::literals;
 namespace {
 
 // The lists have an entry a level.
-void sketch(nb::list step, nb::list codes, nb::handle perm, nb::handle sign, nb::handle x,
-            nb::list bits, nb::handle z, nb::handle q, nb::handle scale, nb::handle y,
-            uintptr_t stream) {
+void sketch(nb::list step, nb::list codes, nb::handle turn, nb::handle x, nb::list bits,
+            nb::handle z, nb::handle q, nb::handle scale, nb::handle y, uintptr_t stream) {
   Call call("sketch");
   Size batch{"batch"}, cols{"cols"}, rows{"rows"};
   csfast::SketchParams p{};
@@ -37,8 +36,7 @@ void sketch(nb::list step, nb::list codes, nb::handle perm, nb::handle sign, nb:
     level.codes =
         call.in<uint8_t>(codes[l], ("codes" + at).c_str(), {&down, &across, &per_weight, &bytes});
   }
-  p.perm = call.in<int32_t>(perm, "perm", {&cols});
-  p.sign = call.in<int8_t>(sign, "sign", {&cols});
+  p.turn = reinterpret_cast<const uint32_t*>(call.in<int32_t>(turn, "turn", {&cols}));
   Size width{"q_width", csfast::sketch_width(cols)};
   p.z = call.out<float>(z, "z", {&batch, &cols});
   p.q = call.out<int8_t>(q, "q", {&batch, &width});
@@ -55,10 +53,10 @@ void sketch(nb::list step, nb::list codes, nb::handle perm, nb::handle sign, nb:
 }  // namespace
 
 void bind_sketch(nb::module_& m) {
-  m.def("sketch", &sketch, "step"_a, "codes"_a, "perm"_a, "sign"_a, "x"_a, "bits"_a, "z"_a, "q"_a,
-        "scale"_a, "y"_a, "stream"_a,
+  m.def("sketch", &sketch, "step"_a, "codes"_a, "turn"_a, "x"_a, "bits"_a, "z"_a, "q"_a, "scale"_a,
+        "y"_a, "stream"_a,
         nb::sig("def sketch(step: list[torch.Tensor], codes: list[torch.Tensor], "
-                "perm: torch.Tensor, sign: torch.Tensor, x: torch.Tensor, bits: list[int], "
+                "turn: torch.Tensor, x: torch.Tensor, bits: list[int], "
                 "z: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, y: torch.Tensor, "
                 "stream: int) -> None"));
   m.def("sketch_width", &csfast::sketch_width, "cols"_a);

@@ -87,19 +87,17 @@ def encode(
     return index, u
 
 
-def sketch(
-    codes: Sequence[Tensor], step: Sequence[Tensor], perm: Tensor, sign: Tensor, x: Tensor
-) -> Tensor:
+def sketch(codes: Sequence[Tensor], step: Sequence[Tensor], turn: Tensor, x: Tensor) -> Tensor:
     """Give ``y (batch, rows)``: float64, but for the rounding of inputs to int8, in float32."""
-    rows, cols = len(step[0]), len(perm)
-    turn = Rotation(perm, sign)
-    z = butterflies(x.float()[:, perm.long()] * sign.float(), turn.block)
+    rows, cols = len(step[0]), len(turn)
+    there = Rotation.of(turn)
+    z = butterflies(x.float()[:, there.perm.long()] * there.scale, there.block)
     most = z.abs().amax(1, keepdim=True)
     q = torch.where(most > 0, torch.round(z * (127 / most)), 0.0).double()
     y = torch.zeros(len(x), rows, dtype=torch.float64)
     for level, steps in zip(codes, step, strict=True):
         y += q @ trellis.values(level, rows, cols).double().T * steps.double()
-    scale: Tensor = most / 127 * math.sqrt(1 / turn.block)
+    scale: Tensor = most / 127 * math.sqrt(1 / there.block)
     return y * scale.double()
 
 

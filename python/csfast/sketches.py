@@ -96,7 +96,7 @@ class Matrix:
     def n_bits(self, n_levels: int | None = None) -> int:
         """Give how many bits reading the first levels takes, all that belongs to them counted."""
         read = self.read(n_levels)
-        own = turned(self.rotation).nbytes
+        own = self.rotation.words().nbytes
         return 8 * (own + sum(level.codes.nbytes + level.step.nbytes for level in read))
 
 
@@ -206,25 +206,11 @@ class Sketch:
         return {"stored": each(of, None), "read": each(of, n_levels), **groups}
 
 
-def turned(rotation: Rotation) -> Tensor:
-    """Give a permutation and its signs in one: the channel, or its complement where it is negated.
-
-    Returns:
-        ``(cols,)``, int16, or int32 where that does not hold the width.
-    """
-    signed = torch.where(rotation.sign > 0, rotation.perm, ~rotation.perm)
-    return signed.to(_turn_dtype(len(signed)))
-
-
-def _turn_dtype(cols: int) -> torch.dtype:
-    return torch.int16 if cols <= 1 << 15 else torch.int32
-
-
 def packed(matrices: list[Matrix]) -> dict[str, Tensor]:
     """Give the tensors of the file of some matrices, by name."""
     tensors = {}
     for matrix in matrices:
-        tensors[f"{matrix.name}.turn"] = turned(matrix.rotation)
+        tensors[f"{matrix.name}.turn"] = matrix.rotation.words()
         for i, level in enumerate(matrix.levels):
             tensors[f"{matrix.name}.{i}.codes"] = level.codes
             tensors[f"{matrix.name}.{i}.step"] = level.step
@@ -267,11 +253,11 @@ def unpacked(
         if name not in sizes:
             raise SketchError(f"[sketch] {file}: {name!r} is not a matrix of {INDEX}.")
         rows, cols, bits, base = (sizes[name][key] for key in ("rows", "cols", "bits", "base"))
-        turn = take(f"{name}.turn", _turn_dtype(cols), (cols,)).int()
-        perm = torch.where(turn < 0, ~turn, turn)
-        if not torch.equal(perm.long().sort().values, torch.arange(cols)):
+        turn = Rotation.of(take(f"{name}.turn", torch.int32, (cols,)))
+        if not torch.equal(turn.perm.long().sort().values, torch.arange(cols)):
             raise SketchError(f"[sketch] tensor {name + '.turn'!r}: want a permutation.")
-        sign = torch.where(turn < 0, -1, 1).to(torch.int8)
+        if not bool((torch.isfinite(turn.scale) & (turn.scale != 0)).all()):
+            raise SketchError(f"[sketch] tensor {name + '.turn'!r}: want finite scales, none of 0.")
         tiles = (-(-rows // trellis.TILE_ROWS), -(-cols // trellis.TILE_COLS))
         levels = []
         for i, n in enumerate(bits):
@@ -280,7 +266,7 @@ def unpacked(
             if not bool((torch.isfinite(step) & (step >= 0)).all()):
                 raise SketchError(f"[sketch] tensor '{name}.{i}.step': want finite numbers >= 0.")
             levels.append(Level(n, codes, step))
-        yield Matrix(name, rows, cols, Rotation(perm, sign), tuple(levels), base)
+        yield Matrix(name, rows, cols, turn, tuple(levels), base)
     if left:
         raise SketchError(f"[sketch] {file}: tensor {sorted(left)[0]!r} belongs to no matrix.")
 

@@ -12,7 +12,7 @@ import torch
 
 from csfast import _native, ops
 from csfast.bench.cases import Case
-from csfast.codes import trellis
+from csfast.codes import rotation, trellis
 from csfast.codes.levels import Packed
 from csfast.layer import Decision, Layer, Sensor, Weights
 from csfast.ops import table
@@ -335,7 +335,7 @@ def arguments_of(op, good):
     if op.name == "sketch":
         code = torch.zeros(1, 1, 2, 64, dtype=torch.uint8)
         values.update(codes=[code], step=[torch.ones(9, dtype=torch.bfloat16)], bits=[2])
-        values.update(perm=torch.arange(n).int(), sign=torch.ones(n, dtype=torch.int8))
+        values["turn"] = rotation.fit(torch.ones(n)).words()
         values["x"] = torch.ones(2, n)
     if op.name in ("select", "ffn"):
         values["cap"] = torch.full((BATCH,), 5, dtype=torch.int32)

@@ -28,14 +28,15 @@ CASES = (
 
 def _problem(rows, cols, bits, batch, seed=0, dtype=torch.float32):
     draws = torch.Generator().manual_seed(seed)
-    turn = rotation.fit(torch.rand(cols, generator=draws), seed=seed)
+    column = torch.rand(cols, generator=draws)
+    turn = rotation.fit(torch.rand(cols, generator=draws), column=column, seed=seed)
     codes, step = [], []
     for n in bits:
         tiles = (-(-rows // trellis.TILE_ROWS), -(-cols // trellis.TILE_COLS))
         codes.append(torch.randint(0, 256, (*tiles, n, 64), generator=draws, dtype=torch.uint8))
         step.append((torch.rand(rows, generator=draws) + 0.5).bfloat16())
     x = torch.randn(batch, cols, generator=draws).to(dtype)
-    return codes, step, turn.perm, turn.sign, x
+    return codes, step, turn.words(), x
 
 
 def test_matches_the_specification():
@@ -57,7 +58,7 @@ def test_is_the_product_with_what_was_coded():
     step = (rotated.square().mean(1).sqrt() * trellis.UNIT[4]).bfloat16()
     codes, _ = ops.encode(rotated, torch.eye(64), step.float(), bits=4)
     x = torch.randn(5, 64, generator=draws)
-    y = ops.sketch([codes], [step], turn.perm, turn.sign, x)
+    y = ops.sketch([codes], [step], turn.words(), x)
     wanted = x @ w.T
     # .0070 of the variance by the code, and (4 sigma / 127)^2 / 12 by int8.
     assert float((y - wanted).square().mean() / wanted.square().mean()) < 0.0080
@@ -65,11 +66,11 @@ def test_is_the_product_with_what_was_coded():
 
 def test_a_row_does_not_depend_on_the_others():
     for rows, cols, bits in CASES[2:]:
-        codes, step, perm, sign, x = _problem(rows, cols, bits, 16)
-        whole = ops.sketch(codes, step, perm, sign, x)
+        codes, step, turn, x = _problem(rows, cols, bits, 16)
+        whole = ops.sketch(codes, step, turn, x)
         for n in (1, 2, 3, 5, 16):
-            assert torch.equal(ops.sketch(codes, step, perm, sign, x[:n].contiguous()), whole[:n])
-        assert torch.equal(ops.sketch(codes, step, perm, sign, x[7:8].contiguous()), whole[7:8])
+            assert torch.equal(ops.sketch(codes, step, turn, x[:n].contiguous()), whole[:n])
+        assert torch.equal(ops.sketch(codes, step, turn, x[7:8].contiguous()), whole[7:8])
 
 
 def test_gives_the_same_bits_everywhere():
@@ -95,26 +96,26 @@ def test_gives_the_same_bits_everywhere():
 
 
 def test_says_nothing_of_what_is_not_finite():
-    codes, step, perm, sign, x = _problem(70, 48, (3,), 4)
-    wanted = ops.sketch(codes, step, perm, sign, x)
+    codes, step, turn, x = _problem(70, 48, (3,), 4)
+    wanted = ops.sketch(codes, step, turn, x)
     x[0] = 0
     x[1, 7] = torch.nan
     x[2, 3] = torch.inf
-    y = ops.sketch(codes, step, perm, sign, x)
+    y = ops.sketch(codes, step, turn, x)
     assert not y[0].any()
     assert bool(y[1:3].isnan().all())
     assert torch.equal(y[3], wanted[3])
-    assert ops.sketch(codes, step, perm, sign, x[:0]).shape == (0, 70)
+    assert ops.sketch(codes, step, turn, x[:0]).shape == (0, 70)
 
 
 def test_refuses_what_does_not_fit():
-    codes, step, perm, sign, x = _problem(70, 48, (3,), 2)
+    codes, step, turn, x = _problem(70, 48, (3,), 2)
     with pytest.raises(ValueError, match=r"\[sketch\] 0 levels: want 1 to 4"):
-        ops.sketch([], [], perm, sign, x)
+        ops.sketch([], [], turn, x)
     with pytest.raises(ValueError, match=r"\[sketch\] .*codes\[0\] has shape"):
-        ops.sketch([codes[0][:, :5].contiguous()], step, perm, sign, x)
+        ops.sketch([codes[0][:, :5].contiguous()], step, turn, x)
     with pytest.raises(ValueError, match=r"\[sketch\] .*want as many of each"):
-        ops.sketch(codes * 2, step, perm, sign, x)
+        ops.sketch(codes * 2, step, turn, x)
 
 
 @pytest.mark.gpu
@@ -122,8 +123,8 @@ def test_refuses_what_does_not_fit():
 def test_gives_the_same_bits_on_a_gpu():
     for rows, cols, bits in CASES:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            codes, step, perm, sign, x = _problem(rows, cols, bits, 5, dtype=dtype)
-            wanted = ops.sketch(codes, step, perm, sign, x)
+            codes, step, turn, x = _problem(rows, cols, bits, 5, dtype=dtype)
+            wanted = ops.sketch(codes, step, turn, x)
             there = [[t.cuda() for t in many] for many in (codes, step)]
-            y = ops.sketch(*there, perm.cuda(), sign.cuda(), x.cuda())
+            y = ops.sketch(*there, turn.cuda(), x.cuda())
             assert torch.equal(y.cpu(), wanted)

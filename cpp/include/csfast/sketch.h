@@ -1,6 +1,6 @@
 // Sketch: linear maps by their few-bit codes, on inputs that are rotated and rounded to int8.
 //
-//   z[b] = blocks of Hadamard(sign * x[b, perm]),  q[b] = round(z[b] * 127 / max |z[b]|)
+//   z[b] = blocks of Hadamard(scale * x[b, perm]),  q[b] = round(z[b] * 127 / max |z[b]|)
 //   n_l[b, r] = sum_c value_l[r, c] q[b, c]                                l < n_levels
 //   y[b, r] = sum_l n_l[b, r] step_l[r] * (max |z[b]| / 127 / sqrt(block))
 //
@@ -23,7 +23,7 @@ namespace csfast {
 
 inline constexpr int kSketchLevelsMax = 4;
 inline constexpr int64_t kSketchBatchMax = 65535;   // a grid dimension of CUDA
-inline constexpr int64_t kSketchColsMax = 1 << 17;  // 63 * 127 * that stays within int32
+inline constexpr int64_t kSketchColsMax = 1 << 16;  // of a word of a rotation
 inline constexpr int kRotationBlockMax = 128;
 
 // The channels that are rotated together.
@@ -48,6 +48,15 @@ constexpr int64_t sketch_width(int64_t cols) {
   return sketch_sum_at(cols) + 64;
 }
 
+// A word of a rotation: below the channel that stands at a place, of a permutation; above what it
+// is multiplied by, as bfloat16.
+constexpr uint32_t turned_channel(uint32_t word) {
+  return word & 0xffffu;
+}
+constexpr uint32_t turned_scale(uint32_t word) {  // the bits of a float
+  return word & 0xffff0000u;
+}
+
 struct SketchLevel {
   const uint8_t* codes;  // (row_tiles, col_tiles, bits, 64)
   const uint16_t* step;  // (rows), bfloat16
@@ -56,13 +65,12 @@ struct SketchLevel {
 
 struct SketchParams {
   SketchLevel level[kSketchLevelsMax];
-  const int32_t* perm;  // (cols), a permutation
-  const int8_t* sign;   // (cols), 1 or -1
-  const void* x;        // (batch, cols), T
-  float* z;             // (batch, cols), scratch
-  int8_t* q;            // (batch, sketch_width), scratch
-  float* scale;         // (batch), scratch
-  float* y;             // (batch, rows), written
+  const uint32_t* turn;  // (cols), see turned_channel and turned_scale
+  const void* x;         // (batch, cols), T
+  float* z;              // (batch, cols), scratch
+  int8_t* q;             // (batch, sketch_width), scratch
+  float* scale;          // (batch), scratch
+  float* y;              // (batch, rows), written
   int64_t batch, rows, cols;
   int n_levels;  // 1 .. kSketchLevelsMax
   DType dtype;   // T

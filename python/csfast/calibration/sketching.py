@@ -481,8 +481,9 @@ def code(stack: Stacked, moment: Tensor, levels: Levels, seed: int = 0) -> Matri
         seed: Of the signs.
     """
     with _stream_of_its_own(moment.device):
-        turn, there, rotated, factor = _turned(moment, seed)
-        left = there.weight(stack.weight()).contiguous()
+        weight = stack.weight()
+        turn, there, rotated, factor = _turned(moment, weight, seed)
+        left = there.weight(weight).contiguous()
         coded = []
         for n in levels.bits:
             codes, value, step = _level(left, rotated, factor, n, PASSES)
@@ -495,8 +496,9 @@ def code(stack: Stacked, moment: Tensor, levels: Levels, seed: int = 0) -> Matri
 def _error_of(stack: Stacked, moment: Tensor, bits: int, seed: int) -> Tensor:
     """What a trial of coding a matrix leaves of it, ``(rows, cols)``, as its own inputs meet it."""
     with _stream_of_its_own(moment.device):
-        _, there, rotated, factor = _turned(moment, seed)
-        left = there.weight(stack.weight()).contiguous()
+        weight = stack.weight()
+        _, there, rotated, factor = _turned(moment, weight, seed)
+        left = there.weight(weight).contiguous()
         _, value, step = _level(left, rotated, factor, bits, 1)
         error = there.undo(left - step[:, None] * value)
         gain = stack.gain()
@@ -520,12 +522,12 @@ _FACTORS = threading.Lock()
 
 
 def _turned(
-    moment: Tensor, seed: int
+    moment: Tensor, weight: Tensor, seed: int
 ) -> tuple[rotation.Rotation, rotation.Rotation, Tensor, Tensor]:
     """The rotation for a moment, on the CPU and beside it, its rotated form, how errors spread."""
-    turn = rotation.fit(moment.diagonal(), seed=seed)
+    turn = rotation.fit(moment.diagonal(), column=weight.square().mean(0), seed=seed)
     device = moment.device
-    there = rotation.Rotation(turn.perm.to(device), turn.sign.to(device))
+    there = turn.to(device)
     with _FACTORS:
         wide = moment.double()
         for of in (wide, wide.T):  # symmetric: rows, then columns

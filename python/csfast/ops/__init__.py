@@ -145,9 +145,7 @@ def encode(
     return codes, value
 
 
-def sketch(
-    codes: Sequence[Tensor], step: Sequence[Tensor], perm: Tensor, sign: Tensor, x: Tensor
-) -> Tensor:
+def sketch(codes: Sequence[Tensor], step: Sequence[Tensor], turn: Tensor, x: Tensor) -> Tensor:
     """Multiply a coded matrix with inputs, which are rotated and rounded to int8.
 
     Sums are exact integers: a row of the result has the same bits whatever the instruction set, the
@@ -157,8 +155,7 @@ def sketch(
         codes: Of each level that is read, the first first, 1 to 4 of them:
             ``(ceil(rows / 64), ceil(cols / 8), bits, 64)``, uint8, as `encode` gives them.
         step: Of each level, ``(rows,)``, bfloat16.
-        perm: Channel at each place, ``(cols,)``, int32, a permutation.
-        sign: ``(cols,)``, int8, 1 or -1.
+        turn: Of the inputs, ``(cols,)``, int32, as `csfast.codes.rotation.Rotation.words` gives it.
         x: Inputs, ``(batch, cols)``, T. A row that is not finite makes its result not-a-number.
 
     Returns:
@@ -173,7 +170,7 @@ def sketch(
     bits = [tensor.shape[2] if tensor.dim() == 4 else 0 for tensor in codes]
     if not 1 <= len(bits) <= 4:
         raise ValueError(f"[sketch] {len(bits)} levels: want 1 to 4.")
-    y: Tensor = CALL["sketch"](list(step), list(codes), perm, sign, x, bits)
+    y: Tensor = CALL["sketch"](list(step), list(codes), turn, x, bits)
     return y
 
 

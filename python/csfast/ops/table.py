@@ -148,8 +148,8 @@ OPS = (
     ),
     _row(
         "sketch",
-        "bfloat16[rows][] step, uint8[row_tiles col_tiles level_bits 64][] codes, int32[cols] perm,"
-        f"int8[cols] sign, {_X.replace(' d]', ' cols]')}, ints bits",
+        "bfloat16[rows][] step, uint8[row_tiles col_tiles level_bits 64][] codes, int32[cols] turn,"
+        f" {_X.replace(' d]', ' cols]')}, ints bits",
         "float32[batch rows] y",
         scratch="float32[batch cols] z, int8[batch sketch_width] q, float32[batch] scale",
         check=_few_rows,
