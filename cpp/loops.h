@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "csfast/engine.h"
 #include "csfast/execute.h"
 #include "csfast/linear.h"
 #include "csfast/nested.h"
@@ -43,6 +44,28 @@ struct Rows {
   float* sum;          // (n, d) at a distance of sum_stride, written
   int64_t sum_stride;  // floats from one row's sum to the next one's
   int64_t n;
+};
+
+// What one head of keys and values gives to the queries that share it, over neighbouring positions
+// of one text, none of them in another kAttentionSplit.
+struct AttendPart {
+  const float* q;    // (n_heads, head_dim)
+  const void* k;     // (position / 16, head_dim, 16), T, from position 0 on
+  const void* v;     // (position, head_dim), T
+  float* out;        // (n_heads, head_dim + 2), written: the sum, its largest score, its weight
+  int64_t head_dim;  // a multiple of 16
+  int64_t n_heads;
+  int64_t first, last;  // positions [first, last), at least one
+  float scale;          // of scores
+  float cap;            // of scores, or 0 for none
+  DType dtype;          // T, float32 or bfloat16
+};
+
+// The largest of some logits, the first of equals, and the sum of exp(logit - most).
+struct Likeliest {
+  float most;
+  float sum;  // not-a-number if a logit is
+  int64_t index;
 };
 
 struct Loops {
@@ -106,6 +129,18 @@ struct Loops {
 
   // y (n) -= scale * x (n), rounded twice.
   void (*subtract_scaled)(const float* x, float scale, int64_t n, float* y) noexcept;
+
+  // y (n) = x / sqrt(mean(x^2) + eps) * gain; gain (n), or null for 1.
+  void (*norm)(const float* x, const float* gain, int64_t n, float eps, float* y) noexcept;
+
+  // y (n) = activation(gate) * up.
+  void (*gated)(Activation activation, const float* gate, const float* up, int64_t n,
+                float* y) noexcept;
+
+  void (*attend)(const AttendPart& p) noexcept;
+
+  // Of logits (n), capped in place before that if cap > 0.
+  Likeliest (*likeliest)(float* logits, int64_t n, float cap) noexcept;
 
   // out (d) = the segments of sums (n_segments, d) added in order, and bias (d), T, unless that is
   // null; rounded to T once.

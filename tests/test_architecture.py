@@ -45,11 +45,21 @@ MAY_IMPORT = {
     "sketches": {"codes", "container", "files", "models", "types"},
     "plan": {"codes", "container", "files", "layer", "models", "types"},
     "calibration": {"codes", "container", "files", "models", "ops", "plan", "sketches", "types"},
+    "engine": {"models", "ops", "sketches", "types"},
     "votes": set(),
     "bypass": {"models", "votes"},
     "patch": {"bypass", "codes", "layer", "models", "ops", "plan", "session", "types", "votes"},
-    "__init__": {"_version", "bypass", "calibration", "documents", "models", "ops", "patch", "plan"}
-    | {"sketches", "types"},
+    "__init__": {
+        "_version",
+        "bypass",
+        "calibration",
+        "documents",
+        "engine",
+        "models",
+        "ops",
+        "patch",
+    }
+    | {"plan", "sketches", "types"},
     "doctor": {"_version", "codes", "layer", "models", "ops", "reference"},
     "bench": {"codes", "designs", "doctor", "layer", "ops", "reference", "session", "types"},
     "judge": {"codes", "files", "layer", "models", "ops", "patch", "plan", "pursuit", "reference"}
@@ -63,8 +73,8 @@ MAY_IMPORT = {
 }
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.
 RUN_BY_IMPORT = (
-    "__init__ _native _version bypass calibration codes container documents files layer models ops "
-    "patch plan session sketches types votes"
+    "__init__ _native _version bypass calibration codes container documents engine files layer "
+    "models ops patch plan session sketches types votes"
 ).split()
 # Each operation may include the headers on its line, its own and those that all may.
 OPERATIONS = re.findall(
@@ -76,6 +86,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     "select": {"sense", "recover", "tile"},
     "ffn": {"select", "execute", "tile"},
     "session": {"ffn"},
+    "engine": {"linear", "sketch"},
 }
 ALL_MAY_INCLUDE = {"design", "layer", "prepared", "types", "planes", "trellis", "isa"}
 # Each folder of cuda/ may include headers of the folders on its line, its own and those of common.

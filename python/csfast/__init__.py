@@ -18,8 +18,9 @@ from ._version import __version__
 from .bypass import StaleWeightsError
 from .calibration import calibrate, sketch
 from .documents import read as read_documents
+from .engine import Engine, Result
 from .models import stream_text
-from .ops import BackendError
+from .ops import BackendError, NotFiniteError
 from .patch import (
     Applied,
     ResourceLimitError,
@@ -41,9 +42,12 @@ __all__ = [
     "Applied",
     "BackendError",
     "Document",
+    "Engine",
+    "NotFiniteError",
     "Plan",
     "PlanError",
     "ResourceLimitError",
+    "Result",
     "Sketch",
     "SketchError",
     "StaleWeightsError",

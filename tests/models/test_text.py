@@ -8,7 +8,6 @@ import torch
 
 import tiny
 from csfast import calibrate, judge, models
-from csfast.models import text as text_
 from csfast.types import Document, UnsupportedModelError
 
 BOS, EOS = 256, 257
@@ -74,7 +73,7 @@ def test_half_characters_are_held_back():
     tokenizer = tiny.make_tokenizer()
 
     def pieces(ids):
-        return list(text_._pieces(tokenizer, iter(ids), frozenset()))
+        return list(models.pieces(tokenizer, iter(ids), frozenset()))
 
     assert pieces(tokens("aé€b")) == ["a", "é", "€", "b"]
     assert pieces(tokens("é")[:1]) == ["\ufffd"]

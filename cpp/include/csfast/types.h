@@ -20,6 +20,11 @@ struct BackendError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What a model makes of its input is not a number.
+struct NotFiniteError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 namespace cuda {
 bool available();
 }

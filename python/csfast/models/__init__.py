@@ -4,6 +4,7 @@ The one room that imports transformers, and only where it is called: importing i
 """
 
 from .chat import Message, has_template, render
+from .decoder import DECODED, Decoder, DecoderLayer, Map, find_decoder, rotations
 from .fingerprint import Fingerprint, fingerprint
 from .linears import FAMILIES, KINDS, Kind, Stacked, family_of, find_linears, hash_of
 from .load import demo_folder, load
@@ -29,6 +30,7 @@ from .text import (
     encode,
     end_tokens,
     hidden_states,
+    pieces,
     prompt_ids,
     stream_text,
     token_ids,
@@ -38,16 +40,20 @@ from .text import (
 __all__ = [
     "ACTIVATIONS",
     "APART",
+    "DECODED",
     "DTYPES",
     "FAMILIES",
     "FUSED",
     "KINDS",
     "N_DENSE",
     "PATCH",
+    "Decoder",
+    "DecoderLayer",
     "Encoded",
     "Ffn",
     "Fingerprint",
     "Kind",
+    "Map",
     "Message",
     "NothingLeftError",
     "Projection",
@@ -60,6 +66,7 @@ __all__ = [
     "encode",
     "end_tokens",
     "family_of",
+    "find_decoder",
     "find_ffns",
     "find_linears",
     "fingerprint",
@@ -68,8 +75,10 @@ __all__ = [
     "hidden_states",
     "is_patched",
     "load",
+    "pieces",
     "prompt_ids",
     "render",
+    "rotations",
     "stream_text",
     "token_ids",
     "vocabulary",

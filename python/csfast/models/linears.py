@@ -61,10 +61,7 @@ class Stacked:
 
     def gain(self) -> Tensor | None:
         """Give what the norm multiplies its output by, ``(cols,)`` float32, if there is a norm."""
-        if self.norm is None:
-            return None
-        weight = cast(Tensor, self.norm.weight).detach().float()
-        return 1 + weight if type(self.norm).__name__.startswith("Gemma") else weight
+        return None if self.norm is None else gain_of(self.norm)
 
     def weight(self) -> Tensor:
         """Give the matrix with the gain folded in, ``(rows, cols)``, float32.
@@ -98,6 +95,12 @@ class Stacked:
         eps = getattr(self.norm, "variance_epsilon", getattr(self.norm, "eps", None))
         scale: Tensor = torch.rsqrt(x.square().mean(1, keepdim=True) + cast(float, eps))
         return x * scale
+
+
+def gain_of(norm: nn.Module) -> Tensor:
+    """Give what a norm multiplies its output by, ``(cols,)`` float32."""
+    weight = cast(Tensor, norm.weight).detach().float()
+    return 1 + weight if type(norm).__name__.startswith("Gemma") else weight
 
 
 def find_linears(model: nn.Module) -> list[Stacked]:

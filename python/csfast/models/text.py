@@ -208,7 +208,7 @@ def stream_text(
             f"[generate] a prompt of {len(ids)} tokens and {max_new_tokens} new ones: want at most "
             f"{length} together, the model's context."
         )
-    return _pieces(
+    return pieces(
         tokenizer, _new_tokens(model, ids, max_new_tokens, temperature, seed), end_tokens(model)
     )
 
@@ -324,10 +324,18 @@ def _new_tokens(
             return
 
 
-def _pieces(
+def pieces(
     tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int], ends: frozenset[int]
 ) -> Iterator[str]:
-    """Text of the tokens so far, less what was given; held back while a character is unfinished."""
+    """Give text as tokens come: of those so far, less what was given; no half of a character.
+
+    A continuation without any text is explained by a warning of the logger ``csfast``.
+
+    Args:
+        tokenizer: Of the model.
+        tokens: Of the continuation.
+        ends: Tokens that end it, and are no text.
+    """
     seen: list[int] = []
     given = 0
     text = ""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _native as native  # for what is no operation: `session`, `designs`, `bench.reader`
 from .._native import BackendError as BackendError
+from .._native import NotFiniteError as NotFiniteError
 from .._native import cuda_available as cuda_available
 from .._native import isa as isa
 from ..codes import trellis
