@@ -159,7 +159,7 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         longest: int = 8,
-        surely: float = 0.1,
+        surely: float = 0.2,
         lookup: bool = True,
     ) -> list[Result]:
         """Continue prompts, one after another, each with the tokens that the model likes best.
@@ -206,7 +206,7 @@ class Engine:
         *,
         max_new_tokens: int = 128,
         longest: int = 8,
-        surely: float = 0.1,
+        surely: float = 0.2,
         lookup: bool = True,
     ) -> Iterator[str]:
         """Continue one prompt and give the text piece by piece, as it is checked.
