@@ -46,6 +46,7 @@ LEVELS_MAX = 4
 AVERAGES = (2.0, 5.0)  # that can be asked for
 _MOMENT_BYTES = 1 << 30  # of second moments at a time
 _CHUNK = 1024  # rows of a moment that are rotated at a time
+_ROWS = 8192  # of a weight, likewise
 _GROUPS: dict[str, tuple[Kind, ...]] = {
     "all": KINDS,
     **sketches.PARTS,
@@ -483,11 +484,11 @@ def code(stack: Stacked, moment: Tensor, levels: Levels, seed: int = 0) -> Matri
     with _stream_of_its_own(moment.device):
         weight = stack.weight()
         turn, there, rotated, factor = _turned(moment, weight, seed)
-        left = there.weight(weight).contiguous()
+        left = _rotated(there, weight)
         coded = []
         for n in levels.bits:
             codes, value, step = _level(left, rotated, factor, n, PASSES)
-            left -= step[:, None] * value
+            left.addcmul_(step[:, None], value, value=-1)
             coded.append(Level(n, codes.cpu(), step.bfloat16().cpu()))
     return Matrix(stack.name, stack.rows, stack.cols, turn, tuple(coded), levels.base)
 
@@ -498,9 +499,9 @@ def _error_of(stack: Stacked, moment: Tensor, bits: int, seed: int) -> Tensor:
     with _stream_of_its_own(moment.device):
         weight = stack.weight()
         _, there, rotated, factor = _turned(moment, weight, seed)
-        left = there.weight(weight).contiguous()
+        left = _rotated(there, weight)
         _, value, step = _level(left, rotated, factor, bits, 1)
-        error = there.undo(left - step[:, None] * value)
+        error = there.undo(left.addcmul_(step[:, None], value, value=-1))
         gain = stack.gain()
         return error if gain is None else torch.where(gain == 0, 0.0, error / gain)
 
@@ -515,6 +516,13 @@ def _level(
         value = value.float()
         step = _fitted(left, value, moment, step)
     return codes, value, step
+
+
+def _rotated(turn: rotation.Rotation, weight: Tensor) -> Tensor:
+    """Rotate a weight in its place."""
+    for part in torch.split(weight, _ROWS):
+        part.copy_(turn.weight(part))
+    return weight
 
 
 # Factors of float64 are the most that coding holds: one at a time, whatever is side by side.
@@ -544,8 +552,11 @@ def _turned(
 
 def _fitted(left: Tensor, value: Tensor, moment: Tensor, step: Tensor) -> Tensor:
     """The step of each row that is best for its codes on the inputs, with digits of bfloat16."""
-    seen = value @ moment
-    fitted = (left * seen).sum(1) / (value * seen).sum(1)
+    fitted = torch.empty_like(step)
+    for start in range(0, len(step), _ROWS):
+        part = slice(start, start + _ROWS)
+        seen = value[part] @ moment
+        fitted[part] = (left[part] * seen).sum(1) / (value[part] * seen).sum(1)
     is_sound = torch.isfinite(fitted) & (fitted > 0) & (step > 0)
     return torch.where(is_sound, fitted, step).bfloat16().float()
 

@@ -81,7 +81,7 @@ class Stacked:
             return whole
         if not bool(torch.isfinite(gain).all()):
             raise ValueError(f"[sketch] gain of the norm before {self.name}: want finite numbers.")
-        return whole * gain
+        return whole.mul_(gain)
 
     def inputs(self, h: Tensor) -> Tensor:
         """Give what the matrix with its gain folded in reads, ``(n, cols)``, float32.
