@@ -22,8 +22,9 @@ from csfast.files import write_atomic
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 MOST_BYTES = 500_000  # of all files: what a clone has to carry
-# Kinds of rows, by a key that no other kind has, and what is left out of them: half of an ablation
-# are densities of each layer for each task, of the two studies losses of each task.
+# Kinds of rows, by a key that no other kind has, and what is left out of them, a key of an object
+# behind a point: half of an ablation are densities of each layer for each task, of studies losses
+# of each task.
 UNREAD = {
     "structure": ("density_per_task_layer",),
     "bits_stored": ("density", "per_task", "select_delta"),
@@ -31,6 +32,7 @@ UNREAD = {
         *("density_met", "energy", "family", "per_task", "recall", "select_delta"),
         *("sensor_fraction", "structure", "target", "target_density"),
     ),
+    "relative_error": ("bits.attention", "bits.ffn", "relative_error", "seconds", "tasks"),
 }
 # Places behind the point for what stands many times in a row: tables and pages show four at most.
 SHORT = ("density_per_layer", "density_per_task", "per_task", "per_task_ci95")
@@ -68,10 +70,17 @@ def _row(row: dict[str, Any], without: Sequence[str]) -> dict[str, Any]:
     """Give what is kept of a row."""
     unread = {key for kind, keys in UNREAD.items() if kind in row for key in keys} | {*without}
     return {
-        key: _short(value) if key in SHORT else value
+        key: _short(value) if key in SHORT else _without(value, key, unread)
         for key, value in row.items()
         if key not in unread
     }
+
+
+def _without(value: Any, name: str, unread: set[str]) -> Any:
+    """Give a value of a row; of an object what is read of it."""
+    if not isinstance(value, dict):
+        return value
+    return {key: member for key, member in value.items() if f"{name}.{key}" not in unread}
 
 
 def _short(value: Any) -> Any:

@@ -178,13 +178,13 @@ def of_kind(rows: Sequence[Mapping[str, Any]], *kinds: str) -> list[Mapping[str,
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lay out the table, and what it says of widths, heads and rules."""
-    lines = [f"{'':44} {'stored':>6} {'read':>6} {'head':>6} {'KL':>9} {'top-1':>6} {'s':>6}"]
+    lines = [f"{'':44} {'stored':>6} {'read':>6} {'head':>6} {'KL':>9} {'top-1':>6}"]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     for row in sorted(rows, key=lambda row: kinds.index(row["kind"])):
         bits = row["bits"]
         lines.append(
             f"{row['name']:44} {bits['stored']:6.2f} {bits['read']:6.2f} {bits['head']:6.2f} "
-            f"{row['kl']:9.5f} {row['top1']:6.3f} {row['seconds']:6.1f}"
+            f"{row['kl']:9.5f} {row['top1']:6.3f}"
         )
     own = [*of_kind(rows, "trellis", "mix"), *_two_levels(rows, "trellis")]
     for most, what in WIDTHS:

@@ -88,7 +88,10 @@ def test_what_nobody_reads_is_not_recorded(tool):
     ablated = {"structure": "ffn", "delta": 0.123456, "per_task": {"math": 0.123456}}
     ablated |= {"density_per_task_layer": {"math": [0.5]}, "density_per_layer": [0.123456, 0.5]}
     stored = {"bits_stored": 6.0, "per_task": {"math": 0.5}, "delta": 0.5, "density": 0.5}
-    found = json.loads(tool.recorded({**MADE, "rows": [ablated, stored]}))
+    bits = {"stored": 3.1, "read": 3.1, "ffn": 3.0, "attention": 3.2, "head": 16.0}
+    raced = {"name": "trellis 3", "bits": bits, "kl": 0.1, "tasks": {"math": {"kl": 0.1}}}
+    raced |= {"relative_error": None, "seconds": 1.5}
+    found = json.loads(tool.recorded({**MADE, "rows": [ablated, stored, raced]}))
     assert found["rows"] == [
         {
             "structure": "ffn",
@@ -97,6 +100,7 @@ def test_what_nobody_reads_is_not_recorded(tool):
             "density_per_layer": [0.1235, 0.5],
         },
         {"bits_stored": 6.0, "delta": 0.5},
+        {"name": "trellis 3", "bits": {"stored": 3.1, "read": 3.1, "head": 16.0}, "kl": 0.1},
     ]
     found = json.loads(tool.recorded({**MADE, "rows": [ablated]}, without=["per_task"]))
     assert "per_task" not in found["rows"][0]
