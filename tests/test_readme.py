@@ -147,7 +147,7 @@ def test_sketches_of_pretrained_models_come_from_what_eval_wrote(tool):
     # Without a record nothing is said of any.
     assert tool.sketches([]) == "" and "sketch" not in tool.figures(found[:1])
     text = "<!-- sketches -->\nold\n<!-- /sketches -->\n"
-    bare = tool.render(text, [], tool.QUALITY_TABLES)
+    bare = tool.render(text, [], {"sketches": tool.sketches})
     assert bare == "<!-- sketches -->\n<!-- /sketches -->\n"
 
 
@@ -189,16 +189,20 @@ def test_the_test_command_is_what_ci_runs():
     assert "\n./csfast.sh test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-@inside(page=["README.md", "docs/speed.md", "docs/findings.md", "docs/quality.md"])
+WITH_FIGURES = [
+    *("README.md", "docs/speed.md", "docs/findings.md", "docs/quality.md"),
+    "docs/decisions/0006-sketches-are-trellis-codes.md",
+]
+
+
+@inside(page=WITH_FIGURES)
 def test_figures_are_up_to_date(tool, page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert tool.render(text, tool.load(ROOT / "bench" / "results"), tool.PAGES[page]) == text
 
 
 def test_every_page_with_figures_is_checked(tool):
-    assert set(tool.PAGES) == {
-        *("README.md", "docs/speed.md", "docs/findings.md", "docs/quality.md")
-    }
+    assert set(tool.PAGES) == set(WITH_FIGURES)
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -313,6 +317,24 @@ def test_findings_come_from_results(tool):
 
 
 def test_pretrained_models_stand_before_our_own(tool):
+    smollm, gemma = tool.PRETRAINED
+    bits = {"stored": 3.3, "read": 3.06, "head": 16.0}
+    under = {"name": tool.UNDER, "bits": bits, "kl": 0.125, "kl_ci95": [0.1, 0.15], "top1": 0.9}
+    coded = [{**under, "name": f"head {name} on {tool.UNDER}", "kl": 0.25} for name in tool.HEADS]
+    other = {**under, "bits": {**bits, "read": 3.05}, "kl": 0.0117, "kl_ci95": [0.01, 0.02]}
+    raced = [
+        {"about": gemma, "new_tokens": 96, "rows": [other, *coded]},
+        {"about": smollm, "new_tokens": 96, "rows": [under, {**under, "name": "E8 3"}, *coded]},
+    ]
+    text = tool.codes(raced, [tool.UNDER, "E8 3", "of nobody"])
+    assert text.splitlines() == [
+        "| code | bits | SmolLM2-135M: KL, 95 % | top-1 | Gemma 3 270M: KL, 95 % | top-1 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| trellis 3 | 3.06, 3.05 | .125 [.100, .150] | .900 | .0117 [.0100, .0200] | .900 |",
+        "| E8 3 | 3.06 | .125 [.100, .150] | .900 | - | - |",
+    ]
+    assert "\n| trellis 4+2 | 16.00 | +0.12500 | 16.00 | +0.23830 |\n" in tool.heads(raced)
+    assert tool.codes([], tool.CODES) == tool.heads([]) == tool.MISSING
     task = {"dense_loss": 2.0, "loss": 2.5, "delta": 0.5, "ci95": [0.25, 0.75], "kl": 0.25}
     tasks = {"math": task | {"top1_agreement": 0.5}, "code": task | {"top1_agreement": 1.0}}
     found = {"mean_delta": 0.5, "mean_ci95": [0.4, 0.6], "tasks": tasks}

@@ -12,11 +12,12 @@ reached beside what the files of one folder say.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -519,6 +520,54 @@ drafts, made on the first level, a check keeps."""
     )
 
 
+def _raced(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Give rows by name of what bench/studies/codes.py wrote, pretrained models in their order."""
+    found = {r["about"]: r["rows"] for r in results if "about" in r and "new_tokens" in r}
+    return {name: {row["name"]: row for row in found[name]} for name in PRETRAINED if name in found}
+
+
+def _divergence(row: dict[str, Any]) -> str:
+    value, low, high = (f"{x:#.3g}".removeprefix("0") for x in (row["kl"], *row["kl_ci95"]))
+    return f"{value} [{low}, {high}]"
+
+
+def codes(results: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """Give few-bit codes of whole models, all models in one table."""
+    models = _raced(results)
+    head = ["code", "bits"]
+    for about in models:
+        head += [f"{about.removesuffix('-Instruct')}: KL, 95 %", "top-1"]
+    rows = []
+    for name in names:
+        members = [model.get(name) for model in models.values()]
+        bits = [f"{row['bits']['read']:.2f}" for row in members if row is not None]
+        cells: list[str] = []
+        for row in members:
+            if row is None:
+                cells += ["-", "-"]
+            else:
+                cells += [_divergence(row), f"{row['top1']:.3f}".removeprefix("0")]
+        if bits:
+            said = name.replace("blocks, columns scaled", "blocks, scaled")
+            rows.append((said, ", ".join(dict.fromkeys(bits)), *cells))
+    return table(tuple(head), rows)
+
+
+def heads(results: list[dict[str, Any]]) -> str:
+    """What a coded head adds to the divergence of layers that are coded already."""
+    models = _raced(results)
+    rows = []
+    for name in HEADS:
+        cells: list[str] = []
+        for model in models.values():
+            row, under = model[f"head {name} on {UNDER}"], model[UNDER]
+            cells += [f"{row['bits']['head']:.2f}", f"{row['kl'] - under['kl']:+.5f}"]
+        if cells:
+            rows.append((name, *cells))
+    names = [about.removesuffix("-Instruct") for about in models]
+    return table(("head", *(cell for name in names for cell in (f"{name}: bits", "KL"))), rows)
+
+
 def _drafters(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """What README.md shows of sketches, one of every pretrained model.
 
@@ -673,6 +722,51 @@ def _style(used: set[str]) -> str:
 SKETCH_WORDS = """\
 A [*sketch*](docs/sketch.md) is the whole model in so many bits of a weight, for drafts that the
 dense model checks: beside it stands how many of 4 drafts in a row a check keeps."""
+# Rows of bench/studies/codes.py that pages show.
+CODES = (
+    *("round to nearest 4", "GPTQ 4", "rotated GPTQ 2", "rotated GPTQ 3", "rotated GPTQ 4"),
+    *("scalar 3", "E8 3", "trellis 3 columns as they are", "trellis 2", "trellis 3", "trellis 4"),
+    *("mix 2.53", "mix 3.25", "trellis 3+3", "rotated GPTQ 6"),
+)
+RACES = {
+    "uniform": (
+        *(f"{code} {n}" for code in ("round to nearest", "GPTQ") for n in (3, 4)),
+        *(f"rotated GPTQ {n}" for n in (2, 3, 4, 5, 6)),
+        *("rotated GPTQ ffn 2 attention 3", "rotated GPTQ ffn 2 attention 4"),
+        *(f"{code} {n}" for code in ("scalar", "E8", "trellis") for n in (2, 3, 4)),
+        *("scalar 3 groups", "trellis 3 memory 6", "trellis 3 memory 4", "trellis 2 memory 4"),
+        *("mix 2.53", "mix 3.25", "mix 4.25"),
+    ),
+    "rotations": (
+        *("trellis 3", "trellis 3 columns as they are", "trellis 3 not dealt"),
+        *("trellis 3 full rotation", "trellis 3 not rotated"),
+        *("rotated GPTQ 3", "rotated GPTQ 3 in blocks, columns scaled"),
+        *("rotated GPTQ 4", "rotated GPTQ 4 in blocks, columns scaled"),
+    ),
+    "refits": (
+        *("trellis 3", "trellis 3 one pass", "trellis 3 three passes"),
+        *("trellis 3 fitted to weights", "trellis 3 scales refitted"),
+        *("trellis 3 norms refitted", "trellis 3 norms scales refitted"),
+    ),
+    "levels": (
+        *("trellis 2+1", "trellis 2+2", "trellis 4+1", "trellis 2+4", "trellis 3+3"),
+        *("mix 2.53+3", "mix 3.25+3", "scalar 3+3", "rotated GPTQ 3+3", "rotated GPTQ 6"),
+    ),
+    "rules": (
+        *("neurons 3+3 0.1", "neurons 3+3 0.1 skip 0.25", "neurons 3+3 0.25 skip 0.25"),
+        *("neurons 3+3 0.1 skip 0.5", "neurons 2+2 0.25", "neurons 2+2 0.25 skip 0.25"),
+        *("neurons 2+4 0.1", "neurons 2+4 0.25 skip 0.25", "neurons 3 exact 0.02"),
+        *("channels 3+3 0.1", "channels 3+3 0.25", "channels 2+2 0.25", "channels 3 exact 0.02"),
+        *("channels 3+3 0.1 not rotated", "layers 3+3 0.1", "layers 3+3 0.25", "layers 2+2 0.25"),
+    ),
+}
+UNDER = "trellis 3"  # of the layers whose head is coded
+HEADS = (
+    *("round to nearest 4", "scalar 3", "scalar 4", "scalar 5", "scalar 6", "scalar 8"),
+    *("trellis 3", "trellis 4", "trellis 3+3", "trellis 4+2", "trellis 4+4"),
+    *("trellis 3+3 best 64", "trellis 3+3 best 256", "trellis 4+2 best 64"),
+    *("trellis 4+2 best 256", "trellis 4+4 best 64", "trellis 3 best 64 exact"),
+)
 TABLES = {"figures": figures}
 SPEED_TABLES = {
     "targets": targets,
@@ -684,12 +778,17 @@ SPEED_TABLES = {
 }
 FOUND_TABLES = {"quality": costs, "rules": rules, "storage": storage, "curve": curve}
 PICTURE = "docs/loss.svg"
-QUALITY_TABLES = {"sketches": sketches}
+QUALITY_TABLES = {"sketches": sketches, "codes": functools.partial(codes, names=CODES)}
+RACE_TABLES = {
+    **{name: functools.partial(codes, names=names) for name, names in RACES.items()},
+    "heads": heads,
+}
 PAGES = {
     "README.md": TABLES,
     "docs/speed.md": SPEED_TABLES,
     "docs/findings.md": FOUND_TABLES,
     "docs/quality.md": QUALITY_TABLES,
+    "docs/decisions/0006-sketches-are-trellis-codes.md": RACE_TABLES,
 }
 
 
