@@ -67,8 +67,8 @@ MAY_IMPORT = {
     "report": {"_version", "doctor", "files", "types"},
     "demo": {"bench", "calibration", "doctor", "documents", "judge", "models", "patch", "plan"}
     | {"report", "types"},
-    "cli": {"_version", "bench", "calibration", "demo", "doctor", "documents", "files", "judge"}
-    | {"models", "ops", "patch", "plan", "report", "sketches", "types"},
+    "cli": {"_version", "bench", "calibration", "demo", "doctor", "documents", "engine", "files"}
+    | {"judge", "models", "ops", "patch", "plan", "report", "sketches", "types"},
     "__main__": {"cli"},
 }
 # What `import csfast` is for a program that runs a model: it reaches no judge and no page.

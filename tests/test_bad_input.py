@@ -699,7 +699,7 @@ TABLE = {
     "command without plan": (
         lambda s: s.command("generate", "demo", "--prompt", "x"),
         E,
-        "[generate] no plan: want one, or --dense",
+        "[generate] no plan: want one, --sketch or --dense",
     ),
     "command with another plan": (
         lambda s: s.command("generate", "demo", "{plan}", "--prompt", "x"),

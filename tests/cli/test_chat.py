@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import csfast
 import tiny
 from csfast import doctor, models, ops
 from csfast.cli import app, chat
+from csfast.engine import lookup
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -79,6 +81,25 @@ def test_a_chat_remembers_what_was_said(folder):
     messages += [{"role": "assistant", "content": first}, user("two")]
     assert done.stdout == f"{first}\n{answer(folder, messages, 6)}\n"
 
+    # The same with drafts, of which the engine's own dense answers are the measure.
+    model, tokenizer = models.load(folder)
+    codes = csfast.sketch(
+        model, ["hello world " * 60], tokenizer, out=folder / "a.sketch", bits="2,head=4"
+    )
+    engine = csfast.Engine(model, codes, tokenizer=tokenizer)
+    messages = []
+    for text in ("one", "two"):
+        messages.append(user(text))
+        ids = models.prompt_ids(tokenizer, messages)
+        (made,) = engine.generate(ids, max_new_tokens=30, longest=0, lookup=False)
+        messages.append({"role": "assistant", "content": made.text})
+    given = ("chat", folder, "--sketch", folder / "a.sketch", "--max-new-tokens", 30)
+    for more in ((), ("--dense",)):
+        done = call(*given, *more, said="one\ntwo\n")
+        assert done.exit_code == 0, done.output
+        assert done.stdout == f"{messages[1]['content']}\n{messages[3]['content']}\n"
+        assert "dense" not in done.stderr and done.stderr.count(" looked up.\n") == 2
+
 
 def test_a_chat_runs_a_plan_or_says_that_it_runs_none(folder):
     done = call("chat", folder, folder / "a.plan", "--max-new-tokens", 4, said="one\n")
@@ -128,6 +149,26 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(folder, monkeypatch):
     assert seen == [["one"], ["one", "begun", "two"]]
     seen.clear()
     done = call("generate", folder, "--dense", "--chat", *PROMPT)
+    assert done.exit_code == app.INTERRUPTED
+
+    drafts = lookup.Lookup.drafts
+
+    def interrupt(text, longest):
+        seen.append(longest)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return drafts(text, longest)
+
+    monkeypatch.setattr(lookup.Lookup, "drafts", interrupt)
+    model, tokenizer = models.load(folder)
+    made = folder / "b.sketch"
+    csfast.sketch(model, ["hello world " * 60], tokenizer, out=made, bits="2,head=4")
+    done = call("chat", folder, "--sketch", made, "--max-new-tokens", 40, said="one\ntwo\n")
+    assert done.exit_code == 0, done.output
+    counts = [int(n) for n in re.findall(r"csfast: (\d+) tokens, the first after", done.stderr)]
+    assert len(counts) == 2 and 4 <= counts[0] < counts[1] == 40
+    seen.clear()
+    done = call("generate", folder, "--sketch", made, "--chat", *PROMPT)
     assert done.exit_code == app.INTERRUPTED
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def plan(folder, data):
     done = call("calibrate", "demo", "--data", data, "--out", path, "--tokens", 1500)
     assert done.exit_code == 0, done.output
     return path
+
+
+@pytest.fixture(scope="module")
+def sketch(folder):
+    """A coarse sketch of the shipped model, a folder."""
+    made = folder / "demo.sketch"
+    model, tokenizer = models.load(models.demo_folder())
+    sample = documents.split(documents.read(models.demo_folder() / "sample.jsonl"), "select")
+    few = documents.few(sample, 2)
+    csfast.sketch(model, few, tokenizer, out=made, bits="2+2,head=4", max_tokens=600)
+    return made
 
 
 def call(*arguments):
@@ -108,13 +120,8 @@ def test_calibrate_takes_codes_blocks_and_joint_batches(folder, data):
     assert (results["bits"], results["block"]) == ("ternary", 16)
 
 
-def test_eval_judges_a_sketch(folder):
-    made = folder / "demo.sketch"
-    model, tokenizer = models.load(models.demo_folder())
-    sample = documents.split(documents.read(models.demo_folder() / "sample.jsonl"), "select")
-    codes = csfast.sketch(
-        model, documents.few(sample, 2), tokenizer, out=made, bits="2+2,head=4", max_tokens=600
-    )
+def test_eval_judges_a_sketch(folder, sketch):
+    made, codes = sketch, csfast.Sketch.load(sketch)
     texts = [{"task": task, "text": f"{i} {TEXT}"} for task in ("tale", "b") for i in range(9)]
     data = folder / "texts.jsonl"
     data.write_text("\n".join(json.dumps(text) for text in texts))
@@ -173,6 +180,38 @@ def test_generate_streams_text(plan):
     assert done.stdout.strip()
     assert "bytes beside the model" in done.stderr
     assert "calls of layers dense" not in done.stderr
+
+
+def test_generate_drafts_with_a_sketch_and_says_what_it_bought(sketch, monkeypatch):
+    engine = csfast.Engine(models.demo_folder(), sketch)
+    (wanted,) = engine.generate(TEXT[:80], max_new_tokens=48, longest=0, lookup=False)
+    (drafted,) = engine.generate(TEXT[:80], max_new_tokens=48)
+    n = len(wanted.ids) - 1
+    assert drafted.ids == wanted.ids and drafted.checks < n
+    given = ("generate", "demo", "--sketch", sketch, "--prompt", TEXT[:80])
+    for more, result in (((), drafted), (("--dense", "--device", "cpu"), wanted)):
+        done = call(*given, "--max-new-tokens", 48, *more)
+        assert done.exit_code == 0, done.output
+        assert done.stdout == wanted.text + "\n"
+        line = re.fullmatch(
+            r"csfast: (\d+) tokens, the first after [\d.]+ s, then ([\d.]+) tokens/s, (.+)\.",
+            done.stderr.splitlines()[-1],
+        )
+        assert line is not None and int(line[1]) == n + 1 and float(line[2]) > 0
+        shares = [result.effort.count(how) / n for how in ("drafted", "looked up")]
+        assert line[3] == (
+            f"{n / result.checks:.2f} tokens a check, {shares[0]:.2f} drafted, "
+            f"{shares[1]:.2f} looked up"
+        )
+    done = call(*given, "--max-new-tokens", 1)
+    assert re.search(r"csfast: 1 tokens, the first after [\d.]+ s\.$", done.stderr.strip())
+    assert "missing" in refused("generate", "demo", "--sketch", sketch / "missing", *given[4:])
+
+    def fail(*_, **__):
+        raise csfast.NotFiniteError("[engine] logits after position 3: not finite")
+
+    monkeypatch.setattr(csfast.Engine, "_rounds", fail)
+    assert refused(*given) == "[engine] logits after position 3: not finite"
 
 
 def test_generate_at_density_one_is_dense(plan):
@@ -350,7 +389,10 @@ def test_a_sample_limit_counts_for_every_task(data):
         (("calibrate", "demo", "--data", "{folder}/broken.jsonl"), "line 1: want a JSON record"),
         (("generate", "demo", "{folder}/missing.plan", "--prompt", "x"), "missing.plan"),
         (("generate", "demo", "{folder}/bad.csv", "--prompt", "x"), "[plan]"),
-        (("generate", "demo", "--prompt", "x"), "[generate] no plan: want one, or --dense."),
+        (
+            ("generate", "demo", "--prompt", "x"),
+            "[generate] no plan: want one, --sketch or --dense.",
+        ),
         (("generate", "demo", "{plan}", "--prompt", ""), "prompt"),
         (("generate", "demo", "{plan}", "--prompt", "x", "--density", "1.5"), "density"),
         (("generate", "demo", "{plan}", "--prompt", "x", "--density", "0"), "density"),
@@ -416,6 +458,13 @@ def test_wrong_options_are_refused_before_any_work():
         (("eval", "demo", "--sketch", "s", "--density", 1), "'--density': it has no meaning"),
         (("eval", "demo", "--sketch", "s", "--retrieval", 1), "'--retrieval': it has no meaning"),
         (("eval", "demo", "--sketch", "s", "--levels", 0), "Invalid value for '--levels'"),
+        (("generate", "demo", "p", "--sketch", "s"), "both PLAN and --sketch: want one of them"),
+        (("chat", "demo", "p", "--sketch", "s"), "both PLAN and --sketch: want one of them"),
+        (("generate", "demo", "--sketch", "s", "--device", "cuda"), "runs on the CPU only"),
+        (("chat", "demo", "--sketch", "s", "--device", "cuda"), "runs on the CPU only"),
+        (("generate", "demo", "--sketch", "s", "--bits", 3), "'--bits': it has no meaning"),
+        (("generate", "demo", "--sketch", "s", "--temperature", 1), "'--temperature': the engine"),
+        (("chat", "demo", "--sketch", "s", "--seed", 1), "'--seed': the engine of --sketch takes"),
         (("eval", "demo", "p", "--limit", 0), "Invalid value for '--limit'"),
         (("eval", "demo", "p", "--wrong"), "No such option: --wrong"),
         (("wrong",), "No such command 'wrong'"),

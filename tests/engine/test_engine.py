@@ -269,7 +269,12 @@ def test_takes_text_ids_and_tensors():
     assert all(result == found[0] for result in found)
     assert engine.generate([ids, text], max_new_tokens=20) == [found[0]] * 2
     assert found[0].text == tokenizer.decode(found[0].ids, skip_special_tokens=True)
-    assert "".join(engine.stream(text, max_new_tokens=20)) == found[0].text
+    stream = engine.stream(text, max_new_tokens=20)
+    assert (stream.result().ids, stream.result().finish_reason) == ([], "cancelled")
+    first = next(stream)
+    left = stream.result()
+    assert left.finish_reason == "cancelled" and 0 < len(left.ids) < 20
+    assert first + "".join(stream) == found[0].text and stream.result() == found[0]
     end = found[0].ids[9]
     engine._ends = frozenset([end])
     ended = engine.generate(ids, max_new_tokens=20)[0]

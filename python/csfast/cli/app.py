@@ -89,7 +89,10 @@ class Commands(TyperGroup):
             # The reader has seen enough, as in `csfast ... | head`; the rest has nowhere to go.
             _discard_output()
             raise typer.Exit(0) from None
-        except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        except (
+            *(ValueError, TypeError, OSError, MemoryError, RuntimeError),
+            ops.NotFiniteError,
+        ) as error:
             known = not isinstance(error, RuntimeError) or isinstance(error, ops.BackendError)
             if ctx.params["debug"] or not (known or _is_of_memory(error)):
                 raise
@@ -344,6 +347,17 @@ def command() -> list[str]:
 def headed(results: dict[str, Any], where: torch.device) -> dict[str, Any]:
     """Add what results depend on beside their arguments."""
     return {**head.of(where, command=command()), **results}
+
+
+def refuse_options(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that were given where they say nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(each for each in context.command.params if each.name == name).opts[0]
+            raise typer.BadParameter(
+                f"{why}: want it left out.", ctx=context, param_hint=f"'{option}'"
+            )
 
 
 def check_outputs(*paths: pathlib.Path | None, inputs: Iterable[pathlib.Path | None] = ()) -> None:

@@ -9,24 +9,45 @@ from typing import Any
 import typer
 
 from .. import models
+from ..engine import Engine
+from ..sketches import Sketch
 from ..types import POOLED
-from .app import Bits, Block, Density, Model, Seed, Task, Threads, Where, app, load, place
+from .app import (
+    Bits,
+    Block,
+    Density,
+    DeviceName,
+    Model,
+    Seed,
+    Task,
+    Threads,
+    Where,
+    app,
+    load,
+    place,
+)
 from .run import (
     Dense,
     NewTokens,
     PlanOrNone,
+    SketchOrNone,
     System,
     Temperature,
     applied,
+    check_sketched,
+    drafting,
     say,
+    say_drafted,
     want_template,
 )
 
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: Model,
     plan: PlanOrNone = None,
+    sketch: SketchOrNone = None,
     system: System = None,
     density: Density = 0.5,
     bits: Bits = "2",
@@ -41,30 +62,41 @@ def chat(
 ) -> None:
     """Talk with an instruct model; lines from a pipe are a turn each.
 
-    Ctrl-C stops an answer, Ctrl-D leaves. Without a plan the model runs dense.
+    Ctrl-C stops an answer, Ctrl-D leaves. Without a plan or a sketch the model runs dense.
     """
     if sys.stdin is None:
         raise OSError("[chat] stdin is closed: want a terminal, or a turn a line.")
-    where = place(device, threads)
+    if sketch is not None:
+        check_sketched(context, plan, device)
+    where = place(device if sketch is None else DeviceName.CPU, threads)
+    codes = None if sketch is None else Sketch.load(sketch)
     net, tokenizer = load(model, where)
     want_template(model, tokenizer)
-    applied(net, None if dense else plan, density=density, bits=bits, block=block, task=task)
-    if plan is None and not dense:
+    engine = None if codes is None else Engine(net, codes, tokenizer=tokenizer)
+    if engine is None:
+        applied(net, None if dense else plan, density=density, bits=bits, block=block, task=task)
+    if engine is None and plan is None and not dense:
         typer.echo("csfast: no plan, so the model runs dense.", err=True)
     messages: list[models.Message] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
     for text in _turns():
         messages.append({"role": "user", "content": text})
-        pieces = models.stream_text(
-            net,
-            tokenizer,
-            messages,
-            max_new_tokens=_room(net, tokenizer, messages, max_new_tokens),
-            temperature=temperature,
-            seed=seed,
-        )
-        messages.append({"role": "assistant", "content": say(pieces, stoppable=True)})
+        room = _room(net, tokenizer, messages, max_new_tokens)
+        if engine is not None:
+            ids = models.prompt_ids(tokenizer, messages)
+            said = say_drafted(drafting(engine, ids, room, dense=dense), stoppable=True)
+        else:
+            pieces = models.stream_text(
+                net,
+                tokenizer,
+                messages,
+                max_new_tokens=room,
+                temperature=temperature,
+                seed=seed,
+            )
+            said = say(pieces, stoppable=True)
+        messages.append({"role": "assistant", "content": said})
 
 
 def _turns() -> Iterator[str]:

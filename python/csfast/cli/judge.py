@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -48,6 +47,7 @@ from .app import (
     place,
     progress,
     read_documents,
+    refuse_options,
     resumable,
     write_json,
 )
@@ -108,7 +108,7 @@ def evaluate_(
     if plan is None:
         if sketch is None:
             raise typer.BadParameter("neither PLAN nor --sketch: want one of them.", ctx=context)
-        _refuse(context, OF_PLANS, "sketches")
+        refuse_options(context, OF_PLANS, "it has no meaning for sketches")
         if resume and json_file is None:
             raise ValueError(
                 "[eval] --resume without --json: want the file of the run to go on with."
@@ -151,7 +151,7 @@ def evaluate_(
         return
     if sketch is not None:
         raise typer.BadParameter("both PLAN and --sketch: want one of them.", ctx=context)
-    _refuse(context, OF_SKETCHES, "plans")
+    refuse_options(context, OF_SKETCHES, "it has no meaning for plans")
     check_outputs(json_file, html_file, inputs=(data, plan))
     samples = read_documents(data, part, limit)
     loaded = Plan.load(plan)
@@ -176,19 +176,6 @@ def evaluate_(
     write_json(json_file, headed(results, where))
     if html_file is not None:
         page.write_report(html_file, evaluation=results)
-
-
-def _refuse(context: typer.Context, names: Sequence[str], kind: str) -> None:
-    """Refuse options that were given and have no meaning for a kind of what is judged."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = next(each for each in context.command.params if each.name == name).opts[0]
-            raise typer.BadParameter(
-                f"it has no meaning for {kind}: want it left out.",
-                ctx=context,
-                param_hint=f"'{option}'",
-            )
 
 
 @app.command()

@@ -16,14 +16,17 @@ from .. import models, patch
 from ..bench import timing
 from ..calibration import TOKENS_MAX, sketching
 from ..calibration import calibrate as calibrate_
+from ..engine import Engine, Stream
 from ..plan import Plan
 from ..report import tables
+from ..sketches import Sketch
 from ..types import POOLED, UnsupportedModelError
 from .app import (
     Bits,
     Block,
     Data,
     Density,
+    DeviceName,
     Json,
     Limit,
     Model,
@@ -41,6 +44,7 @@ from .app import (
     place,
     progress,
     read_documents,
+    refuse_options,
     resumable,
     resumable_folder,
     write_json,
@@ -50,6 +54,14 @@ PlanOrNone = Annotated[
     pathlib.Path | None,
     typer.Argument(help="Plan made by csfast calibrate; not with --dense.", metavar="[PLAN]"),
 ]
+SketchOrNone = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--sketch",
+        help="Folder of csfast sketch: on the CPU it drafts tokens, and the model checks them.",
+        metavar="DIR",
+    ),
+]
 Dense = Annotated[bool, typer.Option("--dense", help="Run the model as it is.")]
 System = Annotated[
     str | None, typer.Option(help="System prompt: what the model is told before the chat.")
@@ -58,6 +70,9 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to make, at most.")]
 Temperature = Annotated[
     float, typer.Option(min=0.0, help="How freely tokens are drawn; 0 takes the likeliest.")
 ]
+
+OF_PLANS = ("density", "bits", "block", "task")  # options that say nothing without a plan
+OF_DRAWS = ("temperature", "seed")
 
 
 @app.command()
@@ -191,8 +206,10 @@ def sketch(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Model,
     plan: PlanOrNone = None,
+    sketch: SketchOrNone = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask the prompt by the model's chat template.")
@@ -210,13 +227,16 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue a prompt, or answer it with --chat, streaming the text."""
-    if plan is None and not dense:
-        raise ValueError("[generate] no plan: want one, or --dense.")
+    if sketch is not None:
+        check_sketched(context, plan, device)
+    elif plan is None and not dense:
+        raise ValueError("[generate] no plan: want one, --sketch or --dense.")
     if not prompt:
         raise ValueError("[generate] an empty prompt: want text, by --prompt.")
     if system is not None and not chat:
         raise ValueError("[generate] --system without --chat: want both, or none.")
-    where = place(device, threads)
+    where = place(device if sketch is None else DeviceName.CPU, threads)
+    codes = None if sketch is None else Sketch.load(sketch)
     net, tokenizer = load(model, where)
     given: str | list[models.Message] = prompt
     if chat:
@@ -229,6 +249,11 @@ def generate(
             "prompt is only continued.",
             err=True,
         )
+    if codes is not None:
+        engine = Engine(net, codes, tokenizer=tokenizer)
+        ids = models.prompt_ids(tokenizer, given)
+        say_drafted(drafting(engine, ids, max_new_tokens, dense=dense), stoppable=False)
+        return
     applied(net, None if dense else plan, density=density, bits=bits, block=block, task=task)
     clock = timing.Clock()
     pieces = models.stream_text(
@@ -274,6 +299,58 @@ def applied(
     if plan is not None:
         loaded = Plan.load(plan)
         patch.apply(net, loaded, density=density, bits=code(bits), block=block, task=task)
+
+
+def check_sketched(
+    context: typer.Context, plan: pathlib.Path | None, device: DeviceName | None
+) -> None:
+    """Refuse what the engine, which runs a model with its sketch, does not have."""
+    if plan is not None:
+        raise typer.BadParameter("both PLAN and --sketch: want one of them.", ctx=context)
+    if device is DeviceName.CUDA:
+        raise typer.BadParameter(
+            "the engine of --sketch runs on the CPU only: want cpu, or it left out.",
+            ctx=context,
+            param_hint="'--device'",
+        )
+    refuse_options(context, OF_PLANS, "it has no meaning for sketches")
+    refuse_options(context, OF_DRAWS, "the engine of --sketch takes the likeliest token")
+
+
+def drafting(engine: Engine, ids: list[int], max_new_tokens: int, *, dense: bool) -> Stream:
+    """Let the engine continue a prompt, with drafts or without any."""
+    if dense:
+        return engine.stream(ids, max_new_tokens=max_new_tokens, longest=0, lookup=False)
+    return engine.stream(ids, max_new_tokens=max_new_tokens)
+
+
+def say_drafted(stream: Stream, *, stoppable: bool) -> str:
+    """Print what the engine makes as it comes, and a line of how it came; give the text."""
+    clock = timing.Clock()
+    began: list[tuple[float, int]] = []  # when the first text came, and with how many tokens
+
+    def pieces() -> Iterator[str]:
+        for piece in stream:
+            if not began:
+                began.append((clock.seconds(), len(stream.result().ids)))
+            yield piece
+
+    text = say(pieces(), stoppable=stoppable)
+    seconds = clock.seconds()
+    made = stream.result()
+    parts = [f"{len(made.ids)} tokens"]
+    if began:
+        first, n_first = began[0]
+        parts.append(f"the first after {first:.2f} s")
+        if len(made.ids) > n_first:
+            parts.append(f"then {(len(made.ids) - n_first) / (seconds - first):.1f} tokens/s")
+    if made.checks:
+        n_checked = len(made.ids) - 1  # the first is the prompt's own
+        parts.append(f"{n_checked / made.checks:.2f} tokens a check")
+        for how in ("drafted", "looked up"):
+            parts.append(f"{made.effort.count(how) / n_checked:.2f} {how}")
+    typer.echo(f"csfast: {', '.join(parts)}.", err=True)
+    return text
 
 
 def say(pieces: Iterator[str], *, stoppable: bool) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -42,7 +43,8 @@ class Result:
         text: The same as text, without marks; None where the engine has no tokenizer.
         logprobs: The model's own log-probability of every token.
         effort: How every token came about.
-        finish_reason: ``"stop"`` for a token that ends a text, ``"length"`` for the most wanted.
+        finish_reason: ``"stop"`` for a token that ends a text, ``"length"`` for the most wanted,
+            ``"cancelled"`` for a stream that was left before either.
         checks: Steps of the model after the prompt.
         drafted: Tokens that were drafted or looked up, kept or not.
     """
@@ -51,7 +53,7 @@ class Result:
     text: str | None
     logprobs: list[float]
     effort: list[Effort]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "cancelled"]
     checks: int
     drafted: int
 
@@ -64,6 +66,35 @@ class _Round:
     logprobs: list[float]
     effort: list[Effort]
     drafted: int
+
+
+class Stream(Iterator[str]):
+    """The text that follows one prompt, piece by piece as it is checked; see `Engine.stream`."""
+
+    def __init__(
+        self,
+        rounds: Iterator[_Round],
+        pieces: Callable[[Iterator[int]], Iterator[str]],
+        result: Callable[[list[_Round]], Result],
+    ) -> None:
+        """Give the pieces of what rounds add; made by `Engine.stream`."""
+        self._rounds: list[_Round] = []
+        self._result = result
+        self._pieces = pieces(self._tokens(rounds))
+
+    def __next__(self) -> str:
+        """Give the next piece."""
+        return next(self._pieces)
+
+    def result(self) -> Result:
+        """Give what has been made so far; all of it once the stream is through, or left."""
+        return self._result(self._rounds)
+
+    def _tokens(self, rounds: Iterator[_Round]) -> Iterator[int]:
+        """The tokens of rounds, which are kept."""
+        for done in rounds:
+            self._rounds.append(done)
+            yield from done.ids
 
 
 class Engine:
@@ -186,18 +217,7 @@ class Engine:
         settings = self._checked(max_new_tokens, longest, surely, lookup)
         for ids in [self._ids(prompt) for prompt in _several(prompts)]:
             rounds = list(self._rounds(ids, max_new_tokens, *settings))
-            new = [token for done in rounds for token in done.ids]
-            results.append(
-                Result(
-                    ids=new,
-                    text=self._text(new),
-                    logprobs=[value for done in rounds for value in done.logprobs],
-                    effort=[how for done in rounds for how in done.effort],
-                    finish_reason="stop" if new[-1] in self._ends else "length",
-                    checks=len(rounds) - 1,
-                    drafted=sum(done.drafted for done in rounds),
-                )
-            )
+            results.append(self._result(rounds, max_new_tokens))
         return results
 
     def stream(
@@ -208,20 +228,23 @@ class Engine:
         longest: int = 8,
         surely: float = 0.2,
         lookup: bool = True,
-    ) -> Iterator[str]:
+    ) -> Stream:
         """Continue one prompt and give the text piece by piece, as it is checked.
 
         Args and errors are those of `generate`; the engine needs a tokenizer.
 
-        Yields:
-            Pieces whose concatenation is the continuation; never half a character.
+        Returns:
+            Pieces whose concatenation is the continuation, never half a character; its
+            ``result()`` is what `generate` would give, of as much as there is.
         """
         if self.tokenizer is None:
             raise TypeError("[engine] no tokenizer: want one to give text.")
         settings = self._checked(max_new_tokens, longest, surely, lookup)
-        rounds = self._rounds(self._ids(prompt), max_new_tokens, *settings)
-        tokens = (token for done in rounds for token in done.ids)
-        return models.pieces(self.tokenizer, tokens, self._ends)
+        return Stream(
+            self._rounds(self._ids(prompt), max_new_tokens, *settings),
+            functools.partial(models.pieces, self.tokenizer, ends=self._ends),
+            functools.partial(self._result, most=max_new_tokens),
+        )
 
     def _checked(
         self, max_new_tokens: int, longest: int, surely: float, lookup: bool
@@ -274,6 +297,20 @@ class Engine:
             yield _Round(ids[:end], logprobs[:end], effort[:end], len(sure))
             token = ids[end - 1]
             left -= end
+
+    def _result(self, rounds: list[_Round], most: int) -> Result:
+        """What rounds have made of a text of at most so many tokens."""
+        new = [token for done in rounds for token in done.ids]
+        ended = bool(new) and new[-1] in self._ends
+        return Result(
+            ids=new,
+            text=self._text(new),
+            logprobs=[value for done in rounds for value in done.logprobs],
+            effort=[how for done in rounds for how in done.effort],
+            finish_reason="stop" if ended else "length" if len(new) == most else "cancelled",
+            checks=max(len(rounds) - 1, 0),
+            drafted=sum(done.drafted for done in rounds),
+        )
 
     def _make_room(self, length: int) -> None:
         """Have a cache for a text of some length."""
