@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -27,10 +30,21 @@ void pause() {
 }  // namespace
 
 Team::Team(int n_threads) {
-  for (int i = 1; i < n_threads; ++i) others_.emplace_back([this] { help(); });
+  try {
+    for (int i = 1; i < n_threads; ++i) others_.emplace_back([this] { help(); });
+  } catch (const std::system_error&) {
+    const auto found = std::to_string(others_.size() + 1);
+    end();  // or those that there are would end the process
+    throw std::runtime_error("[engine] threads = " + std::to_string(n_threads) + ": " + found +
+                             " were to be had; want no more.");
+  }
 }
 
 Team::~Team() {
+  end();
+}
+
+void Team::end() {
   ends_.store(true);
   number_.fetch_add(1);
   wake();

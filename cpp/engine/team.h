@@ -49,6 +49,7 @@ class Team {
   template <typename F>
   void wait_until(const F& is_so);
   void wake();
+  void end();
 
   // What is shared out. Stays as it is until all parts are done.
   Call call_ = nullptr;

@@ -79,7 +79,13 @@ class Matrix:
         return len(self.levels) - self.base + 1
 
     def read(self, n_levels: int | None = None) -> tuple[Level, ...]:
-        """Give the codes that so many levels of the sketch are, all if left out."""
+        """Give the codes that so many levels of the sketch are, all if left out or if fewer.
+
+        Raises:
+            ValueError: The number is below 1.
+        """
+        if n_levels is not None and n_levels < 1:
+            raise ValueError(f"[sketch] n_levels = {n_levels}: want 1 or more.")
         return self.levels[: None if n_levels is None else self.base - 1 + n_levels]
 
     def decode(self, n_levels: int | None = None) -> Tensor:
@@ -126,6 +132,13 @@ class Sketch:
                 tensor and the check.
         """
         path = pathlib.Path(folder)
+        if not path.is_dir():
+            raise FileNotFoundError(f"[sketch] {str(folder)!r}: want the folder of a sketch.")
+        if not (path / INDEX).is_file():
+            raise FileNotFoundError(
+                f"[sketch] {str(folder)!r} has no {INDEX}: want a whole sketch; one that was "
+                "interrupted is gone on with by csfast sketch --resume."
+            )
         index = _index(read_bounded(path / INDEX))
         matrices = {}
         for name, sha256 in index["files"].items():
@@ -169,7 +182,8 @@ class Sketch:
             n_levels: How many levels are read; all if left out.
 
         Yields:
-            Name of a parameter, and what replaces it, float32.
+            Name of a parameter, and what replaces it, float32. Of a head that is tied to the
+            embedding its own name, such as ``lm_head.weight``: lookups stay the model's.
 
         Raises:
             SketchError: As for `check`.
@@ -224,6 +238,8 @@ def read_part(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: There is none.
         SketchError: It is damaged.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"[sketch] {path.name}: missing; want all files of a sketch.")
     try:
         raw = read_bounded(path)
         tensors, fields = container.unpack(raw)

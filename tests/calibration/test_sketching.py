@@ -92,6 +92,7 @@ def test_goes_on_with_the_same_bytes(bits, tmp_path):
 
         with pytest.raises(Stop):
             csfast.sketch(model, _texts(), out=parts, bits=bits, progress=stop, resume=True)
+        (parts / ".csfast-0123456789abcdef.tmp").write_bytes(b"of a killed run")
         csfast.sketch(model, _texts(), out=parts, bits=bits, resume=True)
         assert _hashes(parts) == _hashes(whole)
         shutil.rmtree(parts)
@@ -155,8 +156,13 @@ def test_verifies_what_it_reads(tmp_path):
     ):
         with pytest.raises(csfast.SketchError, match=message):
             csfast.Sketch.load(spoiled(change))
-    with pytest.raises(FileNotFoundError):
-        csfast.Sketch.load(spoiled(lambda f: (f / "head.safetensors").unlink()))
+    for name, message in (("head.safetensors", "missing"), ("sketch.json", "has no sketch.json")):
+        with pytest.raises(FileNotFoundError, match=rf"^\[sketch\] .*{message}"):
+            csfast.Sketch.load(spoiled(lambda f, name=name: (f / name).unlink()))
+    with pytest.raises(FileNotFoundError, match="want the folder of a sketch"):
+        csfast.Sketch.load(good / "sketch.json")
+    with pytest.raises(ValueError, match="n_levels = 0: want 1 or more"):
+        made.bits(0)
     other = make_model("llama", seed=1)
     with pytest.raises(csfast.SketchError, match="weights are not those"):
         made.check(other)
@@ -210,7 +216,9 @@ def test_refuses_what_it_cannot_code(tmp_path):
         csfast.sketch(model, [], out=tmp_path)
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"o_proj\.weight: not finite|inputs are not fin"):
+    with pytest.raises(
+        ValueError, match=r"\[sketch\] .*layers.1.self_attn.o_proj.weight: not finite"
+    ):
         csfast.sketch(model, _texts(), out=tmp_path / "nan", bits="3")
     quantised = make_model("llama")
     quantised.config.quantization_config = {"quant_method": "fp8"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -309,15 +310,31 @@ def test_logits_that_are_not_finite_end_that_text_alone():
     assert engine.generate(prompt, max_new_tokens=10)[0] == wanted
 
 
+def test_threads_take_turns_and_a_stream_notices():
+    engine = csfast.Engine(made(), sketched(), threads=1)
+    prompts = [[5, 6, 7], [9, 8, 7, 6]]
+    wanted = [engine.generate(prompt, max_new_tokens=40)[0] for prompt in prompts]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda i: engine.generate(prompts[i % 2], max_new_tokens=40)[0], range(8))
+        assert list(found) == wanted * 4
+    rounds = engine._rounds(prompts[0], 40, 8, 0.2, True)
+    next(rounds)
+    engine.generate(prompts[1], max_new_tokens=2)
+    with pytest.raises(RuntimeError, match=r"^\[engine\] a stream that another call came between"):
+        next(rounds)
+
+
 def test_refuses_what_does_not_fit(monkeypatch):
     engine = csfast.Engine(made(), sketched(), threads=1)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="bytes for 256 pos"):
+    wanted = engine.generate([1], max_new_tokens=2)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="bytes for 512 pos"):
 
         def full(*_, **__):
             raise RuntimeError("no memory")
 
         patched.setattr(torch, "zeros", full)
-        engine.generate([1], max_new_tokens=2)
+        engine.generate([1] * 300, max_new_tokens=2)
+    assert engine.generate([1], max_new_tokens=2) == wanted
     native = native_of(engine)
     for error, message, call in (
         (

@@ -91,6 +91,9 @@ class Average:
     head: tuple[int, ...] = _HEAD
 
 
+_TORN = re.compile(r"\.csfast-[0-9a-f]{16}\.tmp")  # what a killed run was writing
+
+
 class _Enough(Exception):
     """All that is wanted of a pass has been seen."""
 
@@ -217,6 +220,7 @@ def make(
     digest = hashlib.sha256()
     for ids in texts:
         digest.update(ids.numpy().tobytes() + b"|")
+    _want_finite(stacks)
     layers = _by_layer(stacks)
     asked = bits if isinstance(bits, (str, float, int)) else {k: list(v) for k, v in bits.items()}
     settings = {
@@ -310,8 +314,16 @@ def is_begun(folder: str | os.PathLike[str]) -> bool:
 def clear(folder: str | os.PathLike[str]) -> None:
     """Remove a sketch from a folder; what else is there stays."""
     for entry in sorted(pathlib.Path(folder).iterdir()):
-        if _OWN.fullmatch(entry.name):
+        if _OWN.fullmatch(entry.name) or _TORN.fullmatch(entry.name):
             entry.unlink()
+
+
+def _want_finite(stacks: list[Stacked]) -> None:
+    """Refuse a weight that is not finite, by name, before a pass over texts meets it."""
+    for stack in stacks:
+        for name, linear in zip(stack.parameters, stack.linears, strict=True):
+            if not bool(torch.isfinite(linear.weight.detach()).all()):
+                raise ValueError(f"[sketch] {name}: not finite; want finite weights.")
 
 
 def _by_layer(stacks: list[Stacked]) -> dict[str, list[Stacked]]:
@@ -332,6 +344,9 @@ def _done(
         raise SketchError(
             f"[sketch] {str(folder)!r}: has a sketch; want resume, or another folder."
         )
+    for entry in folder.iterdir():
+        if _TORN.fullmatch(entry.name):
+            entry.unlink()
     done: dict[str, str] = {}
     for name in layers:
         if not (folder / name).exists():
@@ -587,7 +602,7 @@ def _shares(folder: pathlib.Path, key: str) -> dict[str, Levels] | None:
         kept = json.loads((folder / _SHARES).read_bytes())
         if kept.pop("sha256") != container.sha256_of(container.canonical(kept).encode()):
             return None  # a disk that lied; it is made anew
-    except (FileNotFoundError, ValueError, AttributeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):
         return None
     if kept["key"] != key:
         raise SketchError(

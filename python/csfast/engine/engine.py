@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +103,8 @@ class Engine:
 
     Tokens are the model's own greedy choices, bit for bit those of the engine without a sketch.
     Weights stay where the model has them; the engine adds a cache of keys and values and room for
-    sixteen rows. Calls of one engine must not overlap.
+    sixteen rows. It decodes one text at a time: threads take turns, and a stream that was left for
+    another call is refused when it goes on.
     """
 
     def __init__(
@@ -157,6 +159,8 @@ class Engine:
         self._context = models.context_length(model)
         self._vocabulary = self._weights.decoder.embedding.shape[0]
         self._positions = 0
+        self._turn = 0  # of texts: a stream that another call has come between may not go on
+        self._lock = threading.RLock()
         self._native: Any = None
         self._bound: Any = None  # what the native engine reads, and writes to
         self.logits = torch.empty(0)  # of the last step's rows
@@ -212,11 +216,13 @@ class Engine:
             TypeError: A prompt is of another type, or text without a tokenizer.
             NotFiniteError: The model's logits are not.
             MemoryError: There is no room for the cache.
+            RuntimeError: There are no more threads to be had.
         """
         results = []
         settings = self._checked(max_new_tokens, longest, surely, lookup)
         for ids in [self._ids(prompt) for prompt in _several(prompts)]:
-            rounds = list(self._rounds(ids, max_new_tokens, *settings))
+            with self._lock:
+                rounds = list(self._rounds(ids, max_new_tokens, *settings))
             results.append(self._result(rounds, max_new_tokens))
         return results
 
@@ -235,7 +241,8 @@ class Engine:
 
         Returns:
             Pieces whose concatenation is the continuation, never half a character; its
-            ``result()`` is what `generate` would give, of as much as there is.
+            ``result()`` is what `generate` would give, of as much as there is. Going on after
+            another call of the engine is a RuntimeError.
         """
         if self.tokenizer is None:
             raise TypeError("[engine] no tokenizer: want one to give text.")
@@ -265,19 +272,7 @@ class Engine:
         self, prompt: list[int], n: int, longest: int, surely: float, lookup: bool
     ) -> Iterator[_Round]:
         """The continuation of a prompt, round by round; the first is the prompt's own."""
-        self._make_room(len(prompt) + n)
-        engine = self._native
-        engine.rewind(0, 0)
-        for i in range(0, len(prompt), ROWS):
-            part = prompt[i : i + ROWS]
-            is_last = i + ROWS >= len(prompt)
-            engine.step([0] * len(part), part, len(part) - is_last, False)
-        token, logprob = engine.choice((len(prompt) - 1) % ROWS)
-        if logprob != logprob:
-            raise native.NotFiniteError(
-                f"[engine] logits after position {len(prompt) - 1}: not finite; want a model "
-                "whose logits are."
-            )
+        token, logprob, turn = self._begun(prompt, n)
         yield _Round([token], [logprob], ["dense"], 0)
         left = n - 1
         text = Lookup([*prompt, token]) if lookup else Lookup([])
@@ -285,7 +280,14 @@ class Engine:
         reach = longest  # of what is looked up: twice what held last time
         while left > 0 and token not in self._ends:
             given = text.drafts(min(reach, left - 1)) if lookup and longest and left > 1 else []
-            ids, logprobs, sure = engine.round(0, token, given, min(most, left - 1), surely)
+            with self._lock:
+                if turn != self._turn:
+                    raise RuntimeError(
+                        "[engine] a stream that another call came between: want it read to its "
+                        "end first, or an engine for each."
+                    )
+                made = self._native.round(0, token, given, min(most, left - 1), surely)
+            ids, logprobs, sure = made
             kept = len(ids) - 1
             how: Effort = "looked up" if given else "drafted"
             last: Effort = "dense" if kept == len(sure) else "corrected"
@@ -297,6 +299,25 @@ class Engine:
             yield _Round(ids[:end], logprobs[:end], effort[:end], len(sure))
             token = ids[end - 1]
             left -= end
+
+    def _begun(self, prompt: list[int], n: int) -> tuple[int, float, int]:
+        """Read a prompt: the first token after it, its log-probability, the number of the text."""
+        with self._lock:
+            self._turn += 1
+            self._make_room(len(prompt) + n)
+            engine = self._native
+            engine.rewind(0, 0)
+            for i in range(0, len(prompt), ROWS):
+                part = prompt[i : i + ROWS]
+                is_last = i + ROWS >= len(prompt)
+                engine.step([0] * len(part), part, len(part) - is_last, False)
+            token, logprob = engine.choice((len(prompt) - 1) % ROWS)
+            if logprob != logprob:
+                raise native.NotFiniteError(
+                    f"[engine] logits after position {len(prompt) - 1}: not finite; want a model "
+                    "whose logits are."
+                )
+            return token, logprob, self._turn
 
     def _result(self, rounds: list[_Round], most: int) -> Result:
         """What rounds have made of a text of at most so many tokens."""
@@ -324,6 +345,7 @@ class Engine:
             ", ".join(f"{name} {n / 2**20:.1f} MiB" for name, n in sizes.items()),
         )
         self._native = self._bound = None  # before the next is made
+        self._positions = 0
         try:
             bound = self._weights.bound(positions)
             cache = torch.zeros(sizes["cache"], dtype=torch.uint8)
