@@ -135,15 +135,14 @@ def test_sketches_of_pretrained_models_come_from_what_eval_wrote(tool):
         f"| 6.50 | 13.00 | 6.50 | {row}- |",
     ]
     # README has the one of each pretrained model that reads most within a bound.
-    also = "KL 0.125 [0.094, 0.156], top-1 0.89, head"
     lines = tool.figures(found).splitlines()
     assert lines[2:4] == [
         f"| {name}, sketch | 16 bits | 3.25 bits | +0.0625 [+0.0469, +0.0781] "
-        f"| {also} 6.50 bits, 3.41 of 4 drafts |"
+        "| KL 0.125, 3.41 of 4 kept |"
         for name in ("SmolLM2-135M", gemma)
     ]
     assert lines[4] == "" and lines[5].startswith("A [*sketch*](docs/sketch.md) is the whole model")
-    assert "6.50 bits | " in tool.figures([none]) and "- of 4 drafts" in tool.figures([none])
+    assert "6.50 bits | " in tool.figures([none]) and "- of 4 kept" in tool.figures([none])
     # Without a record nothing is said of any.
     assert tool.sketches([]) == "" and "sketch" not in tool.figures(found[:1])
     text = "<!-- sketches -->\nold\n<!-- /sketches -->\n"

@@ -522,7 +522,8 @@ drafts, made on the first level, a check keeps."""
 
 def _raced(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Give rows by name of what bench/studies/codes.py wrote, pretrained models in their order."""
-    found = {r["about"]: r["rows"] for r in results if "about" in r and "new_tokens" in r}
+    raced = [r for r in results if {"about", "new_tokens", "rows"} <= r.keys()]
+    found = {r["about"]: r["rows"] for r in raced}
     return {name: {row["name"]: row for row in found[name]} for name in PRETRAINED if name in found}
 
 
@@ -578,8 +579,7 @@ def _drafters(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         members = [result for result in _sketches(results) if result["about"] == name]
         within = [r for r in members if r["bits"]["read"] <= SKETCH_BITS]
         for result in within[-1:] or members[:1]:
-            also = f"KL {_followed(result, 'kl', 3)}, top-1 {result['top1']:.2f}, "
-            also += f"head {result['bits']['head']:.2f} bits, {_kept(result)} of 4 drafts"
+            also = f"KL {result['kl']:.3f}, {_kept(result)} of 4 kept"
             read = f"{result['bits']['read']:.2f} bits"
             yield (
                 f"{name.removesuffix('-Instruct')}, sketch",
