@@ -202,12 +202,14 @@ def test_refuses_what_it_cannot_code(tmp_path):
         ("heads=3", "want 1 to 4 levels"),
         ("ffn=3", "want levels of qkv as well"),
         (1.5, "want an average from 2 to 5"),
+        (float("nan"), "want 1 to 4 levels"),
         ("2.5+3+3+3", "want at most 2 levels more"),
         ("2.5,down=3", "want head="),
         ({"head": (3,)}, "want one entry a matrix"),
     ):
         with pytest.raises(ValueError, match=rf"\[sketch\] bits.*{message}"):
-            csfast.sketch(model, _texts(), out=tmp_path, bits=bits)
+            csfast.sketch(model, _texts(), out=tmp_path / "refused", bits=bits)
+        assert not (tmp_path / "refused").exists()
     assert sketching.parse_average(" 2.6").bits == 2.6
     assert sketching.parse_average("2.6+3,head=4") == sketching.Average(2.6, (3,), (4,))
     assert sketching.check_bits("3,head=4") == "3,head=4"

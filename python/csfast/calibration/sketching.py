@@ -220,6 +220,7 @@ def make(
     digest = hashlib.sha256()
     for ids in texts:
         digest.update(ids.numpy().tobytes() + b"|")
+    average, each = _asked(bits, stacks)  # before anything is written
     _want_finite(stacks)
     layers = _by_layer(stacks)
     asked = bits if isinstance(bits, (str, float, int)) else {k: list(v) for k, v in bits.items()}
@@ -238,7 +239,6 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     done = _done(folder, layers, key, resume=resume)
     groups = _groups(layers)
-    average, each = _asked(bits, stacks)
     shares = None if average is None else _shares(folder, key)
     waiting = [group for group in groups if any(name not in done for name in group)]
     is_new = average is not None and shares is None
